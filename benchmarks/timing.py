@@ -1,0 +1,40 @@
+"""Median time and peak memory of a function, on the CPU or on a CUDA device."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def median_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5) -> float:
+    """Median milliseconds of one call, measured by CUDA events where there is a CUDA device."""
+    for _ in range(warmup):
+        function()
+    measure = _cuda_ms if torch.cuda.is_available() else _cpu_ms
+    return statistics.median(measure(function) for _ in range(repeats))
+
+
+def peak_gib(function: Callable[[], object]) -> float | None:
+    """Peak GiB allocated on the CUDA device during one call; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _cuda_ms(function: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _cpu_ms(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
