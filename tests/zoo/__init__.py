@@ -1,0 +1,18 @@
+"""Naive Mixture-of-Experts blocks as people write them: the programs which the rewrite must find."""
+
+from tests.zoo import bodies, deepseek, gpt_oss, loops, mixtral, others, qwen, stacked
+from tests.zoo.case import Case
+from tests.zoo.common import hidden_states
+
+ZOO: tuple[Case, ...] = (
+    *mixtral.CASES,
+    *qwen.CASES,
+    *deepseek.CASES,
+    *stacked.CASES,
+    *gpt_oss.CASES,
+    *others.CASES,
+    *loops.CASES,
+    *bodies.CASES,
+)
+
+__all__ = ["ZOO", "Case", "hidden_states"]
