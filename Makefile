@@ -1,0 +1,80 @@
+# make run | test | check | test-gpu | bench | goldens | matrix | docs | clean
+#
+# By default everything happens in .venv, made from constraints.txt on first use.
+# With PYTHON=... on the command line nothing is installed: that interpreter is used as it is, with this checkout on its path.
+#   make run TORCH_INDEX=URL        takes PyTorch from one more package index (its CPU wheels, say)
+#   make run ARGS="--model mixtral" passes arguments to what is run
+
+ARGS ?=
+TORCH_INDEX ?=
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.1
+
+ifeq ($(origin PYTHON),command line)
+  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+  TO_RUN :=
+  TO_TEST :=
+else
+  BASE_PYTHON := $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name))))
+  RUN := .venv/bin/python
+  TO_RUN := .venv/.examples
+  TO_TEST := .venv/.dev
+endif
+PIP_INSTALL = -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# Small matrix products on a loaded machine are many times slower with several threads that wait for each other.
+test check test-gpu goldens matrix: export OMP_NUM_THREADS = 1
+
+.PHONY: run test check test-gpu bench goldens matrix docs clean
+
+run: $(TO_RUN)
+	$(RUN) examples/quickstart.py $(ARGS)
+
+test: $(TO_TEST)
+	$(RUN) -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(TO_TEST)
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+check: $(TO_TEST)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $$($(RUN) -c "import sys; print(sys.executable)")
+	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+	$(RUN) -m codespell_lib
+	$(RUN) docs/generate.py --check
+
+bench: $(TO_TEST)
+	$(RUN) -m benchmarks.kernels $(ARGS)
+	$(RUN) -m benchmarks.training_step $(ARGS)
+	$(RUN) -m benchmarks.models $(ARGS)
+
+# Rewrites the expected graphs inside the tests; read the diff before committing it.
+goldens: $(TO_TEST)
+	EXPECTTEST_ACCEPT=1 $(RUN) -m pytest -q -m "not gpu" -k golden $(ARGS)
+
+docs: $(TO_TEST)
+	$(RUN) docs/generate.py
+
+# The tests under each supported PyTorch, in an environment of its own; downloads gigabytes.
+matrix: $(addprefix .venv/matrix/,$(TORCH_VERSIONS))
+
+.venv/matrix/%: FORCE
+	$(BASE_PYTHON) -m venv --clear $@
+	grep -v -E '^(torch|triton)==' constraints.txt > $@/constraints.txt
+	$@/bin/python -m pip install --quiet --constraint $@/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	    torch==$* -e ".[dev]"
+	$@/bin/python -m pytest -m "not gpu" $(ARGS)
+
+FORCE:
+
+.venv/bin/python:
+	$(BASE_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'scatter-moe needs Python 3.11 or newer')"
+	$(BASE_PYTHON) -m venv .venv
+
+.venv/.%: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

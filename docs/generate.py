@@ -1,0 +1,137 @@
+"""Writes the parts of the documentation that repeat what the code or the benchmarks say.
+
+    python docs/generate.py            rewrites them
+    python docs/generate.py --check    fails where one is out of date
+
+docs/forms.md       from the docstrings of fx_passes/forms/*.py
+docs/ops.md         between its markers: the schemas and docstrings of registrations/*.py
+README.md           between its markers: the last run of each benchmark in benchmarks/results/
+
+Sources are parsed, never imported: this needs nothing but Python.
+"""
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- begin: {} (docs/generate.py) -->", "<!-- end: {} -->"
+MODELS_COLUMNS = {
+    "model": "model",
+    "experts": "experts and compiler",
+    "tokens_per_second": "tokens/s",
+    "peak_gib": "peak memory, GiB",
+    "first_step_s": "first step, s",
+    "graphs": "graphs",
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A file and what it should contain."""
+
+    path: Path
+    text: str
+
+    @property
+    def up_to_date(self) -> bool:
+        return self.path.exists() and self.path.read_text() == self.text
+
+
+def pages() -> list[Page]:
+    return [forms_page(), ops_page(), readme()]
+
+
+def forms_page() -> Page:
+    """One section a form: the docstring of its file."""
+    sections = [
+        "# Naive forms",
+        "The ways of writing a Mixture-of-Experts layer that are recognised, one file of `fx_passes/forms/` each. The rules that\n"
+        "a match must also satisfy before it is rewritten are in [invariants.md](invariants.md).",
+    ]
+    for path, docstring in docstrings(ROOT / "fx_passes" / "forms"):
+        sections += [f"## {path.stem}", docstring]
+    return Page(ROOT / "docs" / "forms.md", "\n\n".join(sections) + "\n")
+
+
+def ops_page() -> Page:
+    """The hand-written page with one section an op between its markers."""
+    path = ROOT / "docs" / "ops.md"
+    sections = [f"### `{file.stem}`\n\n{docstring}" for file, docstring in docstrings(ROOT / "registrations")]
+    return Page(path, between_markers(path.read_text(), "ops", "\n\n".join(sections)))
+
+
+def readme() -> Page:
+    path = ROOT / "README.md"
+    return Page(path, between_markers(path.read_text(), "models", models_table()))
+
+
+def models_table() -> str:
+    """The last recorded run of each model on a GPU, as a Markdown table; a plain sentence before there is one."""
+    results = ROOT / "benchmarks" / "results" / "models.jsonl"
+    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    last = {record["settings"]["model"]: record for record in records if record["environment"]["cuda"]}
+    if not last:
+        return "No run on a GPU has been recorded yet: `python -m benchmarks.models` makes one."
+    lines = ["| " + " | ".join(MODELS_COLUMNS.values()) + " |", "|---|---" + "|---:" * (len(MODELS_COLUMNS) - 2) + "|"]
+    for record in last.values():
+        lines += [_models_row(record["settings"]["model"], row) for row in record["rows"]]
+    return "\n".join(lines) + "\n\n" + "\n".join(_models_caption(record) for record in last.values())
+
+
+def docstrings(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The docstring of each module of a package, without the package itself, in alphabetical order."""
+    for path in sorted(folder.glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        if docstring and path.stem != "__init__":
+            yield path, docstring
+
+
+def between_markers(text: str, name: str, content: str) -> str:
+    begin, end = BEGIN.format(name), END.format(name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected one line {begin!r} and one line {end!r}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def _models_row(model: str, row: dict) -> str:
+    cells = [model, *(_cell(row.get(key)) for key in list(MODELS_COLUMNS)[1:])]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _models_caption(record: dict) -> str:
+    environment, settings = record["environment"], record["settings"]
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "transformers"))
+    return (
+        f"{settings['model']}: {settings['description']}. {environment['device']}, {versions}, "
+        f"commit {environment['commit']}, `{record['command']}`.\n"
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main() -> int:
+    stale = [page for page in pages() if not page.up_to_date]
+    names = ", ".join(str(page.path.relative_to(ROOT)) for page in stale)
+    if "--check" in sys.argv[1:]:
+        if stale:
+            print(f"out of date: {names}; run `make docs`", file=sys.stderr)
+        return int(bool(stale))
+    for page in stale:
+        page.path.write_text(page.text)
+    print(f"written: {names or 'nothing, all up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Train one Mixture-of-Experts language model three ways: eager, torch.compile, torch.compile with the scatter_moe backend.
+
+    python examples/quickstart.py [--model qwen3 | mixtral | modulelist] [--device cpu | cuda] [--steps 200]
+
+The model is an unmodified one of transformers with its eager experts (a Python loop), or the hand-written one in
+``modulelist_moe.py``. It reads bytes; the text is the source code of Python's standard library. All three runs start from the
+same weights and see the same batches. The only line that differs between them is the call of ``torch.compile``.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from modulelist_moe import ModuleListMoE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import scatter_moe
+
+BYTES = 256
+WARM_UP = 10  # steps that the median step time leaves out
+console = Console()
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the model and its batches measure."""
+
+    layers: int
+    width: int
+    heads: int
+    num_experts: int
+    top_k: int
+    expert_width: int
+    batch: int
+    sequence: int
+    dtype: torch.dtype
+
+
+SIZES = {
+    "cpu": Size(4, 192, 6, 16, 4, 96, batch=8, sequence=128, dtype=torch.float32),
+    "cuda": Size(4, 1024, 16, 64, 8, 512, batch=8, sequence=1024, dtype=torch.bfloat16),
+}
+
+# The three ways to train: what is done to the model before the first step.
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model,
+    "torch.compile": lambda model: torch.compile(model),
+    "scatter_moe": lambda model: torch.compile(model, backend="scatter_moe"),
+}
+
+
+def qwen3(size: Size) -> nn.Module:
+    config = Qwen3MoeConfig(
+        num_experts=size.num_experts,
+        moe_intermediate_size=size.expert_width,
+        head_dim=size.width // size.heads,
+        norm_topk_prob=True,
+        **_common_settings(size),
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def mixtral(size: Size) -> nn.Module:
+    config = MixtralConfig(
+        num_local_experts=size.num_experts,
+        intermediate_size=size.expert_width,
+        **_common_settings(size),
+    )
+    return MixtralForCausalLM(config)
+
+
+def modulelist(size: Size) -> nn.Module:
+    return ModuleListMoE(
+        BYTES, size.sequence, size.layers, size.width, size.heads, size.expert_width, size.num_experts, size.top_k
+    )
+
+
+def _common_settings(size: Size) -> dict:
+    return {
+        "vocab_size": BYTES,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads // 2,
+        "num_experts_per_tok": size.top_k,
+        "max_position_embeddings": size.sequence,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": False,
+        "experts_implementation": "eager",  # transformers' own Python loop over the experts
+    }
+
+
+MODELS: dict[str, Callable[[Size], nn.Module]] = {"qwen3": qwen3, "mixtral": mixtral, "modulelist": modulelist}
+
+
+def standard_library() -> Tensor:
+    """The bytes of every module at the top of Python's standard library."""
+    folder = Path(os.__file__).parent
+    text = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def batches(text: Tensor, size: Size, steps: int, device: str) -> Iterator[Tensor]:
+    """Random windows of the text, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        starts = torch.randint(len(text) - size.sequence, (size.batch, 1), generator=generator)
+        yield text[starts + torch.arange(size.sequence)].long().to(device)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one way of training gave."""
+
+    losses: list[float]
+    seconds: list[float]  # of each step
+
+    @property
+    def step_ms(self) -> float:
+        """Median milliseconds of a step, without the first ones."""
+        return 1e3 * statistics.median(self.seconds[min(WARM_UP, len(self.seconds) - 1) :])
+
+    @property
+    def first_step(self) -> float:
+        """Seconds of the first step: compilation."""
+        return self.seconds[0]
+
+
+def train(model: nn.Module, data: Iterator[Tensor], report: Callable[[float], None]) -> Run:
+    """A plain training loop."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    run = Run([], [])
+    for tokens in data:
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.losses.append(loss.item())  # waits for the device
+        run.seconds.append(time.perf_counter() - start)
+        report(run.losses[-1])
+    return run
+
+
+def train_all_ways(model: nn.Module, text: Tensor, size: Size, steps: int, device: str) -> dict[str, Run]:
+    """Train a copy of the model each way. Afterwards `model` itself has the weights of the last run."""
+    start = copy.deepcopy(model.state_dict())
+    runs = {}
+    columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
+        for name, prepare in WAYS.items():
+            task = progress.add_task(name, total=steps, loss=float("nan"))
+            torch.compiler.reset()
+            model.load_state_dict(start)
+            data = batches(text, size, steps, device)
+            runs[name] = train(
+                prepare(model), data, lambda loss, task=task: progress.update(task, advance=1, loss=loss)
+            )
+    return runs
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompt: bytes, length: int, size: Size, device: str) -> str:
+    """Continue a prompt, one sampled byte at a time."""
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.tensor([list(prompt)], device=device)
+    for _ in range(length):
+        logits = model(input_ids=tokens[:, -size.sequence :]).logits[:, -1].float()
+        next_byte = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, next_byte], dim=1)
+    return bytes(tokens[0].tolist()).decode(errors="replace")
+
+
+def print_summary(runs: dict[str, Run]) -> None:
+    eager = runs["eager"]
+    table = Table(title="One training step")
+    for column in (
+        "",
+        "first step, s",
+        "median step, ms",
+        "times eager's speed",
+        "final loss",
+        "largest difference to eager",
+    ):
+        table.add_column(column, justify="right" if column else "left")
+    for name, run in runs.items():
+        difference = max(abs(a - b) for a, b in zip(run.losses, eager.losses, strict=True))
+        final = statistics.mean(run.losses[-10:])
+        ratio = eager.step_ms / run.step_ms
+        table.add_row(
+            name, f"{run.first_step:.1f}", f"{run.step_ms:.1f}", f"{ratio:.2f}", f"{final:.3f}", f"{difference:.2g}"
+        )
+    console.print(table)
+
+
+def save_picture(runs: dict[str, Run], title: str, path: Path) -> None:
+    """Loss curves on the left, step times on the right."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure.suptitle(title)
+    curves, times = figure.subplots(1, 2, width_ratios=(3, 2))
+    for (name, run), style in zip(runs.items(), ("-", "--", ":"), strict=True):
+        curves.plot(run.losses, style, label=name)
+    curves.set(xlabel="step", ylabel="loss (nats a byte)")
+    curves.legend()
+    bars = times.bar(list(runs), [run.step_ms for run in runs.values()], color=["C0", "C1", "C2"])
+    times.bar_label(bars, fmt="%.0f")
+    times.set(ylabel="median step (ms)")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="qwen3")
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--steps", type=int, default=200)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    size, device, steps = SIZES[arguments.device], arguments.device, arguments.steps
+    text = standard_library()
+    torch.manual_seed(0)
+    model = MODELS[arguments.model](size).to(device, size.dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(f"{arguments.model} on {device}: {parameters:,} parameters, {len(text):,} bytes of text, {size}")
+
+    tokens = next(batches(text, size, 1, device))
+    scatter_moe.explain(model, input_ids=tokens, labels=tokens)
+    runs = train_all_ways(model, text, size, steps, device)
+    print_summary(runs)
+
+    console.rule("what the model writes")
+    console.print(generate(model, b"    def ", 300, size, device), markup=False, highlight=False)
+    picture = Path("runs") / f"quickstart-{arguments.model}-{device}.png"
+    save_picture(runs, f"{arguments.model} on {device}, {parameters / 1e6:.1f} M parameters", picture)
+    console.print(f"Curves and times: {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
