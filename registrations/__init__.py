@@ -1,0 +1,36 @@
+"""PyTorch registrations of the mixture-of-experts operators. Importing this makes `torch.ops.scatter_moe.*` callable.
+
+Each operator has one file with the same sections: schema, kernels, fake, autograd, autocast, FLOPs.
+"""
+
+from registrations import (
+    combine,
+    combine_backward,
+    dispatch,
+    expand,
+    expand_backward,
+    mlp,
+    mlp_backward,
+    mlp_forward,
+    parallel_linear,
+    parallel_linear_bias_grad,
+    parallel_linear_weight_grad,
+    route,
+)
+from registrations.library import NAMESPACE
+
+__all__ = [
+    "NAMESPACE",
+    "combine",
+    "combine_backward",
+    "dispatch",
+    "expand",
+    "expand_backward",
+    "mlp",
+    "mlp_backward",
+    "mlp_forward",
+    "parallel_linear",
+    "parallel_linear_bias_grad",
+    "parallel_linear_weight_grad",
+    "route",
+]

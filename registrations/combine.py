@@ -1,0 +1,46 @@
+"""scatter_moe::combine: the weighted sum over each token's experts."""
+
+import torch
+from torch import Tensor
+
+from registrations.library import OPS, autograd, define, fake, kernels
+from scatter_ops import checks
+
+define(
+    "combine(Tensor y, Tensor? topk_weights, Tensor order, Tensor offsets, int top_k, bool grouped_in, "
+    "ScalarType? out_dtype=None) -> Tensor"
+)
+kernels("combine", checks.combine)
+
+
+@fake("combine", checks.combine)
+def combine_fake(
+    y: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    grouped_in: bool,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return y.new_empty(order.shape[0] // top_k, y.shape[1], dtype=out_dtype or y.dtype)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    y, topk_weights, order, offsets, ctx.top_k, ctx.grouped_in, _ = inputs
+    ctx.y_dtype = y.dtype
+    ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, topk_weights, order, offsets)
+
+
+def backward(ctx, grad_out: Tensor):
+    y, topk_weights, order, offsets = ctx.saved_tensors
+    need_y, need_weights = ctx.needs_input_grad[:2]
+    if y is None:
+        y = grad_out.new_empty(0, dtype=ctx.y_dtype)
+    grad_y, grad_weights = OPS.combine_backward(
+        grad_out, y, topk_weights, order, offsets, ctx.top_k, ctx.grouped_in, need_y, need_weights
+    )
+    return grad_y if need_y else None, grad_weights if need_weights else None, None, None, None, None, None
+
+
+autograd("combine", setup_context, backward)

@@ -1,0 +1,27 @@
+"""scatter_moe::dispatch: rows of tokens copied to the grouped rows of their slots."""
+
+from torch import Tensor
+
+from registrations.library import OPS, autograd, define, fake, kernels
+from scatter_ops import checks
+
+define("dispatch(Tensor x, Tensor order, Tensor offsets, int top_k) -> Tensor")
+kernels("dispatch", checks.dispatch)
+
+
+@fake("dispatch", checks.dispatch)
+def dispatch_fake(x: Tensor, order: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+def setup_context(ctx, inputs, output) -> None:
+    _, order, offsets, ctx.top_k = inputs
+    ctx.save_for_backward(order, offsets)
+
+
+def backward(ctx, grad: Tensor):
+    order, offsets = ctx.saved_tensors
+    return OPS.combine(grad, None, order, offsets, ctx.top_k, True), None, None, None
+
+
+autograd("dispatch", setup_context, backward)

@@ -1,0 +1,109 @@
+"""The operator library `scatter_moe` and the few verbs with which each operator's file registers its parts.
+
+Kernels check their arguments and call the function of the operator's name in `scatter_ops.cpu` or `scatter_ops.cuda`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from scatter_ops import cpu
+
+NAMESPACE = "scatter_moe"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPS = getattr(torch.ops, NAMESPACE)
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def define(schema: str) -> None:
+    LIBRARY.define(schema)
+
+
+def kernels(name: str, check: Callable[..., None]) -> None:
+    """Register the CPU and the CUDA implementation behind the argument check."""
+    on_cpu = getattr(cpu, name)
+
+    def cpu_kernel(*args):
+        check(*args)
+        return on_cpu(*args)
+
+    def cuda_kernel(*args):
+        from scatter_ops import cuda  # Triton is needed only once there is something to run on a GPU
+
+        check(*args)
+        return getattr(cuda, name)(*args)
+
+    LIBRARY.impl(name, cpu_kernel, "CPU")
+    LIBRARY.impl(name, cuda_kernel, "CUDA")
+
+
+def fake(name: str, check: Callable[..., None]) -> Callable[[Callable], Callable]:
+    """Decorator: register what the operator returns while tracing, behind the argument check."""
+
+    def register(function: Callable) -> Callable:
+        def fake_kernel(*args):
+            check(*args)
+            return function(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake_kernel, lib=LIBRARY)
+        return function
+
+    return register
+
+
+def autograd(name: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def not_differentiable(name: str, sentence: str) -> None:
+    """Make differentiating through the operator an error that says `sentence`."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(sentence)
+
+    autograd(name, None, backward)
+
+
+def autocast(name: str) -> Callable[[Callable], Callable]:
+    """Decorator of cast(to_autocast_dtype, *args) -> args, which is applied before the operator under autocast."""
+
+    def register(cast: Callable[..., tuple]) -> Callable:
+        for device_type, key in AUTOCAST_KEYS.items():
+            LIBRARY.impl(name, _autocast_kernel(name, device_type, cast), key)
+        return cast
+
+    return register
+
+
+def flops(name: str) -> Callable[[Callable], Callable]:
+    """Decorator of formula(*shapes and arguments, out_shape) -> number of floating-point operations."""
+    return register_flop_formula(getattr(OPS, name))
+
+
+def requires_grad(value: Tensor | Sequence[Tensor]) -> bool:
+    """Whether a tensor or any of a list requires a gradient."""
+    return value.requires_grad if isinstance(value, Tensor) else any(tensor.requires_grad for tensor in value)
+
+
+def like_parameter(stacked_grad: Tensor, is_list: bool) -> list[Tensor]:
+    """A stacked gradient as gradients of the parameter list: one stacked tensor or one tensor per expert."""
+    return list(stacked_grad.unbind(0)) if is_list else [stacked_grad]
+
+
+def _autocast_kernel(name: str, device_type: str, cast: Callable[..., tuple]) -> Callable:
+    def kernel(*args):
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def to_autocast_dtype(value: Tensor | Sequence[Tensor]):
+            """As F.linear: floating-point tensors are cast, float64 is left alone."""
+            if not isinstance(value, Tensor):
+                return [to_autocast_dtype(tensor) for tensor in value]
+            return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+
+        with torch.autocast(device_type, enabled=False):
+            return getattr(OPS, name)(*cast(to_autocast_dtype, *args))
+
+    return kernel

@@ -1,0 +1,87 @@
+"""scatter_moe::parallel_linear: the grouped GEMM that reads and writes its rows grouped or scattered."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from registrations.library import OPS, autocast, autograd, define, fake, flops, kernels, like_parameter, requires_grad
+from scatter_ops import checks
+
+define(
+    "parallel_linear(Tensor x, Tensor[] weight, Tensor order, Tensor offsets, int top_k, bool grouped_in, "
+    "bool grouped_out, Tensor[] bias, bool transposed=False) -> Tensor"
+)
+kernels("parallel_linear", checks.parallel_linear)
+
+
+@fake("parallel_linear", checks.parallel_linear)
+def parallel_linear_fake(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    grouped_in: bool,
+    grouped_out: bool,
+    bias: Sequence[Tensor],
+    transposed: bool = False,
+) -> Tensor:
+    return x.new_empty(order.shape[0], weight[0].shape[-1 if transposed else -2])
+
+
+def setup_context(ctx, inputs, output) -> None:
+    x, weight, order, offsets, ctx.top_k, ctx.grouped_in, ctx.grouped_out, bias, ctx.transposed = inputs
+    ctx.weight_is_list, ctx.num_weights = weight[0].dim() == 2, len(weight)
+    ctx.bias_is_list, ctx.num_biases = bool(bias) and bias[0].dim() == 1, len(bias)
+    ctx.needs = [requires_grad(value) for value in (x, weight, bias)]
+    need_x, need_weight, _ = ctx.needs
+    ctx.save_for_backward(order, offsets, x if need_weight else None, *(weight if need_x else ()))
+
+
+def backward(ctx, grad: Tensor):
+    order, offsets, x, *weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs
+    layout = (ctx.grouped_in, ctx.grouped_out)
+    grad_x, grad_weight, grad_bias = None, [None] * ctx.num_weights, [None] * ctx.num_biases
+    if need_x:
+        grad_x = input_grad(grad, weight, order, offsets, ctx.top_k, *layout, ctx.transposed)
+    if need_weight:
+        stacked = OPS.parallel_linear_weight_grad(x, grad, order, offsets, ctx.top_k, *layout, ctx.transposed)
+        grad_weight = like_parameter(stacked, ctx.weight_is_list)
+    if need_bias:
+        stacked = OPS.parallel_linear_bias_grad(grad, order, offsets, ctx.grouped_out)
+        grad_bias = like_parameter(stacked, ctx.bias_is_list)
+    return grad_x, grad_weight, None, None, None, None, None, grad_bias, None
+
+
+def input_grad(
+    grad: Tensor,
+    weight: Sequence[Tensor],
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    grouped_in: bool,
+    grouped_out: bool,
+    transposed: bool,
+) -> Tensor:
+    """grad W for each slot, summed over the slots that read the same row of x."""
+    if grouped_in or top_k == 1:
+        return OPS.parallel_linear(grad, weight, order, offsets, 1, grouped_out, grouped_in, [], not transposed)
+    rows = OPS.parallel_linear(grad, weight, order, offsets, 1, grouped_out, True, [], not transposed)
+    return OPS.combine(rows, None, order, offsets, top_k, True)
+
+
+autograd("parallel_linear", setup_context, backward)
+
+
+@autocast("parallel_linear")
+def parallel_linear_autocast(cast, x, weight, order, offsets, top_k, grouped_in, grouped_out, bias, transposed=False):
+    return cast(x), cast(weight), order, offsets, top_k, grouped_in, grouped_out, cast(bias), transposed
+
+
+@flops("parallel_linear")
+def parallel_linear_flops(x_shape, weight_shapes, *args, out_shape, **kwargs) -> int:
+    """2 * N * in * out; an upper bound, since slots of sentinels cost nothing."""
+    num_slots, _ = out_shape
+    rows, columns = weight_shapes[0][-2:]
+    return 2 * num_slots * rows * columns

@@ -1,0 +1,30 @@
+"""scatter_moe::parallel_linear_bias_grad: gradient of parallel_linear's biases, stacked."""
+
+from torch import Tensor
+
+from registrations.library import OPS, autograd, define, fake, kernels
+from scatter_ops import checks
+
+define("parallel_linear_bias_grad(Tensor grad, Tensor order, Tensor offsets, bool grouped_out) -> Tensor")
+kernels("parallel_linear_bias_grad", checks.parallel_linear_bias_grad)
+
+
+@fake("parallel_linear_bias_grad", checks.parallel_linear_bias_grad)
+def parallel_linear_bias_grad_fake(grad: Tensor, order: Tensor, offsets: Tensor, grouped_out: bool) -> Tensor:
+    return grad.new_empty(offsets.shape[0], grad.shape[1])
+
+
+def setup_context(ctx, inputs, output) -> None:
+    _, order, offsets, ctx.grouped_out = inputs
+    ctx.save_for_backward(order, offsets)
+
+
+def backward(ctx, grad_bias: Tensor):
+    order, offsets = ctx.saved_tensors
+    rows = OPS.expand([grad_bias], offsets, order.shape[0])
+    if not ctx.grouped_out:
+        rows = OPS.combine(rows, None, order, offsets, 1, True)
+    return rows, None, None, None
+
+
+autograd("parallel_linear_bias_grad", setup_context, backward)
