@@ -19,7 +19,8 @@ def test_block_runs_in_eager(case):
     assert out.shape == x.shape
     assert 0.05 < out.detach().pow(2).mean().sqrt() < 20
     out.backward(torch.randn_like(out))
-    assert x.grad is not None and x.grad.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not name.startswith("gate"):
             assert parameter.grad is not None, f"{name} has no gradient"

@@ -1,0 +1,15 @@
+"""Programs that look like Mixture-of-Experts loops and must be left exactly as they are."""
+
+from tests.near_misses import accumulators, bodies, escapes, experts, indices, modes
+from tests.near_misses.common import NearMiss
+
+NEAR_MISSES: tuple[NearMiss, ...] = (
+    *experts.MISSES,
+    *bodies.MISSES,
+    *accumulators.MISSES,
+    *escapes.MISSES,
+    *indices.MISSES,
+    *modes.MISSES,
+)
+
+__all__ = ["NEAR_MISSES", "NearMiss"]

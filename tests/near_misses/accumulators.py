@@ -1,0 +1,325 @@
+"""Accumulators that do not start at zero, are read, aliased, assigned, or are not sums."""
+
+import torch
+
+from tests.near_misses.common import Loop, NearMiss, hits
+from tests.zoo.common import TOKENS, D
+
+
+class StartsAsInput(Loop):
+    """The residual is the accumulator's first value."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        out = x.clone()
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class StartsAsOnes(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        out = torch.ones_like(x)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class AliasesInput(Loop):
+    """Adds into x, which later experts read."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        out = x = x * 1
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class AliasesInputHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        x = x * 1
+        out = x.view(-1, D)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class ReadInside(Loop):
+    """An expert sees what the experts before it added."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            state = x[tokens] + out[tokens]
+            out = out.index_add(0, tokens, self.experts[e](state) * weights[tokens, slots, None])
+        return out
+
+
+class ReadInsideHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            state = x[tokens] + out[tokens]
+            out = out.index_add(0, tokens, self.experts[e](state) * weights[tokens, slots, None])
+        return out
+
+
+class DecaysInside(Loop):
+    """Scaled once per expert: the order of the experts matters."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out = out * 0.5
+            out = out.index_add(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class DecaysInsideHit(Loop):
+    """Scaled once per expert that was hit."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.mul_(0.5)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class InPlaceOnInput(Loop):
+    """x changes under the later experts."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        x = x * 1
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            state = x[tokens]
+            out.index_add_(0, tokens, self.experts[e](state) * weights[tokens, slots, None])
+            x.index_fill_(0, tokens, 0.25)
+        return out
+
+
+class InPlaceOnInputHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        x = x * 1
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            state = x[tokens]
+            out.index_add_(0, tokens, self.experts[e](state) * weights[tokens, slots, None])
+            x.index_fill_(0, tokens, 0.25)
+        return out
+
+
+class InPlaceOnWeights(Loop):
+    """The router's weights fade with every expert."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        weights = weights * 1
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            weights.mul_(0.5)
+        return out
+
+
+class InPlaceOnMask(Loop):
+    """An expert takes its tokens away from the next."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        mask = mask.clone()
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            mask[:, :, tokens] = 0
+        return out
+
+
+class InPlaceOnMaskHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        mask = mask.clone()
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            mask[:, :, tokens] = 0
+        return out
+
+
+class InPlaceOnIds(Loop):
+    def forward(self, hidden_states):
+        x, ids, weights, _, out = self.begin(hidden_states)
+        ids = ids.clone()
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            ids[tokens] = -1
+        return out
+
+
+class InBuffer(Loop):
+    """The accumulator is a buffer which the caller can see."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(TOKENS, D))
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        with torch.no_grad():
+            for e in range(self.num_experts):
+                slots, tokens = torch.where(mask[e])
+                self.total.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return self.total * x
+
+
+class InBufferHit(InBuffer):
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        with torch.no_grad():
+            for e in hits(mask):
+                slots, tokens = torch.where(mask[e].squeeze(0))
+                self.total.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return self.total * x
+
+
+class Alpha(Loop):
+    """index_add_ with alpha."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None], alpha=2)
+        return out
+
+
+class AlphaByExpert(Loop):
+    """index_add_ with another alpha per expert."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None], alpha=1 + e)
+        return out
+
+
+class Maximum(Loop):
+    """The largest output wins."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out = out.index_reduce(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None], "amax")
+        return out
+
+
+class MinusEquals(Loop):
+    def forward(self, hidden_states):
+        x, ids, weights, _, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            out[tokens] -= self.experts[e](x[tokens]) * weights[tokens, slots, None]
+        return out
+
+
+class TimesEquals(Loop):
+    """A product over the experts."""
+
+    def forward(self, hidden_states):
+        x, ids, weights, _, out = self.begin(hidden_states)
+        out = out + 1
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            out[tokens] *= self.experts[e](x[tokens]) * weights[tokens, slots, None]
+        return out
+
+
+class Assigned(Loop):
+    """With K = 2 the later expert overwrites the earlier."""
+
+    def forward(self, hidden_states):
+        x, ids, weights, _, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            out[tokens] = self.experts[e](x[tokens]) * weights[tokens, slots, None]
+        return out
+
+
+class AssignedHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out[tokens] = self.experts[e](x[tokens]) * weights[tokens, slots, None]
+        return out
+
+
+class TwoAccumulators(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        squares = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            y = self.experts[e](x[tokens]) * weights[tokens, slots, None]
+            out.index_add_(0, tokens, y)
+            squares.index_add_(0, tokens, y * y)
+        return out, squares
+
+
+class RestartsHalfWay(Loop):
+    """The sum is thrown away after two experts."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            if e == 1:
+                out = torch.zeros_like(x)
+        return out
+
+
+MISSES = (
+    NearMiss("range_starts_as_input", "accumulator_starts_as_zeros", StartsAsInput, may_rewrite=True),
+    NearMiss("hit_starts_as_ones", "accumulator_starts_as_zeros", StartsAsOnes, may_rewrite=True),
+    NearMiss("range_aliases_input", "accumulator_starts_as_zeros", AliasesInput),
+    NearMiss("hit_aliases_input", "accumulator_starts_as_zeros", AliasesInputHit),
+    NearMiss("range_read_inside", "accumulator_is_not_read", ReadInside),
+    NearMiss("hit_read_inside", "accumulator_is_not_read", ReadInsideHit),
+    NearMiss("range_decays_inside", "accumulator_is_not_read", DecaysInside),
+    NearMiss("hit_decays_inside", "accumulator_is_not_read", DecaysInsideHit),
+    NearMiss("range_in_place_on_input", "nothing_shared_is_mutated", InPlaceOnInput),
+    NearMiss("hit_in_place_on_input", "nothing_shared_is_mutated", InPlaceOnInputHit),
+    NearMiss("range_in_place_on_weights", "nothing_shared_is_mutated", InPlaceOnWeights),
+    NearMiss("range_in_place_on_mask", "nothing_shared_is_mutated", InPlaceOnMask),
+    NearMiss("hit_in_place_on_mask", "nothing_shared_is_mutated", InPlaceOnMaskHit),
+    NearMiss("range_in_place_on_ids", "nothing_shared_is_mutated", InPlaceOnIds),
+    NearMiss("range_buffer_accumulator", "accumulator_starts_as_zeros", InBuffer),
+    NearMiss("hit_buffer_accumulator", "accumulator_starts_as_zeros", InBufferHit),
+    NearMiss("range_alpha", "accumulator_is_a_sum", Alpha, may_rewrite=True),
+    NearMiss("range_alpha_by_expert", "bodies_are_isomorphic", AlphaByExpert),
+    NearMiss("range_maximum", "accumulator_is_a_sum", Maximum),
+    NearMiss("range_minus_equals", "accumulator_is_a_sum", MinusEquals, may_rewrite=True),
+    NearMiss("range_times_equals", "accumulator_is_a_sum", TimesEquals),
+    NearMiss("range_assigned", "ids_are_distinct", Assigned),
+    NearMiss("hit_assigned", "ids_are_distinct", AssignedHit),
+    NearMiss("range_two_accumulators", "no_intermediate_escapes", TwoAccumulators, may_rewrite=True),
+    NearMiss("range_restarts_half_way", "every_expert_is_covered", RestartsHalfWay, may_rewrite=True),
+)

@@ -1,0 +1,453 @@
+"""Something born inside the loop is seen outside it, or the loop does not run to its end."""
+
+import torch
+
+from tests.near_misses.common import Loop, NearMiss, hits
+
+
+class LastOutput(Loop):
+    """The last expert's output is returned as well."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        y = x
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out, y
+
+
+class LastOutputHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        y = x
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out, y
+
+
+class Counts(Loop):
+    """Tokens per expert, as Python integers."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        counts = []
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            counts.append(tokens.shape[0])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out, counts
+
+
+class CountsHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        counts = []
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            counts.append(len(tokens))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out, counts
+
+
+class Listed(Loop):
+    """Every expert's output in a list that lives on the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = []
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            y = self.experts[e](x[tokens])
+            self.outputs.append(y.detach())
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class ListedHit(Listed):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            y = self.experts[e](x[tokens])
+            self.outputs.append(y.detach())
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class Visits(Loop):
+    """A Python counter on the block: E per call in a range loop."""
+
+    visits = 0
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            self.visits += 1
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class VisitsHit(Loop):
+    """Only experts with tokens are counted."""
+
+    visits = 0
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            self.visits += 1
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class Usage(Loop):
+    """Tokens per expert in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(self.num_experts))
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            self.usage[e] += tokens.shape[0]
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class UsageHit(Usage):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            self.usage[e] += tokens.shape[0]
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class UsageFromMask(Usage):
+    """The same counts taken before the loop: no business of the region."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        self.usage += mask.sum(dim=(1, 2))
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class UsageFromMaskHit(Usage):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        self.usage += mask.sum(dim=(1, 2))
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class VariableAfter(Loop):
+    """The loop variable survives a range loop as E - 1."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out * e
+
+
+class VariableAfterHit(Loop):
+    """The last hit expert's number survives."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        e = torch.zeros(1)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out * e
+
+
+class TokensAfter(Loop):
+    """The last expert's tokens are marked after the loop."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        tokens = torch.zeros(0, dtype=torch.long)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out.index_fill(0, tokens, 0.5)
+
+
+class TokensAfterHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        tokens = torch.zeros(0, dtype=torch.long)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out.index_fill(0, tokens, 0.5)
+
+
+class BreakAtTwo(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            if e == 2:
+                break
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class BreakAtTwoHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            if e == 2:
+                break
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class SkipsTwoHit(Loop):
+    """`continue` on a real expert, not on the sentinel."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            e = e[0]
+            if e == 2:
+                continue
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class BreakWhenEmpty(Loop):
+    """The first expert without tokens ends the loop."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            if tokens.numel() < 8:
+                break
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class ReturnInside(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            if e == 1:
+                return out
+        return out
+
+
+class ElseBranch(Loop):
+    """An expert without tokens changes the result."""
+
+    def __init__(self):
+        super().__init__(num_experts=6, top_k=1)
+
+    def forward(self, hidden_states):
+        x, ids, weights, _, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            chosen = ids == e
+            if chosen.any():
+                tokens, slots = torch.where(chosen)
+                out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            else:
+                out = out + 1
+        return out
+
+
+class CountGuard(Loop):
+    """Experts with few tokens are skipped."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            if tokens.shape[0] < 12:
+                continue
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class CountGuardHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            if tokens.numel() > 11:
+                out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class AllGuard(Loop):
+    """`all` where `any` was meant."""
+
+    def forward(self, hidden_states):
+        x, ids, weights, _, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            chosen = ids == e
+            if not chosen.all():
+                continue
+            tokens, slots = torch.where(chosen)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out + x
+
+
+class GuardOfAnother(Loop):
+    """The guard looks at the next expert's tokens."""
+
+    def __init__(self):
+        super().__init__(num_experts=6, top_k=1)
+
+    def forward(self, hidden_states):
+        x, ids, weights, _, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            chosen = ids == e
+            if (ids == (e + 1) % self.num_experts).sum() > 4:
+                tokens, slots = torch.where(chosen)
+                out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class ForElse(Loop):
+    """The else of a for without break always runs."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        else:
+            out = out * 2
+        return out
+
+
+class AuxiliaryLoss(Loop):
+    """A penalty summed inside the loop."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        penalty = x.new_zeros(())
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            y = self.experts[e](x[tokens])
+            penalty = penalty + y.pow(2).sum()
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out, penalty
+
+
+class AuxiliaryLossHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        penalty = x.new_zeros(())
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            y = self.experts[e](x[tokens])
+            penalty = penalty + y.pow(2).sum()
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out, penalty
+
+
+class KeepsLogits(Loop):
+    """Writes an attribute outside the loop."""
+
+    logits = None
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        self.logits = self.gate(x).detach()
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class KeepsState(Loop):
+    """Keeps the last expert's input."""
+
+    state = None
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            state = x[tokens]
+            self.state = state.detach()
+            out.index_add_(0, tokens, self.experts[e](state) * weights[tokens, slots, None])
+        return out
+
+
+class SharedCounter(Loop):
+    """A dictionary outside the module is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            self.seen[int(e)] = self.seen.get(int(e), 0) + 1
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+MISSES = (
+    NearMiss("range_last_output", "no_intermediate_escapes", LastOutput),
+    NearMiss("hit_last_output", "no_intermediate_escapes", LastOutputHit),
+    NearMiss("range_counts", "no_intermediate_escapes", Counts),
+    NearMiss("hit_counts", "no_intermediate_escapes", CountsHit),
+    NearMiss("range_listed", "no_intermediate_escapes", Listed),
+    NearMiss("hit_listed", "no_state_is_written", ListedHit),
+    NearMiss("range_visits", "no_state_is_written", Visits, may_rewrite=True),
+    NearMiss("hit_visits", "no_state_is_written", VisitsHit),
+    NearMiss("range_usage", "no_intermediate_escapes", Usage),
+    NearMiss("hit_usage", "no_intermediate_escapes", UsageHit),
+    NearMiss("range_usage_from_mask", "no_intermediate_escapes", UsageFromMask, may_rewrite=True),
+    NearMiss("hit_usage_from_mask", "no_state_is_written", UsageFromMaskHit, may_rewrite=True),
+    NearMiss("range_variable_after", "no_intermediate_escapes", VariableAfter, may_rewrite=True),
+    NearMiss("hit_variable_after", "no_intermediate_escapes", VariableAfterHit),
+    NearMiss("range_tokens_after", "no_intermediate_escapes", TokensAfter),
+    NearMiss("hit_tokens_after", "no_intermediate_escapes", TokensAfterHit),
+    NearMiss("range_break_at_two", "every_expert_is_covered", BreakAtTwo, may_rewrite=True),
+    NearMiss("hit_break_at_two", "loop_runs_to_its_end", BreakAtTwoHit),
+    NearMiss("hit_skips_two", "every_expert_is_covered", SkipsTwoHit),
+    NearMiss("range_break_when_empty", "loop_runs_to_its_end", BreakWhenEmpty),
+    NearMiss("hit_return_inside", "loop_runs_to_its_end", ReturnInside),
+    NearMiss("range_else_branch", "guards_only_skip_empty_experts", ElseBranch),
+    NearMiss("range_count_guard", "guards_only_skip_empty_experts", CountGuard),
+    NearMiss("hit_count_guard", "guards_only_skip_empty_experts", CountGuardHit),
+    NearMiss("range_all_guard", "guards_only_skip_empty_experts", AllGuard),
+    NearMiss("range_guard_of_another", "guards_only_skip_empty_experts", GuardOfAnother),
+    NearMiss("hit_for_else", "loop_runs_to_its_end", ForElse, may_rewrite=True),
+    NearMiss("range_auxiliary_loss", "no_intermediate_escapes", AuxiliaryLoss),
+    NearMiss("hit_auxiliary_loss", "no_intermediate_escapes", AuxiliaryLossHit),
+    NearMiss("hit_keeps_logits", "no_state_is_written", KeepsLogits, may_rewrite=True),
+    NearMiss("hit_keeps_state", "no_state_is_written", KeepsState),
+    NearMiss("hit_shared_counter", "no_state_is_written", SharedCounter),
+)

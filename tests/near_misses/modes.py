@@ -1,0 +1,138 @@
+"""Grad mode and autocast that change within the loop."""
+
+import torch
+
+from tests.near_misses.common import Loop, NearMiss, hits
+
+
+class NoGradOnOne(Loop):
+    """Expert 0 does not learn."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            with torch.set_grad_enabled(e > 0):
+                y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class NoGradOnOneHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            with torch.set_grad_enabled(bool(e > 0)):
+                y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class NoGradOnAll(Loop):
+    """Experts do not learn, the router does."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            with torch.no_grad():
+                y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class NoGradOnAllHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            with torch.no_grad():
+                y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class NoGradWeights(Loop):
+    """The router's weights are read under no_grad."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            with torch.no_grad():
+                weight = weights[tokens, slots, None]
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weight)
+        return out
+
+
+class DetachedWeights(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None].detach())
+        return out
+
+
+class DetachOnOne(Loop):
+    """Expert 0's output is cut off."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            y = self.experts[e](x[tokens])
+            if e == 0:
+                y = y.detach()
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class AutocastOnExperts(Loop):
+    """Experts in bfloat16, router and sum in float32."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y.float() * weights[tokens, slots, None])
+        return out
+
+
+class AutocastOnExpertsHit(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e].squeeze(0))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.experts[e](x[tokens])
+            out.index_add_(0, tokens, y.float() * weights[tokens, slots, None])
+        return out
+
+
+class AutocastOnOne(Loop):
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=e == 1):
+                y = self.experts[e](x[tokens]).float()
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+MISSES = (
+    NearMiss("range_no_grad_on_one", "grad_mode_is_constant", NoGradOnOne),
+    NearMiss("hit_no_grad_on_one", "grad_mode_is_constant", NoGradOnOneHit),
+    NearMiss("range_no_grad_on_all", "grad_mode_is_constant", NoGradOnAll),
+    NearMiss("hit_no_grad_on_all", "grad_mode_is_constant", NoGradOnAllHit),
+    NearMiss("range_no_grad_weights", "grad_mode_is_constant", NoGradWeights),
+    NearMiss("hit_detached_weights", "body_is_differentiable", DetachedWeights),
+    NearMiss("range_detach_on_one", "body_is_differentiable", DetachOnOne),
+    NearMiss("range_autocast_on_experts", "autocast_is_constant", AutocastOnExperts),
+    NearMiss("hit_autocast_on_experts", "autocast_is_constant", AutocastOnExpertsHit),
+    NearMiss("range_autocast_on_one", "autocast_is_constant", AutocastOnOne),
+)
