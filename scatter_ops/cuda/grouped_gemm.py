@@ -1,0 +1,154 @@
+"""The internal grouped GEMM: operands of every kind to one kernel launch. Shared by linear, mlp_forward and mlp_backward."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from scatter_ops import tuning
+from scatter_ops.cuda.device import capability, dot_precision, num_multiprocessors
+from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
+from scatter_ops.cuda.routing import Schedule, schedule
+from scatter_ops.kernels.grouped_gemm import grouped_gemm_kernel
+
+NO_BIAS = ExpertBias(None, 0, "none")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Left operand: [rows, columns]; divisor 0 reads row i of the grouped rows, d > 0 row order[i] // d."""
+
+    data: Tensor
+    divisor: int
+
+    def __post_init__(self) -> None:
+        if self.data.stride(-1) != 1:
+            object.__setattr__(self, "data", self.data.contiguous())
+
+
+class Routing:
+    """order and offsets with the schedules made from them: at most one per row tile size."""
+
+    def __init__(self, order_N: Tensor, offsets_E: Tensor) -> None:
+        self.order_N, self.offsets_E = order_N, offsets_E
+        self.num_slots, self.num_experts = order_N.numel(), offsets_E.numel()
+        self._schedules: dict[int, Schedule] = {}
+
+    def schedule(self, block_m: int, with_inverse: bool = False) -> Schedule:
+        known = self._schedules.get(block_m)
+        if known is None or (with_inverse and known.inverse_N is None):
+            known = self._schedules[block_m] = schedule(self.order_N, self.offsets_E, block_m, with_inverse)
+        return known
+
+    @property
+    def inverse_N(self) -> Tensor:
+        for known in self._schedules.values():
+            if known.inverse_N is not None:
+                return known.inverse_N
+        inverse = self.schedule(128, with_inverse=True).inverse_N
+        assert inverse is not None
+        return inverse
+
+
+def select_config(op: str, x: Tensor, routing: Routing, n: int, k: int) -> tuning.Config:
+    shape = tuning.shape_class(routing.num_slots, routing.num_experts, n, k)
+    return tuning.select(op, capability(x.device), shape, x.dtype, dot_precision(x.dtype))
+
+
+def grid_size(config: tuning.Config, num_tiles: int, device: torch.device) -> tuple[int]:
+    if config.programs_per_sm == 0:
+        return (num_tiles,)
+    return (min(num_tiles, config.programs_per_sm * num_multiprocessors(device)),)
+
+
+def product_options(
+    rows: Rows, weight: ExpertWeight, config: tuning.Config, block_n: int, n_ways: int
+) -> tuple[Any, Any, dict[str, Any]]:
+    """(x, weight, options): the operands and what kernels that call multiply_tile take as constants about them."""
+    use_tma = config.tma and (rows.data.device.type == "cpu" or capability(rows.data.device) >= (9, 0))
+    block_k = config.block_k
+    descriptor = weight_descriptor(weight, block_n, block_k, n_ways) if use_tma else None
+    x_tma = (
+        use_tma and rows.divisor == 0 and _tma_rows(rows.data) and (weight.ways == n_ways or weight.k % block_k == 0)
+    )
+    x = TensorDescriptor.from_tensor(rows.data, [config.block_m, block_k]) if x_tma else rows.data
+    options = {
+        "WEIGHT": "tma" if descriptor else "list" if weight.is_list else "strided",
+        "X_TMA": x_tma,
+        "N_MAJOR": weight.stride_k != 1 and weight.stride_n == 1,
+        "EVEN_K": weight.k % block_k == 0,
+        "PRECISION": dot_precision(rows.data.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": block_k,
+        "GROUP_M": config.group_m,
+        "FLATTEN": config.flatten,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return x, descriptor or weight.data, options
+
+
+def weight_descriptor(weight: ExpertWeight, block_n: int, block_k: int, n_ways: int) -> TensorDescriptor | None:
+    """[E, ways, n, k], or [E, k, ways, n] where n is contiguous; None where the strides or the address forbid TMA."""
+    stride_way = weight.stride_way if weight.ways > 1 else weight.stride_e
+    if weight.stride_k == 1:
+        shape = [weight.num_experts, weight.ways, weight.n, weight.k]
+        strides = [weight.stride_e, stride_way, weight.stride_n, 1]
+        block = [1, n_ways, block_n // n_ways, block_k]
+    else:
+        shape = [weight.num_experts, weight.k, weight.ways, weight.n]
+        strides = [weight.stride_e, weight.stride_k, stride_way, weight.stride_n]
+        block = [1, block_k, n_ways, block_n // n_ways]
+    size = weight.data.element_size()
+    aligned = all(stride > 0 and stride * size % ALIGNMENT == 0 for stride in strides[:-1])
+    if weight.is_list or strides[-1] != 1 or not aligned or weight.data.data_ptr() % ALIGNMENT:
+        return None
+    return TensorDescriptor(weight.data, shape, strides, block)
+
+
+def _tma_rows(x: Tensor) -> bool:
+    return x.numel() > 0 and x.stride(0) * x.element_size() % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
+
+
+def grouped_gemm(
+    rows: Rows, weight: ExpertWeight, bias: ExpertBias, routing: Routing, scatter: bool, zero_unrouted: bool
+) -> Tensor:
+    """out [N, n]: row i of the grouped rows (or its slot if scatter) times its expert's weight, plus bias.
+
+    zero_unrouted: write zeros to the rows of sentinel slots; they stay undefined otherwise.
+    """
+    num_slots = routing.num_slots
+    out = torch.empty(num_slots, weight.n, dtype=rows.data.dtype, device=rows.data.device)
+    if out.numel() == 0:
+        return out
+    config = select_config("grouped_gemm", rows.data, routing, weight.n, weight.k)
+    tiles = routing.schedule(config.block_m)
+    x, w, options = product_options(rows, weight, config, config.block_n, n_ways=1)
+    grid = grid_size(config, tiles.max_row_tiles * triton.cdiv(weight.n, config.block_n), out.device)
+    grouped_gemm_kernel[grid](
+        x,
+        w,
+        bias.data,
+        out,
+        routing.order_N,
+        routing.offsets_E,
+        tiles.tile_map,
+        num_slots if zero_unrouted else 0,
+        weight.n,
+        weight.k,
+        rows.data.stride(0),
+        *weight.strides,
+        bias.stride_e,
+        out.stride(0),
+        NUM_EXPERTS=routing.num_experts,
+        X_DIVISOR=rows.divisor,
+        SCATTER=scatter,
+        BIAS=bias.kind,
+        K_WAYS=weight.ways,
+        BLOCK_N=config.block_n,
+        **options,
+    )
+    return out

@@ -1,0 +1,54 @@
+"""parallel_linear and its gradients on CUDA. N slots, E experts, `in` and `out` the widths of the linear layer."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from scatter_ops.cuda.device import on_its_device
+from scatter_ops.cuda.grouped_gemm import Routing, Rows, grouped_gemm
+from scatter_ops.cuda.parameters import expert_bias, expert_weight
+from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
+
+
+@on_its_device
+def parallel_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    order_N: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    grouped_in: bool,
+    grouped_out: bool,
+    bias: Sequence[Tensor],
+    transposed: bool = False,
+) -> Tensor:
+    """y = x W_e^T + b_e for each slot with its expert e: [N, out] in x's dtype. See scatter_ops.reference."""
+    rows = Rows(x, 0 if grouped_in else top_k)
+    routing = Routing(order_N, offsets_E)
+    return grouped_gemm(
+        rows, expert_weight(weight, transposed), expert_bias(bias), routing, scatter=not grouped_out, zero_unrouted=True
+    )
+
+
+@on_its_device
+def parallel_linear_weight_grad(
+    x: Tensor,
+    grad: Tensor,
+    order_N: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    grouped_in: bool,
+    grouped_out: bool,
+    transposed: bool = False,
+) -> Tensor:
+    """Stacked gradient of the weights in their own layout, in x's dtype."""
+    x_rows = Rows(x, 0 if grouped_in else top_k)
+    grad_rows = Rows(grad.to(x.dtype), 0 if grouped_out else 1)
+    left, right = (x_rows, grad_rows) if transposed else (grad_rows, x_rows)
+    return weight_grad(left, right, Routing(order_N, offsets_E))
+
+
+@on_its_device
+def parallel_linear_bias_grad(grad: Tensor, order_N: Tensor, offsets_E: Tensor, grouped_out: bool) -> Tensor:
+    """Gradient [E, out] of the biases."""
+    return grouped_sum(Rows(grad, 0 if grouped_out else 1), None, Routing(order_N, offsets_E), grad.dtype)

@@ -1,0 +1,140 @@
+"""Per-expert parameters as kernels see them: one strided stack, or an array of base pointers.
+
+Equally spaced tensors of equal strides (the unbound views of one stack, or experts allocated together) are read as one strided
+tensor. Anything else goes through an int64 array of pointers on the device, made once for each tuple of pointers.
+E experts; a weight is [E, ways, n, k] with n its columns in the output and k the reduction.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: kernels load 16 at a time through pointers of a list
+MAX_CACHED_ARRAYS = 4096
+
+_arrays: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+_captured: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """A weight [E, ways, n, k]; data is a tensor at its start, or int64 base pointers ([ways * E] or [E]) if is_list."""
+
+    data: Tensor
+    is_list: bool
+    num_experts: int
+    ways: int
+    n: int
+    k: int
+    stride_e: int
+    stride_way: int
+    stride_n: int
+    stride_k: int
+    experts_per_way: int = 0
+
+    def transposed(self) -> "ExpertWeight":
+        """The weight of the product's backward: n and k exchanged."""
+        return replace(self, n=self.k, k=self.n, stride_n=self.stride_k, stride_k=self.stride_n)
+
+    def in_two_ways(self) -> "ExpertWeight":
+        """A concatenated gate_up [E, 2 F, k] seen as [E, 2, F, k]."""
+        return replace(self, ways=2, n=self.n // 2, stride_way=self.n // 2 * self.stride_n)
+
+    @property
+    def strides(self) -> tuple[int, int, int, int, int]:
+        """In the order kernels take them."""
+        return self.stride_e, self.stride_way, self.stride_n, self.stride_k, self.experts_per_way
+
+
+@dataclass(frozen=True)
+class ExpertBias:
+    data: Tensor | None
+    stride_e: int
+    kind: str  # none, strided or list
+
+
+def expert_weight(tensors: Sequence[Tensor], transposed: bool) -> ExpertWeight:
+    """One tensor [E, n, k] or E tensors [n, k]; [E, k, n] and [k, n] if transposed."""
+    data, is_list, num_experts, stride_e = _spaced(tensors, expert_dim=2)
+    n_dim, k_dim = (-1, -2) if transposed else (-2, -1)
+    # A stack made because nothing else fits has its own strides; a list has those of its tensors.
+    like = tensors[0] if is_list else data
+    sizes = like.shape[n_dim], like.shape[k_dim]
+    return ExpertWeight(data, is_list, num_experts, 1, *sizes, stride_e, 0, like.stride(n_dim), like.stride(k_dim))
+
+
+def separate_weight(gate: Sequence[Tensor], up: Sequence[Tensor], transposed: bool) -> ExpertWeight:
+    """Gate and up in tensors of their own, as one weight of two ways."""
+    first, second = (expert_weight(tensors, transposed) for tensors in (gate, up))
+    same_strides = first.strides == second.strides
+    if same_strides and not first.is_list and not second.is_list:
+        distance = second.data.data_ptr() - first.data.data_ptr()
+        if distance % ALIGNMENT == 0:
+            return replace(first, ways=2, stride_way=distance // first.data.element_size())
+    both = [*_unstacked(gate), *_unstacked(up)]
+    if same_strides and all(weight.data_ptr() % ALIGNMENT == 0 for weight in both):
+        data = _pointer_array([weight.data_ptr() for weight in both], both[0])
+        return replace(first, data=data, is_list=True, ways=2, stride_e=0, experts_per_way=first.num_experts)
+    stack = expert_weight([torch.stack(both)], transposed)
+    return replace(stack, num_experts=first.num_experts, ways=2, stride_way=first.num_experts * stack.stride_e)
+
+
+def expert_bias(tensors: Sequence[Tensor]) -> ExpertBias:
+    """No tensor, one [E, n] or E tensors [n]."""
+    if not tensors:
+        return ExpertBias(None, 0, "none")
+    if any(bias.stride(-1) != 1 for bias in tensors):
+        tensors = [tensors[0].contiguous() if tensors[0].dim() == 2 else torch.stack(tuple(tensors))]
+    data, is_list, _, stride_e = _spaced(tensors, expert_dim=1)
+    return ExpertBias(data, stride_e, "list" if is_list else "strided")
+
+
+def _spaced(tensors: Sequence[Tensor], expert_dim: int) -> tuple[Tensor, bool, int, int]:
+    """(data, is_list, number of experts, distance between experts in elements)."""
+    first = tensors[0]
+    if len(tensors) == 1 and first.dim() == expert_dim + 1:
+        return first, False, first.shape[0], first.stride(0)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    step = pointers[1] - pointers[0] if len(pointers) > 1 else 0
+    same_strides = all(tensor.stride() == first.stride() for tensor in tensors)
+    if same_strides and step % ALIGNMENT == 0 and all(b - a == step for a, b in itertools.pairwise(pointers)):
+        return first, False, len(tensors), step // first.element_size()
+    if same_strides and all(pointer % ALIGNMENT == 0 for pointer in pointers):
+        return _pointer_array(pointers, first), True, len(tensors), 0
+    stack = torch.stack(tuple(tensors))
+    return stack, False, len(tensors), stack.stride(0)
+
+
+def _unstacked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tensors[0].unbind(0) if tensors[0].dim() == 3 else tensors
+
+
+def _pointer_array(pointers: Sequence[int], like: Tensor) -> Tensor:
+    """The pointers on the device. An array that a CUDA graph was captured with is kept as long as the process lives."""
+    key = like.device, tuple(pointers)
+    array = _captured.get(key)
+    if array is not None:
+        return array
+    array = _arrays.get(key)
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    if array is None:
+        if capturing:
+            raise RuntimeError(
+                "per-expert weights met for the first time in a CUDA graph capture: run the model once before capturing it"
+            )
+        if len(_arrays) >= MAX_CACHED_ARRAYS:
+            _drop_arrays(like)
+        array = _arrays[key] = torch.tensor(pointers, dtype=torch.int64, device=like.device)
+    elif capturing:
+        _captured[key] = array
+    return array
+
+
+def _drop_arrays(like: Tensor) -> None:
+    """Kernels on any stream may still read the arrays, so wait for them before their memory is used again."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    _arrays.clear()

@@ -1,0 +1,70 @@
+"""Activations and their derivatives on fp32 tiles, the same formulas as scatter_ops.reference.
+
+Gated:  A = act(gate) * up        plain: A = act(gate), up unused.
+clamped_swiglu (gpt-oss): g = min(gate, limit), u = clamp(up, -limit, limit), A = (u + 1) * g * sigmoid(alpha * g).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _scalar_activation(g, ACTIVATION: tl.constexpr):
+    """act(g) and act'(g)."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(g)
+        value = g * s
+        slope = s * (1.0 + g * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        value = g * cdf
+        slope = cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        cdf = tl.sigmoid(2.0 * inner)
+        value = g * cdf
+        slope = cdf + g * 2.0 * cdf * (1.0 - cdf) * 0.7978845608028654 * (1.0 + 0.134145 * g * g)
+    elif ACTIVATION == "relu":
+        value = tl.where(g < 0.0, 0.0, g)
+        slope = tl.where(g <= 0.0, 0.0, 1.0)
+    else:
+        tl.static_assert(ACTIVATION == "relu2", "unknown activation")
+        value = tl.where(g < 0.0, 0.0, g * g)
+        slope = tl.where(g <= 0.0, 0.0, 2.0 * g)
+    return value, slope
+
+
+@triton.jit
+def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    if ACTIVATION == "clamped_swiglu":
+        g = tl.where(gate > limit, limit, gate)
+        u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        result = (u + 1.0) * g * tl.sigmoid(alpha * g)
+    else:
+        result, _ = _scalar_activation(gate, ACTIVATION)
+        if GATED:
+            result *= up
+    return result
+
+
+@triton.jit
+def activate_backward(gate, up, grad, alpha, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """A, dA/dgate * grad, dA/dup * grad (meaningless if not GATED)."""
+    if ACTIVATION == "clamped_swiglu":
+        g = tl.where(gate > limit, limit, gate)
+        u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        s = tl.sigmoid(alpha * g)
+        result = (u + 1.0) * g * s
+        grad_gate = tl.where(gate > limit, 0.0, grad * (u + 1.0) * s * (1.0 + alpha * g * (1.0 - s)))
+        grad_up = tl.where((up > limit) | (up < -limit), 0.0, grad * g * s)
+    else:
+        value, slope = _scalar_activation(gate, ACTIVATION)
+        if GATED:
+            result = value * up
+            grad_gate = grad * up * slope
+            grad_up = grad * value
+        else:
+            result = value
+            grad_gate = grad * slope
+            grad_up = grad
+    return result, grad_gate, grad_up

@@ -1,0 +1,207 @@
+"""Second half of the expert MLP, backward: gradient of A by a GEMM, activation's derivative in its epilogue.
+
+With s the router weight and dA' = grad_out[token of rows] @ W_down (before s), in fp32, and A recomputed from the stored h:
+
+    weights on the output: dS = <dA', A>     dA = s dA'     dH = dA * act'      sA = s A (operand of dW_down)
+    weights on the input:  dS = <dP, h>      dP = dA' * act'(s h + b)   dH = s dP   sA = A        (P the pre-activation)
+
+dS is written as partials [N, column tiles], one per tile, to be summed in a fixed order by `sum_partials_kernel`.
+k_size = 0 skips the GEMM where only sA is wanted.
+"""
+
+import triton
+import triton.language as tl
+
+from scatter_ops.kernels.activation import activate_backward
+from scatter_ops.kernels.glu import add_gate_up_bias, load_gate_up, store_gate_up
+from scatter_ops.kernels.mainloop import load_bias, load_tile, multiply_tile, source_rows, tile_position
+
+
+@triton.jit
+def glu_backward_kernel(
+    grad_out,
+    weight,
+    h_ptr,
+    gate_bias,
+    up_bias,
+    topk_weights_ptr,
+    grad_h_ptr,
+    grad_pre_ptr,
+    scaled_a_ptr,
+    partials_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_map_ptr,
+    alpha,
+    limit,
+    f_size,
+    h_size,
+    k_size,
+    num_partials,
+    stride_grad,
+    stride_e,
+    stride_way,
+    stride_n,
+    stride_k,
+    experts_per_way,
+    stride_gate_bias,
+    stride_up_bias,
+    GRAD_DIVISOR: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SCALE_INPUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    X_TMA: tl.constexpr,
+    N_MAJOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Outputs that are None aren't written. h_ptr and grad_h_ptr may be the same memory."""
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    GATED: tl.constexpr = LAYOUT != "plain"
+    num_row_tiles = tl.load(tile_map_ptr)
+    num_column_tiles = tl.cdiv(f_size, BLOCK_F)
+    num_tiles = num_row_tiles * num_column_tiles
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M)
+        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, row_tile)
+        rows = first_row + tl.arange(0, BLOCK_M)
+        valid = rows < end_row
+        first_f = column_tile * BLOCK_F
+        grad_a = multiply_tile(
+            grad_out,
+            weight,
+            source_rows(order_ptr, rows, valid, GRAD_DIVISOR),
+            first_row,
+            expert,
+            first_f,
+            f_size,
+            k_size,
+            stride_grad,
+            stride_e,
+            stride_way,
+            stride_n,
+            stride_k,
+            experts_per_way,
+            DTYPE,
+            WEIGHT,
+            X_TMA,
+            N_MAJOR,
+            1,
+            1,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_F,
+            BLOCK_K,
+            PRECISION,
+        )
+        row_index = rows.to(tl.int64)
+        slots = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int64)
+        scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
+        gate_h, up_h = load_gate_up(h_ptr, row_index, valid, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT)
+        f = first_f + tl.arange(0, BLOCK_F)
+        if SCALE_INPUT:
+            gate, up = add_gate_up_bias(
+                gate_h * scale,
+                up_h * scale,
+                gate_bias,
+                up_bias,
+                expert,
+                first_f,
+                f_size,
+                stride_gate_bias,
+                stride_up_bias,
+                DTYPE,
+                BIAS,
+                BLOCK_F,
+                LAYOUT,
+            )
+            a, grad_gate, grad_up = activate_backward(gate, up, grad_a, alpha, limit, ACTIVATION, GATED)
+            if GATED:
+                grad_scale = tl.sum(grad_gate * gate_h + grad_up * up_h, 1)
+            else:
+                grad_scale = tl.sum(grad_gate * gate_h, 1)
+            if grad_pre_ptr is not None:
+                store_gate_up(
+                    grad_pre_ptr,
+                    grad_gate,
+                    grad_up,
+                    row_index,
+                    valid,
+                    h_size,
+                    first_f,
+                    f_size,
+                    BLOCK_M,
+                    BLOCK_F,
+                    LAYOUT,
+                )
+            grad_gate *= scale
+            grad_up *= scale
+        else:
+            a, grad_gate, grad_up = activate_backward(gate_h, up_h, grad_a, alpha, limit, ACTIVATION, GATED)
+            grad_scale = tl.sum(grad_a * a, 1)
+            grad_gate *= scale
+            grad_up *= scale
+            a *= scale
+        if partials_ptr is not None:
+            tl.store(partials_ptr + slots * num_partials + column_tile, grad_scale, mask=valid)
+        if scaled_a_ptr is not None:
+            a_mask = valid[:, None] & (f < f_size)[None, :]
+            tl.store(scaled_a_ptr + row_index[:, None] * f_size + f[None, :], a.to(DTYPE), mask=a_mask)
+        if grad_h_ptr is not None:
+            store_gate_up(
+                grad_h_ptr, grad_gate, grad_up, row_index, valid, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT
+            )
+
+
+@triton.jit
+def bias_partials_kernel(
+    grad_out_ptr,
+    bias,
+    partials_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_map_ptr,
+    d_size,
+    stride_grad,
+    stride_bias,
+    num_partials,
+    column,
+    TOP_K: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """partials[slot, column] = <grad_out[token], down_bias[expert]>: where s multiplies the bias too."""
+    DTYPE: tl.constexpr = grad_out_ptr.dtype.element_ty
+    if tl.program_id(0) < tl.load(tile_map_ptr):
+        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, tl.program_id(0))
+        rows = first_row + tl.arange(0, BLOCK_M)
+        valid = rows < end_row
+        slots = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int64)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, d_size, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            grad_ptrs = grad_out_ptr + (slots // TOP_K)[:, None] * stride_grad + d[None, :]
+            grad = tl.load(grad_ptrs, mask=valid[:, None] & (d < d_size)[None, :], other=0.0).to(tl.float32)
+            acc += grad * load_bias(bias, expert, d, d < d_size, stride_bias, DTYPE, BIAS == "list")[None, :]
+        tl.store(partials_ptr + slots * num_partials + column, tl.sum(acc, 1), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def sum_partials_kernel(
+    partials_ptr, inverse_ptr, out_ptr, num_slots, num_partials, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
+):
+    """out[slot] = sum over its partials in a fixed order; 0 for a sentinel."""
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, PARTIALS)
+    routed = tl.load(inverse_ptr + slots, mask=slots < num_slots, other=-1) >= 0
+    pointers = partials_ptr + slots.to(tl.int64)[:, None] * num_partials + column[None, :]
+    partials = tl.load(pointers, mask=routed[:, None] & (column < num_partials)[None, :], other=0.0)
+    tl.store(out_ptr + slots, tl.sum(partials, 1).to(out_ptr.dtype.element_ty), mask=slots < num_slots)

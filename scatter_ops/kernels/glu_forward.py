@@ -1,0 +1,148 @@
+"""First half of the expert MLP: gate-up GEMM over gathered rows, with bias and activation in its epilogue.
+
+for each tile (expert e, rows of e, BLOCK_F columns of A):
+    h = x[token of rows] @ [gate | up]^T (+ bias unless SCALE_INPUT), rounded; stored if STORE_H
+    A[rows] = act(gate) * up of the rounded h     (of s * h + bias, in fp32, if SCALE_INPUT)
+rows of h of sentinel slots = 0
+"""
+
+import triton
+import triton.language as tl
+
+from scatter_ops.kernels.activation import activate
+from scatter_ops.kernels.glu import add_gate_up_bias, split_gate_up, store_gate_up
+from scatter_ops.kernels.mainloop import load_tile, multiply_tile, source_rows, tile_position, zero_unrouted_rows
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def glu_forward_kernel(
+    x,
+    weight,
+    gate_bias,
+    up_bias,
+    topk_weights_ptr,
+    a_ptr,
+    h_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_map_ptr,
+    alpha,
+    limit,
+    num_slots,
+    f_size,
+    h_size,
+    k_size,
+    stride_x,
+    stride_e,
+    stride_way,
+    stride_n,
+    stride_k,
+    experts_per_way,
+    stride_gate_bias,
+    stride_up_bias,
+    NUM_EXPERTS: tl.constexpr,
+    X_DIVISOR: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SCALE_INPUT: tl.constexpr,
+    STORE_H: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    X_TMA: tl.constexpr,
+    N_MAJOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+    # An interleaved weight is read as it lies: one way of 2 F columns.
+    N_WAYS: tl.constexpr = 2 if LAYOUT == "concatenated" else 1
+    BLOCK_N: tl.constexpr = BLOCK_F if LAYOUT == "plain" else 2 * BLOCK_F
+    COLUMN_STEP: tl.constexpr = 2 if LAYOUT == "interleaved" else 1
+    num_row_tiles = tl.load(tile_map_ptr)
+    num_column_tiles = tl.cdiv(f_size, BLOCK_F)
+    num_tiles = num_row_tiles * num_column_tiles
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M)
+        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, row_tile)
+        rows = first_row + tl.arange(0, BLOCK_M)
+        valid = rows < end_row
+        first_f = column_tile * BLOCK_F
+        acc = multiply_tile(
+            x,
+            weight,
+            source_rows(order_ptr, rows, valid, X_DIVISOR),
+            first_row,
+            expert,
+            first_f * COLUMN_STEP,
+            f_size * COLUMN_STEP,
+            k_size,
+            stride_x,
+            stride_e,
+            stride_way,
+            stride_n,
+            stride_k,
+            experts_per_way,
+            DTYPE,
+            WEIGHT,
+            X_TMA,
+            N_MAJOR,
+            N_WAYS,
+            1,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        gate, up = split_gate_up(acc, BLOCK_M, BLOCK_F, LAYOUT)
+        if not SCALE_INPUT:
+            gate, up = add_gate_up_bias(
+                gate,
+                up,
+                gate_bias,
+                up_bias,
+                expert,
+                first_f,
+                f_size,
+                stride_gate_bias,
+                stride_up_bias,
+                DTYPE,
+                BIAS,
+                BLOCK_F,
+                LAYOUT,
+            )
+        gate = gate.to(DTYPE)
+        up = up.to(DTYPE)
+        row_index = rows.to(tl.int64)
+        if STORE_H:
+            store_gate_up(h_ptr, gate, up, row_index, valid, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT)
+        gate = gate.to(tl.float32)
+        up = up.to(tl.float32)
+        if SCALE_INPUT:
+            slots = tl.load(order_ptr + rows, mask=valid, other=0)
+            scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
+            gate, up = add_gate_up_bias(
+                gate * scale,
+                up * scale,
+                gate_bias,
+                up_bias,
+                expert,
+                first_f,
+                f_size,
+                stride_gate_bias,
+                stride_up_bias,
+                DTYPE,
+                BIAS,
+                BLOCK_F,
+                LAYOUT,
+            )
+        result = activate(gate, up, alpha, limit, ACTIVATION, LAYOUT != "plain").to(DTYPE)
+        f = first_f + tl.arange(0, BLOCK_F)
+        tl.store(a_ptr + row_index[:, None] * f_size + f[None, :], result, mask=valid[:, None] & (f < f_size)[None, :])
+    if STORE_H:
+        zero_unrouted_rows(h_ptr, order_ptr, offsets_ptr, num_slots, h_size, h_size, NUM_EXPERTS, False)

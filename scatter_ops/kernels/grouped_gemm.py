@@ -1,0 +1,100 @@
+"""Grouped GEMM of ScatterMoE (arXiv 2403.08245): rows read scattered or grouped, rows written scattered or grouped.
+
+for each tile (expert e, rows of e, columns):                     persistent programs, tiles from the tile map
+    out[rows] = x[source of rows] @ weight[e]^T + bias[e]
+rows of sentinel slots = 0
+"""
+
+import triton
+import triton.language as tl
+
+from scatter_ops.kernels.mainloop import (
+    load_bias,
+    load_tile,
+    multiply_tile,
+    source_rows,
+    tile_position,
+    zero_unrouted_rows,
+)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def grouped_gemm_kernel(
+    x,
+    weight,
+    bias,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_map_ptr,
+    num_slots,
+    n_size,
+    k_size,
+    stride_x,
+    stride_e,
+    stride_way,
+    stride_n,
+    stride_k,
+    experts_per_way,
+    stride_bias,
+    stride_out,
+    NUM_EXPERTS: tl.constexpr,
+    X_DIVISOR: tl.constexpr,
+    SCATTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    X_TMA: tl.constexpr,
+    N_MAJOR: tl.constexpr,
+    K_WAYS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    num_row_tiles = tl.load(tile_map_ptr)
+    num_column_tiles = tl.cdiv(n_size, BLOCK_N)
+    num_tiles = num_row_tiles * num_column_tiles
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M)
+        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, row_tile)
+        rows = first_row + tl.arange(0, BLOCK_M)
+        valid = rows < end_row
+        acc = multiply_tile(
+            x,
+            weight,
+            source_rows(order_ptr, rows, valid, X_DIVISOR),
+            first_row,
+            expert,
+            column_tile * BLOCK_N,
+            n_size,
+            k_size,
+            stride_x,
+            stride_e,
+            stride_way,
+            stride_n,
+            stride_k,
+            experts_per_way,
+            DTYPE,
+            WEIGHT,
+            X_TMA,
+            N_MAJOR,
+            1,
+            K_WAYS,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_range = columns < n_size
+        if BIAS != "none":
+            acc += load_bias(bias, expert, columns, in_range, stride_bias, DTYPE, BIAS == "list")[None, :]
+        targets = source_rows(order_ptr, rows, valid, 1 if SCATTER else 0)
+        out_ptrs = out_ptr + targets[:, None] * stride_out + columns[None, :]
+        tl.store(out_ptrs, acc.to(DTYPE), mask=valid[:, None] & in_range[None, :])
+    zero_unrouted_rows(out_ptr, order_ptr, offsets_ptr, num_slots, n_size, stride_out, NUM_EXPERTS, SCATTER)

@@ -1,0 +1,154 @@
+"""What every grouped GEMM kernel shares: tile order, row indices, and the product of one tile.
+
+A tile is BLOCK_M rows of one expert by BLOCK_N columns. Its left operand is `x`, rows read in place or gathered by index; its
+right operand is the expert's weight, seen as [ways, n, k]: two ways are the gate and up halves of a weight, either side by
+side in the columns of one tile (N_WAYS) or one after the other along the reduction (K_WAYS).
+
+WEIGHT says what `weight` is: "strided" (a stacked tensor), "list" (an int64 array of base pointers, [ways, E] or [E]) or "tma"
+(a host-made tensor descriptor [E, ways, n, k], [E, k, ways, n] if N_MAJOR). X_TMA: `x` is a descriptor [rows, k].
+Legend: N slots, E experts.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
+    """Row and column tile of a tile number: GROUP_M row tiles share each weight tile while it is in the cache."""
+    group_size = GROUP_M * num_column_tiles
+    group = tile // group_size
+    rows_in_group = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
+    within = tile - group * group_size
+    return group * GROUP_M + within % rows_in_group, within // rows_in_group
+
+
+@triton.jit
+def load_tile(tile_map_ptr, offsets_ptr, row_tile):
+    """Expert, first row and end of the expert's rows."""
+    expert = tl.load(tile_map_ptr + 1 + 2 * row_tile)
+    first_row = tl.load(tile_map_ptr + 2 + 2 * row_tile)
+    return expert, first_row, tl.load(offsets_ptr + expert)
+
+
+@triton.jit
+def source_rows(order_ptr, rows, valid, DIVISOR: tl.constexpr):
+    """Row to read (or write) for each grouped row: itself if DIVISOR is 0, else its slot // DIVISOR."""
+    if DIVISOR == 0:
+        return tl.where(valid, rows, 0).to(tl.int64)
+    slots = tl.load(order_ptr + rows, mask=valid, other=0)
+    return (slots // DIVISOR).to(tl.int64)
+
+
+@triton.jit
+def column_split(BLOCK_N: tl.constexpr, WAYS: tl.constexpr):
+    """Way and column within the way of each column of a tile."""
+    columns = tl.arange(0, BLOCK_N)
+    return columns // (BLOCK_N // WAYS), columns % (BLOCK_N // WAYS)
+
+
+@triton.jit
+def expert_base(parameter, expert, stride_e, DTYPE: tl.constexpr, LIST: tl.constexpr):
+    """Where an expert's parameter starts. Pointers in a list are known to be aligned to 16 bytes."""
+    if LIST:
+        return tl.multiple_of(tl.load(parameter + expert).to(tl.pointer_type(DTYPE)), 16)
+    return parameter + expert.to(tl.int64) * stride_e
+
+
+@triton.jit
+def load_bias(bias, expert, columns, mask, stride_e, DTYPE: tl.constexpr, LIST: tl.constexpr):
+    return tl.load(expert_base(bias, expert, stride_e, DTYPE, LIST) + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def multiply_tile(
+    x,
+    weight,
+    rows,
+    first_row,
+    expert,
+    first_column,
+    n_size,
+    k_size,
+    stride_x,
+    stride_e,
+    stride_way,
+    stride_n,
+    stride_k,
+    experts_per_way,
+    DTYPE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    X_TMA: tl.constexpr,
+    N_MAJOR: tl.constexpr,
+    N_WAYS: tl.constexpr,
+    K_WAYS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sum over ways and k of x[rows, way * k_size + k] * weight[expert, way, first_column + column, k], in fp32.
+
+    rows (int64) are read unless X_TMA, where the tile is the BLOCK_M rows from first_row on.
+    """
+    way, column = column_split(BLOCK_N, N_WAYS)
+    n = first_column + column
+    n_valid = n < n_size
+    k_block = tl.arange(0, BLOCK_K)
+    k_tiles = tl.cdiv(k_size, BLOCK_K)
+    n_offsets = way.to(tl.int64) * stride_way + n.to(tl.int64) * stride_n
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(K_WAYS * k_tiles):
+        if K_WAYS == 1:
+            k_way = 0
+            k_first = step * BLOCK_K
+        else:
+            k_way = step // k_tiles
+            k_first = (step - k_way * k_tiles) * BLOCK_K
+        k = k_first + k_block
+
+        if X_TMA:
+            x_tile = x.load([first_row, k_way * k_size + k_first])
+        else:
+            x_ptrs = x + rows[:, None] * stride_x + (k_way * k_size + k)[None, :]
+            if EVEN_K:
+                x_tile = tl.load(x_ptrs)
+            else:
+                x_tile = tl.load(x_ptrs, mask=(k < k_size)[None, :], other=0.0)
+
+        if WEIGHT == "tma":
+            if N_MAJOR:
+                w_tile = weight.load([expert, k_first, k_way, first_column]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                w_tile = weight.load([expert, k_way, first_column, k_first]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            if WEIGHT == "list":
+                pointers = weight + expert + k_way * experts_per_way + way * experts_per_way
+                w_base = tl.multiple_of(tl.load(pointers).to(tl.pointer_type(DTYPE)), 16)
+            else:
+                w_base = weight + expert.to(tl.int64) * stride_e
+            k_offsets = k_way * stride_way + k.to(tl.int64) * stride_k
+            w_ptrs = (w_base + n_offsets)[None, :] + k_offsets[:, None]
+            if EVEN_K:
+                w_tile = tl.load(w_ptrs, mask=n_valid[None, :], other=0.0)
+            else:
+                w_tile = tl.load(w_ptrs, mask=n_valid[None, :] & (k < k_size)[:, None], other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def zero_unrouted_rows(
+    out_ptr, order_ptr, offsets_ptr, num_rows, num_columns, stride, NUM_EXPERTS: tl.constexpr, SCATTER: tl.constexpr
+):
+    """Write exact zeros to the rows of sentinel slots, shared among all programs."""
+    columns = tl.arange(0, 1024)
+    first = tl.load(offsets_ptr + NUM_EXPERTS - 1)
+    for row in range(first + tl.program_id(0), num_rows, tl.num_programs(0)):
+        target = row
+        if SCATTER:
+            target = tl.load(order_ptr + row)
+        for start in range(0, num_columns, 1024):
+            pointers = out_ptr + target.to(tl.int64) * stride + start + columns
+            tl.store(pointers, tl.zeros([1024], out_ptr.dtype.element_ty), mask=start + columns < num_columns)

@@ -1,0 +1,55 @@
+"""Scheduling metadata of grouped GEMMs, computed on the device from offsets.
+
+    tile_map = [number of row tiles, expert of tile 0, first row of tile 0, expert of tile 1, ...]
+    inverse[slot] = grouped row of the slot, or -1 - row for a sentinel
+
+A row tile never crosses an expert's end, so there are at most cdiv(N, BLOCK_M) + E of them.
+Legend: N slots, E experts.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _write_tiles(
+    offsets_ptr, tile_map_ptr, expert, NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    experts = tl.arange(0, BINS)
+    in_range = experts < NUM_EXPERTS
+    ends = tl.load(offsets_ptr + experts, mask=in_range, other=0)
+    starts = tl.load(offsets_ptr + experts - 1, mask=in_range & (experts > 0), other=0)
+    tiles = tl.where(in_range, tl.cdiv(ends - starts, BLOCK_M), 0)
+    first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
+    num_tiles = tl.sum(tl.where(experts == expert, tiles, 0))
+    first_row = tl.sum(tl.where(experts == expert, starts, 0))
+    for begin in range(0, num_tiles, BINS):
+        tile = begin + experts
+        entry = tile_map_ptr + 1 + 2 * (first_tile + tile)
+        tl.store(entry, tl.zeros_like(tile) + expert, mask=tile < num_tiles)
+        tl.store(entry + 1, first_row + tile * BLOCK_M, mask=tile < num_tiles)
+    if expert == 0:
+        tl.store(tile_map_ptr, tl.sum(tiles))
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def schedule_kernel(
+    order_ptr,
+    offsets_ptr,
+    inverse_ptr,
+    tile_map_ptr,
+    num_slots,
+    NUM_EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first NUM_EXPERTS programs write one expert's tiles each, the others BLOCK entries of inverse each."""
+    program = tl.program_id(0)
+    if program < NUM_EXPERTS:
+        _write_tiles(offsets_ptr, tile_map_ptr, program, NUM_EXPERTS, BINS, BLOCK_M)
+    else:
+        row = (program - NUM_EXPERTS) * BLOCK + tl.arange(0, BLOCK)
+        num_routed = tl.load(offsets_ptr + NUM_EXPERTS - 1)
+        slot = tl.load(order_ptr + row, mask=row < num_slots, other=0)
+        tl.store(inverse_ptr + slot, tl.where(row < num_routed, row, -1 - row), mask=row < num_slots)
