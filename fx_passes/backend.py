@@ -1,0 +1,123 @@
+"""The Dynamo backend `"scatter_moe"`: rewrite what is proven, then hand the graph to an inner compiler.
+
+    torch.compile(model, backend="scatter_moe")                                            Inductor
+    torch.compile(model, backend="scatter_moe", mode="max-autotune")                       Inductor in that mode
+    torch.compile(model, backend="scatter_moe", options={"inner_backend": "aot_eager"})    another compiler
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import lookup_backend
+from torch._dynamo.utils import counters
+
+import registrations  # noqa: F401  (the ops must exist before a graph names them)
+from fx_passes import hook, pipeline
+from fx_passes.capture import Capture, Event
+from fx_passes.region import Rejection
+from fx_passes.report import current_report, source_line
+
+log = logging.getLogger("scatter_moe")
+
+INNER_BACKEND = "inner_backend"
+
+
+def backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compiles `gm` as Dynamo asks a backend to.
+
+    Args:
+        mode: one of `torch.compile`'s modes; as with the inner backend Inductor alone.
+        options: Inductor's options, and `inner_backend`, the name of another registered backend (which takes no mode and no options here).
+
+    Raises:
+        RuntimeError: for an option that Inductor doesn't know.
+        ValueError: for `mode` or options together with an inner backend other than Inductor.
+    """
+    capture = hook.current_capture()
+    inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(capture))
+    before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
+    outcome = pipeline.run(gm)
+    _record_rejections(outcome.rejections)
+    if capture is not None:
+        _trace_again_if_assumed(capture, outcome)
+    counters["scatter_moe"]["rewritten"] += len(outcome.regions)
+    report = current_report()
+    report.regions.extend(outcome.regions)
+    report.graphs += 1
+    if outcome.regions and before:
+        log.debug("graph before the rewrite:\n%s\ngraph after it:\n%s", before, gm.print_readable(print_output=False))
+    return inner(gm, example_inputs)
+
+
+def _record_rejections(rejections: list[Rejection]) -> None:
+    counters["scatter_moe"]["rejected"] += len(rejections)
+    current_report().rejections.extend(rejections)
+    for rejection in rejections:
+        log.info("left as it is: %s", rejection)
+
+
+def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None:
+    leftover = capture.leftover(outcome.erased_events, outcome.remaining_events)
+    if not leftover:
+        return
+    unexplained = [event for event in leftover if event.kind != "dynamic op"]
+    if unexplained and not outcome.rejections:
+        _record_rejections([_unrecognised(unexplained[0])])
+    capture.trace_again_without(leftover[0])
+
+
+def _unrecognised(event: Event) -> Rejection:
+    filename, _, line = event.location.rpartition(":")
+    rule = "loop_changes_no_python_state" if event.failed else "loop_has_a_known_form"
+    return Rejection(rule, event.failed or f"{event.kind} that is part of no known form", source_line(filename, int(line)))
+
+
+def _inner_compiler(mode: str | None, options: dict[str, Any], dynamic: bool | None) -> Callable[..., Any]:
+    name = options.pop(INNER_BACKEND, "inductor")
+    if name == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, options, dynamic)
+    if mode not in (None, "default") or options:
+        raise ValueError(f"inner_backend={name!r} takes no mode and no options, got mode={mode!r} and options {sorted(options)}")
+    return lookup_backend(name)
+
+
+def _is_dynamic(capture: Capture | None) -> bool | None:
+    """The `dynamic` that was given to torch.compile: modes of Inductor depend on it."""
+    wrapper = _find(capture.output.compiler_fn, lambda fn: hasattr(fn, "dynamic")) if capture is not None else None
+    return wrapper.dynamic if wrapper is not None else None
+
+
+def backend_for_report() -> Callable[..., Any]:
+    """A backend of its own identity, so that nothing compiled before is reused, which only rewrites."""
+
+    def rewrite_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return backend(gm, example_inputs, options={INNER_BACKEND: "eager"})
+
+    rewrite_only.is_scatter_moe = True  # pyright: ignore[reportFunctionMemberAccess]
+    return rewrite_only
+
+
+def is_ours(compiler_fn: Any) -> bool:
+    """Whether a frame with this compiler function is compiled by this backend, through whatever wrappers."""
+    return _find(compiler_fn, lambda fn: fn is backend or hasattr(fn, "is_scatter_moe")) is not None
+
+
+def _find(compiler_fn: Any, test: Callable[[Any], bool]) -> Any:
+    seen = 0
+    while compiler_fn is not None and seen < 16:
+        if test(compiler_fn):
+            return compiler_fn
+        names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "backend_compile_fn")
+        compiler_fn = next((getattr(compiler_fn, name) for name in names if getattr(compiler_fn, name, None) is not None), None)
+        seen += 1
+    return None
+
+
+def install() -> None:
+    """Extends Dynamo for frames of this backend. Safe to call again."""
+    hook.install(is_ours)

@@ -1,0 +1,286 @@
+"""The expert body: what one expert does to its rows, free of the loop it was written in.
+
+A loop over E experts that Dynamo unrolled holds E copies of the same computation. `unify` walks all of them at once and keeps one: constants
+must be equal, operations the same, and where the copies differ it must be in an expert's own parameter. A loop that was captured as one iteration
+over a symbolic expert is the case of a single copy.
+
+    Gathered        x[tokens]                    rows of a [T, ...] tensor
+    SlotGathered    weights[tokens, slots]       one value a row of a [T, K] tensor
+    PerExpert       an expert's parameter: a slice of one stacked tensor, or one of E tensors
+    Shared          anything from outside the loop that is the same for all experts
+    Op              an operation on these
+
+T tokens, K experts per token, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from fx_passes.facts import Mask, Rows, fact
+from fx_passes.markers import Expert, expert_of, select_expert
+from fx_passes.ops import fake_tensor, op_name, varargs
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """`leading` dims of size one stand before the row dim (`x[None, tokens]`)."""
+
+    source: fx.Node
+    node: fx.Node
+    leading: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class SlotGathered:
+    """`trailing` dims of size one follow the row dim (`weights[tokens, slots, None]`)."""
+
+    source: fx.Node
+    node: fx.Node
+    trailing: int
+
+
+@dataclass(frozen=True, eq=False)
+class PerExpert:
+    """`stacked` [E, ...], or `tensors`, one an expert. `transposed`: the body sees each with its two dims swapped."""
+
+    node: fx.Node
+    stacked: fx.Node | None = None
+    tensors: tuple[fx.Node, ...] = ()
+    transposed: bool = False
+    leading: int = 0
+
+    @property
+    def parameters(self) -> tuple[fx.Node, ...]:
+        return (self.stacked,) if self.stacked is not None else self.tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    node: fx.Node
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """`name` applied to `args` and `kwargs` (nested tuples, lists and dicts of values and constants). `node` is the first expert's."""
+
+    name: str
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    has_rows: bool
+
+
+Value = Gathered | SlotGathered | PerExpert | Shared | Op
+_VALUES = (Gathered, SlotGathered, PerExpert, Shared, Op)
+
+
+class NotIsomorphic(Exception):
+    """Two experts compute different things."""
+
+    def __init__(self, node: fx.Node | None, detail: str) -> None:
+        super().__init__(detail)
+        self.node = node
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Body:
+    root: Value
+    values: tuple[Value, ...] = field(repr=False)
+
+    def of(self, kind: type) -> Iterator[Any]:
+        return (value for value in self.values if isinstance(value, kind))
+
+
+def children(value: Value) -> Iterator[Value]:
+    """The values that an operation reads."""
+    if isinstance(value, Op):
+        yield from nested_values((value.args, value.kwargs))
+
+
+def nested_values(structure: Any) -> Iterator[Value]:
+    if isinstance(structure, _VALUES):
+        yield structure
+    elif isinstance(structure, dict):
+        yield from nested_values(tuple(structure.values()))
+    elif isinstance(structure, (tuple, list)):
+        for item in structure:
+            yield from nested_values(item)
+    elif isinstance(structure, slice):
+        yield from nested_values((structure.start, structure.stop, structure.step))
+
+
+def map_values(structure: Any, change: Callable[[Value], Any]) -> Any:
+    """`structure` with each value in it replaced."""
+    if isinstance(structure, _VALUES):
+        return change(structure)
+    if isinstance(structure, dict):
+        return {key: map_values(item, change) for key, item in structure.items()}
+    if isinstance(structure, (tuple, list)):
+        return type(structure)(map_values(item, change) for item in structure)
+    if isinstance(structure, slice):
+        return slice(*(map_values(item, change) for item in (structure.start, structure.stop, structure.step)))
+    return structure
+
+
+def has_rows(value: Value) -> bool:
+    return isinstance(value, (Gathered, SlotGathered)) or (isinstance(value, Op) and value.has_rows)
+
+
+def unify(copies: Sequence[fx.Node], masks: Sequence[Mask]) -> Body:
+    """The one body that all `copies` are instances of; copy i is computed on the slots of `masks[i]`. Raises NotIsomorphic."""
+    walk = _Unifier(tuple(masks))
+    root = walk.value(tuple(copies))
+    return Body(root, tuple(walk.values))
+
+
+class _Unifier:
+    def __init__(self, masks: tuple[Mask, ...]) -> None:
+        self.masks = masks
+        self.values: list[Value] = []
+        self._memo: dict[tuple[fx.Node, ...], Value] = {}
+        self._inner: dict[fx.Node, bool] = {}
+
+    def value(self, nodes: tuple[fx.Node, ...]) -> Value:
+        if nodes not in self._memo:
+            value = self._derive(nodes)
+            self._memo[nodes] = value
+            self.values.append(value)
+        return self._memo[nodes]
+
+    def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
+        first = nodes[0]
+        gathered = self._gathered(nodes)
+        if gathered is not None:
+            return gathered
+        parameter = self._parameter(nodes)
+        if parameter is not None:
+            return parameter
+        if not self._is_inner(first) and all(node is first for node in nodes):
+            return Shared(first)
+        if all(node.op in ("placeholder", "get_attr") for node in nodes):
+            if len(set(nodes)) != len(nodes):
+                raise NotIsomorphic(first, "some experts share a parameter and others do not")
+            return PerExpert(first, tensors=nodes)
+        return self._operation(nodes)
+
+    def _operation(self, nodes: tuple[fx.Node, ...]) -> Value:
+        first = nodes[0]
+        for node in nodes:
+            if node.op != first.op or node.target != first.target:
+                raise NotIsomorphic(node, f"one expert computes `{_show(first)}`, another `{_show(node)}`")
+        args = self._structure(tuple(node.args for node in nodes), first)
+        kwargs = self._structure(tuple(dict(node.kwargs) for node in nodes), first)
+        rows = any(has_rows(value) for value in nested_values((args, kwargs)))
+        return _simplified(Op(op_name(first) or str(first.target), first, args, kwargs, rows))
+
+    def _structure(self, items: tuple[Any, ...], at: fx.Node) -> Any:
+        """The same place of an argument list in all copies."""
+        first = items[0]
+        if any(type(item) is not type(first) for item in items):
+            raise NotIsomorphic(at, f"an argument of `{_show(at)}` differs in kind between experts")
+        if isinstance(first, fx.Node):
+            return self.value(items)
+        if isinstance(first, slice):
+            return slice(*self._structure(tuple((item.start, item.stop, item.step) for item in items), at))
+        if isinstance(first, (tuple, list)):
+            if any(len(item) != len(first) for item in items):
+                raise NotIsomorphic(at, f"an argument of `{_show(at)}` differs in length between experts")
+            return type(first)(self._structure(tuple(item[place] for item in items), at) for place in range(len(first)))
+        if isinstance(first, dict):
+            if any(item.keys() != first.keys() for item in items):
+                raise NotIsomorphic(at, f"the keyword arguments of `{_show(at)}` differ between experts")
+            return {key: self._structure(tuple(item[key] for item in items), at) for key in first}
+        if any(item != first for item in items):
+            raise NotIsomorphic(at, f"a constant of `{_show(at)}` differs between experts: {sorted(set(map(str, items)))}")
+        return first
+
+    def _gathered(self, nodes: tuple[fx.Node, ...]) -> Gathered | SlotGathered | None:
+        first = nodes[0]
+        if op_name(first) != "getitem" or any(op_name(node) != "getitem" for node in nodes):
+            return None
+        source = first.args[0]
+        if not isinstance(source, fx.Node) or any(node.args[0] is not source for node in nodes) or self._is_inner(source):
+            return None
+        axes = {_gather_axes(node.args[1], mask) for node, mask in zip(nodes, self.masks, strict=True)}
+        if len(axes) != 1:
+            return None
+        kind = axes.pop()
+        if kind is None:
+            return None
+        if "K" not in kind:
+            return Gathered(source, first, leading=len(kind) - 1)
+        return SlotGathered(source, first, trailing=len(kind) - 2)
+
+    def _parameter(self, nodes: tuple[fx.Node, ...]) -> PerExpert | None:
+        """`stacked[e]`, with `stacked` from outside the loop."""
+        first = nodes[0]
+        source = first.args[0] if first.args else None
+        if not isinstance(source, fx.Node) or self._is_inner(source) or fact(source) is not None:
+            return None
+        if any(not _is_slice_of(node, source, mask.expert) for node, mask in zip(nodes, self.masks, strict=True)):
+            return None
+        if fake_tensor(source) is None:
+            return None
+        keepdim = first.target is select_expert and bool(first.args[3])
+        return PerExpert(first, stacked=source, leading=int(keepdim))
+
+    def _is_inner(self, node: fx.Node) -> bool:
+        """Whether `node` depends on an expert or on its rows."""
+        if node not in self._inner:
+            self._inner[node] = False
+            inner = isinstance(fact(node), Rows) or expert_of(node) is not None or node.target is select_expert
+            self._inner[node] = inner or any(self._is_inner(source) for source in node.all_input_nodes)
+        return self._inner[node]
+
+
+def _simplified(op: Op) -> Value:
+    """`x[None, tokens].reshape(-1, D)` is `x[tokens]`; a transposed parameter is the parameter, seen transposed."""
+    operand = op.args[0] if op.args else None
+    result = fake_tensor(op.node)
+    if isinstance(operand, Gathered) and operand.leading and op.name in ("reshape", "view", "squeeze"):
+        before = fake_tensor(operand.node)
+        if before is not None and result is not None and before.shape[operand.leading :] == result.shape:
+            return replace(operand, leading=0)
+    if isinstance(operand, PerExpert) and result is not None and result.dim() == 2 and _swaps_two_dims(op):
+        return replace(operand, transposed=not operand.transposed)
+    return op
+
+
+def _swaps_two_dims(op: Op) -> bool:
+    if op.name in ("t", "transpose", "permute", "swapaxes", "swapdims"):
+        return op.name == "t" or {dim % 2 for dim in varargs(op.node, 1, "dims")} == {0, 1} and varargs(op.node, 1, "dims") != (0, 1)
+    return op.name == "getattr" and op.node.args[1] in ("T", "mT")
+
+
+def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
+    if node.target is select_expert:
+        return node.args[0] is source and node.args[2] == 0 and expert_of(node.args[1]) is expert
+    if op_name(node) not in ("getitem", "select") or node.args[0] is not source:
+        return False
+    index = node.args[1:] if op_name(node) == "select" else (0, node.args[1])
+    return isinstance(expert, int) and index[0] == 0 and type(index[1]) is int and index[1] == expert
+
+
+def _gather_axes(index: Any, mask: Mask) -> tuple[str, ...] | None:
+    """("T",) for `x[tokens]`, ("1", "T") for `x[None, tokens]`, ("T", "K", "1") for `weights[tokens, slots, None]`; None for any other."""
+    items = index if isinstance(index, tuple) else (index,)
+    axes = []
+    for item in items:
+        rows = fact(item) if isinstance(item, fx.Node) else None
+        if isinstance(rows, Rows) and rows.mask == mask:
+            axes.append(rows.axis)
+        elif item is None:
+            axes.append("1")
+        elif item not in (slice(None), Ellipsis):
+            return None
+    if axes in (["T"], ["1", "T"]) or (axes[:2] == ["T", "K"] and set(axes[2:]) <= {"1"}):
+        return tuple(axes)
+    return None
+
+
+def _show(node: fx.Node) -> str:
+    return op_name(node) or str(node.target)

@@ -1,0 +1,40 @@
+"""A loop over the experts that have a token, with the experts' weights stacked.
+
+    hit = (mask.sum(dim=(-1, -2)) > 0).nonzero()         # mask = one_hot(ids, E or E + 1).permute(2, 1, 0)
+    for e in hit:
+        e = e[0]
+        if e == E: continue                              # sentinel: ids of tokens that belong to another rank
+        slots, tokens = torch.where(mask[e])
+        out.index_add_(0, tokens, expert(x[tokens], up[e], down[e]) * weights[tokens, slots, None])
+
+It is captured as one iteration over a symbolic expert, whatever the number of experts.
+"""
+
+from torch import fx
+
+from fx_passes.facts import Hit, fact
+from fx_passes.forms.loop import masks_of, region_of
+from fx_passes.region import Accumulation, MoERegion, Rejected
+
+NAME = "hit_loop"
+
+
+def match(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion | None:
+    masks = masks_of(found)
+    symbol = masks[0].expert
+    if isinstance(symbol, int):
+        return None
+    if len(found) != 1:
+        raise Rejected("every_expert_is_covered", found[0].result, "the loop adds to its output more than once an iteration")
+    hit = fact(symbol.args[0])
+    if not isinstance(hit, Hit) or hit.ids is not masks[0].ids:
+        raise Rejected("every_expert_is_covered", symbol, "the list of hit experts was made from other ids than the mask")
+    classes = [c for c in range(hit.num_classes) if not _is_excluded(c, symbol)]
+    if classes != list(range(len(classes))):
+        raise Rejected("every_expert_is_covered", symbol, "the loop skips an expert that is not the last")
+    return region_of(NAME, accumulator, found, masks, len(classes), symbol)
+
+
+def _is_excluded(number: int, symbol: fx.Node) -> bool:
+    excluded = symbol.meta.get("scatter_moe_excluded", {})
+    return any(number == other if how == "eq" else number >= other for other, how in excluded.items())

@@ -1,0 +1,35 @@
+"""Stand-ins for "the expert of this iteration" in a captured graph.
+
+A loop `for expert in hit` has a length that no graph can hold, so it is captured as one iteration over an expert that has no value: a node
+whose target is `current_expert`. Indexing by it is a node whose target is `select_expert`. Neither is ever executed for a result: a graph that
+still holds one after the rewrite is captured again without it.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+Expert = int | fx.Node
+"""An expert of a loop: its number where the loop was unrolled, the `current_expert` node where it was not."""
+
+_EXPERT = "scatter_moe_expert"
+
+
+def current_expert(hit: torch.Tensor) -> torch.Tensor:
+    """One element of `hit`, of unknown value: shape `hit.shape[1:]`."""
+    return hit.new_zeros(hit.shape[1:])
+
+
+def select_expert(tensor: torch.Tensor, expert: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
+    """`tensor` at the expert's place along `dim`; `keepdim` where the index has shape [1], as advanced indexing keeps it."""
+    return tensor.narrow(dim, 0, 1).clone() if keepdim else tensor.select(dim, 0)
+
+
+def mark_expert(node: fx.Node, expert: Expert) -> None:
+    node.meta[_EXPERT] = expert
+
+
+def expert_of(value: Any) -> Expert | None:
+    """The expert that `value` (a node) stands for, or None."""
+    return value.meta.get(_EXPERT) if isinstance(value, fx.Node) else None

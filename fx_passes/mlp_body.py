@@ -1,0 +1,270 @@
+"""Is the expert body a (gated) MLP with the router weight on its output or input? Then one fused op computes it.
+
+    gate, up = halves of x W_gate_up^T + b          y = (act(gate) * up) W_down^T + b          out += s * y
+
+T tokens, K experts per token, E experts, D model width, F expert width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fx_passes.body import Body, Gathered, Op, PerExpert, SlotGathered, Value
+from fx_passes.ops import fake_tensor
+
+_CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The body with the router weight taken off: `weights` [T, K] (cast to `weights_dtype` first), or None."""
+
+    core: Value
+    weights: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Linear:
+    rows: Value
+    weight: PerExpert
+    bias: PerExpert | None
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Mlp:
+    x: fx.Node
+    weights: fx.Node | None
+    weight_on: str
+    gate_up: Linear
+    up: Linear | None
+    down: Linear
+    activation: str
+    layout: str
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+def without_router_weight(value: Value) -> Weighted:
+    """Splits `cast(core * weights[tokens, slots, None])`; a body without such a factor is its own core."""
+    inner = _uncast(value)
+    factors = _binary(inner, ("mul", "multiply"))
+    if factors is not None:
+        for core, factor in (factors, factors[::-1]):
+            weights = router_weight(factor)
+            if weights is not None and not isinstance(core, SlotGathered) and _rank(core) == 2:
+                return Weighted(_uncast_exact(core), weights)
+    return Weighted(value, None)
+
+
+def router_weight(value: Any) -> fx.Node | None:
+    """The [T, K] tensor behind `weights[tokens, slots, None]`, where the factor is one value a row."""
+    while isinstance(value, Op) and value.name in ("unsqueeze", "view", "reshape") and _is_column(value):
+        value = value.args[0]
+    if isinstance(value, SlotGathered):
+        source = fake_tensor(value.source)
+        return value.source if source is not None and source.dim() == 2 else None
+    return None
+
+
+def match_mlp(body: Body) -> Mlp | None:
+    """The MLP that `body` is, or None."""
+    weighted = without_router_weight(body.root)
+    down = as_linear(weighted.core)
+    if down is None:
+        return None
+    activated = _match_activation(down.rows)
+    if activated is None:
+        return None
+    activation, layout, gate_up, up, numbers = activated
+    x, weights, weight_on = gate_up.rows, weighted.weights, "output"
+    if weights is None and isinstance(x, Op):
+        scaled = without_router_weight(x)
+        x, weights, weight_on = scaled.core, scaled.weights, "input"
+    if not isinstance(x, Gathered) or x.leading or (up is not None and not _same_rows(up.rows, gate_up.rows)):
+        return None
+    if not _one_layout((gate_up, up, down)) or _rank(x) != 2:
+        return None
+    return Mlp(x.source, weights, weight_on, gate_up, up, down, activation, layout, **numbers)
+
+
+def as_linear(value: Any) -> Linear | None:
+    """`F.linear(rows, W, b)`, `rows @ W`, `rows @ W + b` with the expert's own W and b."""
+    if not isinstance(value, Op):
+        return None
+    if value.name == "linear":
+        bias = value.args[2] if len(value.args) > 2 else value.kwargs.get("bias")
+        return _linear(value.args[0], value.args[1], bias, transposed=False)
+    if value.name in ("matmul", "mm"):
+        return _linear(value.args[0], value.args[1], None, transposed=True)
+    terms = _binary(value, ("add",))
+    for product, bias in (terms, terms[::-1]) if terms is not None else ():
+        inner = as_linear(product)
+        if inner is not None and inner.bias is None and isinstance(bias, PerExpert):
+            return _linear(inner.rows, inner.weight, bias, inner.transposed != inner.weight.transposed)
+    return None
+
+
+def _linear(rows: Value, weight: Any, bias: Any, transposed: bool) -> Linear | None:
+    if not isinstance(weight, PerExpert) or weight.leading or not (bias is None or isinstance(bias, PerExpert)):
+        return None
+    if isinstance(bias, PerExpert) and _rank(bias) != 1 + bias.leading:
+        return None
+    return Linear(rows, weight, bias, transposed != weight.transposed)
+
+
+def _match_activation(value: Value) -> tuple[str, str, Linear, Linear | None, dict[str, float]] | None:
+    clamped = _match_clamped(value)
+    if clamped is not None:
+        return clamped
+    factors = _binary(value, ("mul", "multiply"))
+    for acted, other in (factors, factors[::-1]) if factors is not None else ():
+        name = activation_name(acted)
+        if name is not None:
+            halves = _halves(_argument(acted), other)
+            return None if halves is None else (name, *halves, {})
+    name = activation_name(value)
+    plain = as_linear(_argument(value)) if name is not None else None
+    return None if plain is None or name is None else (name, "plain", plain, None, {})
+
+
+def activation_name(value: Any) -> str | None:
+    """The fused op's name for an activation function, or None."""
+    if not isinstance(value, Op):
+        return None
+    if value.name in ("silu", "relu"):
+        return value.name
+    if value.name == "gelu":
+        approximate = value.kwargs.get("approximate", value.args[1] if len(value.args) > 1 else "none")
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    squares = value.name == "square" or (value.name == "pow" and len(value.args) == 2 and value.args[1] == 2)
+    if squares and isinstance(value.args[0], Op) and value.args[0].name == "relu":
+        return "relu2"
+    return None
+
+
+def _argument(value: Any) -> Any:
+    """What the activation is applied to."""
+    inner = value.args[0]
+    return inner.args[0] if activation_name(value) == "relu2" else inner
+
+
+def _halves(gate: Any, up: Any) -> tuple[str, Linear, Linear | None] | None:
+    """Gate and up as halves of one product, or as two products of the same rows."""
+    source, place = _half(gate)
+    other, other_place = _half(up)
+    if source is not None and source is other:
+        product = as_linear(source)
+        layout = {("first", "second"): "concatenated", ("even", "odd"): "interleaved"}.get((place, other_place))
+        return None if product is None or layout is None else (layout, product, None)
+    gate_linear, up_linear = as_linear(gate), as_linear(up)
+    if gate_linear is None or up_linear is None or (gate_linear.bias is None) != (up_linear.bias is None):
+        return None
+    return "separate", gate_linear, up_linear
+
+
+def _half(value: Any) -> tuple[Any, str]:
+    """(h, "first" | "second" | "even" | "odd") for the halves of h's last dim; (None, "") for anything else."""
+    if not isinstance(value, Op) or value.name != "getitem":
+        return None, ""
+    source, index = value.args
+    if isinstance(source, Op) and source.name == "chunk" and source.args[1:2] == (2,) and index in (0, 1):
+        dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
+        return (source.args[0], ("first", "second")[index]) if dim in (-1, 1) and _rank(source.args[0]) == 2 else (None, "")
+    width = fake_tensor(getattr(source, "node", None))
+    if not isinstance(index, tuple) or width is None or len(index) != 2 or not isinstance(index[1], slice) or width.dim() != 2:
+        return None, ""
+    if index[0] is not Ellipsis and index[0] != slice(None):
+        return None, ""
+    half = width.shape[1] // 2
+    places = {(None, None, 2): "even", (0, None, 2): "even", (1, None, 2): "odd"}
+    places |= {(None, half, None): "first", (0, half, None): "first", (half, None, None): "second"}
+    part = index[1]
+    return source, places.get((part.start, part.stop, part.step), "")
+
+
+def _match_clamped(value: Value) -> tuple[str, str, Linear, Linear | None, dict[str, float]] | None:
+    """gpt-oss: g = min(gate, limit), u = clamp(up, -limit, limit), (u + 1) * (g * sigmoid(alpha * g))."""
+    factors = _binary(value, ("mul",))
+    for shifted, glu in (factors, factors[::-1]) if factors is not None else ():
+        plus_one = _binary(shifted, ("add",))
+        gate_and_sigmoid = _binary(glu, ("mul",))
+        if plus_one is None or gate_and_sigmoid is None or 1 not in (plus_one[1:] if not isinstance(plus_one[1], Op) else plus_one[:1]):
+            continue
+        up = plus_one[0] if isinstance(plus_one[0], Op) else plus_one[1]
+        gate, sigmoid = gate_and_sigmoid
+        if not (isinstance(sigmoid, Op) and sigmoid.name == "sigmoid"):
+            gate, sigmoid = sigmoid, gate
+        alpha = _scale(sigmoid, gate)
+        limits = _clamp(gate), _clamp(up)
+        if alpha is None or limits[0] is None or limits[1] is None:
+            continue
+        (gate_source, low, high), (up_source, up_low, up_high) = limits
+        halves = _halves(gate_source, up_source)
+        if halves is not None and low is None and high is not None and up_high == high and up_low == -high:
+            return "clamped_swiglu", *halves, {"alpha": float(alpha), "limit": float(high)}
+    return None
+
+
+def _scale(sigmoid: Any, gate: Any) -> float | None:
+    """alpha of `sigmoid(alpha * gate)`."""
+    if not isinstance(sigmoid, Op) or sigmoid.name != "sigmoid":
+        return None
+    factors = _binary(sigmoid.args[0], ("mul",))
+    if factors is None or gate not in factors:
+        return None
+    number = factors[1] if factors[0] is gate else factors[0]
+    return number if isinstance(number, (int, float)) else None
+
+
+def _clamp(value: Any) -> tuple[Any, float | None, float | None] | None:
+    if not isinstance(value, Op) or value.name not in ("clamp", "clip"):
+        return None
+    low = value.args[1] if len(value.args) > 1 else value.kwargs.get("min")
+    high = value.args[2] if len(value.args) > 2 else value.kwargs.get("max")
+    return value.args[0], low, high
+
+
+def _binary(value: Any, names: tuple[str, ...]) -> tuple[Any, Any] | None:
+    if isinstance(value, Op) and value.name in names and len(value.args) == 2 and not value.kwargs:
+        return value.args[0], value.args[1]
+    return None
+
+
+def _same_rows(left: Value, right: Value) -> bool:
+    if isinstance(left, Gathered) and isinstance(right, Gathered):
+        return left.source is right.source and left.leading == right.leading
+    return left is right
+
+
+def _one_layout(linears: tuple[Linear | None, ...]) -> bool:
+    return len({linear.transposed for linear in linears if linear is not None}) == 1
+
+
+def _uncast(value: Value) -> Value:
+    """`value` before casts of floating point rows."""
+    while isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op):
+        value = value.args[0]
+    return value
+
+
+def _uncast_exact(value: Value) -> Value:
+    """Without a cast that widens the rows before they are weighted: combining is done in fp32 anyway."""
+    if isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op):
+        before, after = fake_tensor(value.args[0].node), fake_tensor(value.node)
+        if before is not None and after is not None and before.dtype.itemsize <= after.dtype.itemsize:
+            return value.args[0]
+    return value
+
+
+def _is_column(op: Op) -> bool:
+    before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
+    if before is None or after is None or not isinstance(op.args[0], (SlotGathered, Op)):
+        return False
+    return after.dim() == 2 and after.shape[1] == 1 and (before.dim() == 1 or tuple(map(str, before.shape)) == tuple(map(str, after.shape)))
+
+
+def _rank(value: Any) -> int | None:
+    tensor = fake_tensor(getattr(value, "node", None))
+    return tensor.dim() if tensor is not None else None

@@ -1,0 +1,89 @@
+"""Names for the torch functions and tensor methods that Dynamo puts into a graph.
+
+Dynamo records `torch.nn.functional.silu(x)` as a function object and `x.sum(...)` as a method name. The passes reason about operations, so
+both become one name here. Functions are matched by identity: a user's own function that happens to be called `silu` has no name.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+_NAMESPACES = (torch.nn.functional, torch._C._nn, torch, torch.special, torch._C._linalg, operator)
+
+
+def _public_functions() -> dict[Callable[..., Any], str]:
+    names: dict[Callable[..., Any], str] = {}
+    for namespace in _NAMESPACES:
+        for name in dir(namespace):
+            value = getattr(namespace, name)
+            if callable(value) and not inspect.isclass(value) and not name.startswith("_"):
+                names.setdefault(value, name)
+    names[getattr] = "getattr"
+    return names
+
+
+_FUNCTION_NAMES = _public_functions()
+
+
+def op_name(node: fx.Node) -> str | None:
+    """`"linear"`, `"getitem"`, `"index_add_"`, ...; None where `node` is not an operation known by name."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        try:
+            return _FUNCTION_NAMES.get(node.target)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            return None
+    return None
+
+
+def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Argument of `node` given by position `index` or by keyword `name`."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def varargs(node: fx.Node, index: int, name: str) -> tuple[Any, ...]:
+    """Sizes or dims given as `f(x, 1, 2)`, as `f(x, (1, 2))` or by keyword."""
+    if name in node.kwargs:
+        value = node.kwargs[name]
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    rest = node.args[index:]
+    if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
+        return tuple(rest[0])
+    return tuple(rest)
+
+
+def example(node: fx.Node) -> Any:
+    """The fake value that Dynamo computed for `node` (None where there is none)."""
+    return node.meta.get("example_value")
+
+
+def fake_tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor behind `node`, or None where it is no node or no tensor."""
+    value = example(node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def normalized_dim(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether `node` writes to its first argument."""
+    name = op_name(node)
+    if name is None:
+        return False
+    if node.op == "call_function" and name in INPLACE_OPERATORS:
+        return True
+    return name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+
+
+INPLACE_OPERATORS = frozenset(
+    ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem")
+)

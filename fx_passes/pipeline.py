@@ -1,0 +1,98 @@
+"""The pass: find accumulators of expert rows, recognise the loop around each, verify it, rewrite it.
+
+Plan, then commit: a region is rewritten whole or not at all. Graphs of higher-order ops (checkpointing) are visited like the main one.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fx_passes.accumulation import accumulations
+from fx_passes.capture import events_of
+from fx_passes.forms import FORMS
+from fx_passes.ops import fake_tensor
+from fx_passes.region import Accumulation, MoERegion, Rejected, Rejection
+from fx_passes.report import GRADIENTS, RANGE, RegionReport, module_path_of, source_of
+from fx_passes.rewrite import rewrite
+from fx_passes.verify import verify
+
+log = logging.getLogger("scatter_moe")
+
+
+@dataclass
+class Outcome:
+    """What one run of the pass did to a graph, and which events its nodes still rest on."""
+
+    regions: list[RegionReport] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    erased_events: set[int] = field(default_factory=set)
+    remaining_events: set[int] = field(default_factory=set)
+
+
+def run(gm: fx.GraphModule) -> Outcome:
+    """Rewrites every provable region of `gm` and of the graphs nested in it, in place."""
+    outcome = Outcome()
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            _run_on_graph(module, outcome)
+    return outcome
+
+
+def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
+    changed = False
+    for accumulator, found in _candidates(gm.graph, outcome):
+        changed |= _rewrite_candidate(accumulator, found, outcome)
+    for node in gm.graph.nodes:
+        outcome.remaining_events.update(events_of(node))
+    if changed:
+        gm.graph.lint()
+        gm.recompile()
+
+
+def _candidates(graph: fx.Graph, outcome: Outcome) -> list[tuple[fx.Node, list[Accumulation]]]:
+    try:
+        return list(accumulations(graph).items())
+    except Rejected as reason:
+        outcome.rejections.append(rejection(reason))
+        return []
+
+
+def _rewrite_candidate(accumulator: fx.Node, found: list[Accumulation], outcome: Outcome) -> bool:
+    try:
+        region = _recognise(accumulator, found)
+        verify(region)
+    except Rejected as reason:
+        outcome.rejections.append(rejection(reason))
+        return False
+    described = _describe(region)
+    rewritten = rewrite(region)
+    outcome.erased_events |= rewritten.erased_events
+    outcome.regions.append(RegionReport(**described, activation=rewritten.activation, op=rewritten.op))
+    return True
+
+
+def _recognise(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion:
+    for form in FORMS:
+        region = form.match(accumulator, found)
+        if region is not None:
+            return region
+    raise Rejected("loop_has_a_known_form", found[0].result, "rows are added by token, but not in a loop over experts")
+
+
+def _describe(region: MoERegion) -> dict[str, object]:
+    ids = fake_tensor(region.ids_TK)
+    assert ids is not None
+    return {
+        "form": region.form,
+        "module_path": module_path_of(region.anchor),
+        "source": source_of(region.anchor),
+        "num_experts": region.num_experts,
+        "top_k": int(ids.shape[1]) if ids.dim() == 2 else 1,
+        "deviations": (GRADIENTS, RANGE) if region.symbol is not None else (RANGE,),
+    }
+
+
+def rejection(reason: Rejected) -> Rejection:
+    """The user's view of `reason`."""
+    return Rejection(reason.rule, reason.detail, source_of(reason.node), module_path_of(reason.node))

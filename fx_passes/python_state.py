@@ -1,0 +1,87 @@
+"""What Python can see of a trace at one point: live locals, containers and pending side effects.
+
+A loop that is captured as one iteration, or a branch of which only one side is captured, is faithful only if running it changes nothing that
+Python sees afterwards. Two snapshots that are equal prove that.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch._dynamo.bytecode_analysis import livevars_analysis
+from torch._dynamo.variables.base import ValueMutationExisting, VariableTracker
+from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._dynamo.variables.lists import BaseListVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+
+Snapshot = dict[str, Any]
+
+_MAX_DEPTH = 8
+
+
+def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
+    """Everything that code from instruction `at` of `tx` on, or its callers, can read. `stack_size` values of the stack count."""
+    live = livevars_analysis(tx.instructions, at)
+    state: Snapshot = {f"local {name}": _describe(tx.symbolic_locals[name]) for name in live if name in tx.symbolic_locals}
+    state["stack"] = tuple(_describe(value) for value in tx.stack[:stack_size])
+    caller = tx.parent
+    while caller is not None:
+        for name, value in caller.symbolic_locals.items():
+            state[f"caller {id(caller)} {name}"] = _describe(value)
+        caller = caller.parent
+    state.update(_side_effects(tx.output.side_effects))
+    return state
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changed between two snapshots: tensors that locals hold (`carried`: before, after) and everything else (`names`)."""
+
+    carried: tuple[tuple[fx.Node, fx.Node], ...]
+    names: tuple[str, ...]
+
+
+def difference(before: Snapshot, after: Snapshot) -> Difference:
+    carried, names = [], []
+    for name, value in after.items():
+        old = before.get(name)
+        if value == old:
+            continue
+        if _is_node(value) and _is_node(old) and name.startswith("local "):
+            carried.append((old[1], value[1]))
+        elif not (_is_node(value) and old is None):
+            names.append(name.removeprefix("local "))
+    return Difference(tuple(carried), tuple(names))
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, tuple) and value[0] == "node"
+
+
+def _side_effects(side_effects: Any) -> Snapshot:
+    state: Snapshot = {}
+    for owner, attributes in side_effects.store_attr_mutations.items():
+        for name, value in attributes.items():
+            state[f"attribute {name} of {type(owner).__name__} {id(owner)}"] = _describe(value)
+    for key, value in side_effects.id_to_variable.items():
+        mutation = value.mutation_type
+        if isinstance(mutation, ValueMutationExisting) and mutation.is_modified:
+            state[f"content of {type(value).__name__} {key}"] = _describe(value.clone(source=None))
+    return state
+
+
+def _describe(value: VariableTracker, depth: int = 0) -> Any:
+    if value.source is not None:
+        return ("source", value.source)
+    if isinstance(value, LazyVariableTracker):
+        value = value.unwrap()
+    if isinstance(value, (TensorVariable, SymNodeVariable)):
+        return ("node", value.as_proxy().node) if isinstance(value.proxy, fx.Proxy) else ("id", id(value))
+    if depth < _MAX_DEPTH and isinstance(value, BaseListVariable):
+        return (type(value).__name__, *(_describe(item, depth + 1) for item in value.items))
+    if depth < _MAX_DEPTH and isinstance(value, ConstDictVariable):
+        return ("dict", *((hash(key), _describe(item, depth + 1)) for key, item in value.items.items()))
+    if value.is_python_constant():
+        return ("constant", type(value).__name__, repr(value.as_python_constant()))
+    return ("id", id(value))

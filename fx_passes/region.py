@@ -1,0 +1,78 @@
+"""What a recogniser hands to the verifier and the rewriter, and what it says where it can't.
+
+T tokens, K experts per token, E experts, D model width.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fx_passes.body import Body
+from fx_passes.facts import Mask
+
+
+class Rejected(Exception):
+    """Raised by a rule or a form at the first thing that it can't prove; becomes a `Rejection`."""
+
+    def __init__(self, rule: str, node: fx.Node | None, detail: str) -> None:
+        super().__init__(f"{rule}: {detail}")
+        self.rule = rule
+        self.node = node
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A candidate that stays as it was: the rule that failed, the user's source line and what was seen there."""
+
+    rule: str
+    detail: str
+    source: str
+    module_path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.detail} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """One `acc.index_add_(0, tokens, value)` or `acc[tokens] += value`. `nodes` are all nodes that belong to it, `result` the last."""
+
+    accumulator: fx.Node
+    tokens: fx.Node
+    value: fx.Node
+    nodes: tuple[fx.Node, ...]
+    result: fx.Node
+    counts_duplicates: bool
+
+
+@dataclass(frozen=True)
+class MoERegion:
+    """A naive MoE loop: `out[t] = sum over k of body_e(x[t]) with e = ids[t, k]`, and the nodes that compute it.
+
+    `inner` are the nodes that depend on an expert's rows (or on the list of hit experts) and die with the loop. `hit` and `symbol` are there
+    where one iteration over a symbolic expert stands for the loop.
+    """
+
+    form: str
+    ids_TK: fx.Node
+    num_experts: int
+    body: Body
+    accumulator: fx.Node
+    accumulations: tuple[Accumulation, ...]
+    masks: tuple[Mask, ...]
+    inner: frozenset[fx.Node] = field(repr=False)
+    symbol: fx.Node | None = None
+
+    @property
+    def result(self) -> fx.Node:
+        return self.accumulations[-1].result
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node whose source line stands for the region."""
+        return self.accumulations[0].result
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.anchor.graph

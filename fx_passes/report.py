@@ -1,0 +1,77 @@
+"""What the pass says about a graph: regions that it rewrote and candidates that it left alone."""
+
+import linecache
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fx_passes.region import Rejection
+
+GRADIENTS = "an expert without tokens gets a zero gradient where eager leaves None"
+RANGE = "ids outside 0..E-1 give zeros where one_hot raises"
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """One rewritten region: where it stood, what it was, and what it became."""
+
+    form: str
+    module_path: str
+    source: str
+    num_experts: int
+    top_k: int
+    activation: str
+    op: str
+    deviations: tuple[str, ...]
+
+
+@dataclass
+class Report:
+    """Everything that was decided while a report was collected."""
+
+    regions: list[RegionReport] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    graphs: int = 0
+
+
+_collecting: ContextVar[Report | None] = ContextVar("scatter_moe_report", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[Report]:
+    """Collects what the pass decides in this thread."""
+    report = Report()
+    token = _collecting.set(report)
+    try:
+        yield report
+    finally:
+        _collecting.reset(token)
+
+
+def current_report() -> Report:
+    """The report that is being collected, or one that nobody reads."""
+    return _collecting.get() or Report()
+
+
+def source_of(node: fx.Node | None) -> str:
+    """`file.py:12: the line` in the user's code."""
+    trace = node.meta.get("stack_trace") if node is not None else None
+    places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
+    return source_line(places[-1][0], int(places[-1][1])) if places else "unknown source"
+
+
+def source_line(filename: str, line: int) -> str:
+    return f"{filename}:{line}: {linecache.getline(filename, line).strip()}"
+
+
+def module_path_of(node: fx.Node | None) -> str:
+    """Path of the module whose forward made `node`, as `model.layers.0.mlp`."""
+    stack = node.meta.get("nn_module_stack") if node is not None else None
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return re.sub(r"\.?_?(modules|_modules)\[['\"]?(\w+)['\"]?\]", r".\2", str(path)).removeprefix("L['self']").lstrip(".") or "(root)"

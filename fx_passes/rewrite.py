@@ -1,0 +1,223 @@
+"""Writes a verified region back into its graph as `torch.ops.scatter_moe.*`.
+
+A body that is an MLP becomes one `mlp`. Any other body is replayed once on all N grouped rows, each per-expert linear layer as a
+`parallel_linear`, and combined. Then the loop is erased. T tokens, K experts per token, N = T * K slots, E experts.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values
+from fx_passes.capture import events_of
+from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
+from fx_passes.ops import fake_tensor
+from fx_passes.region import MoERegion
+from fx_passes.row_wise import NORMS, RESHAPES
+
+ops = torch.ops.scatter_moe
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What a region became: the op, its activation, and the numbers of the events whose nodes were erased."""
+
+    op: str
+    activation: str
+    erased_events: frozenset[int]
+
+
+def rewrite(region: MoERegion) -> Rewritten:
+    """Replaces `region` in its graph."""
+    mlp = match_mlp(region.body)
+    with region.graph.inserting_before(region.result):
+        emitter = _Emitter(region)
+        output = emitter.mlp(mlp) if mlp is not None else emitter.general()
+    output.meta["example_value"] = region.accumulator.meta["example_value"]
+    _redirect_users(region, output)
+    erased = _erase(region)
+    return Rewritten("mlp" if mlp is not None else "parallel_linear", mlp.activation if mlp is not None else "any", erased)
+
+
+class _Emitter:
+    """Creates nodes in front of the region's last addition."""
+
+    def __init__(self, region: MoERegion) -> None:
+        self.region = region
+        self.graph = region.graph
+        ids = fake_tensor(region.ids_TK)
+        output = fake_tensor(region.accumulator)
+        assert ids is not None and output is not None
+        self.out_dtype = output.dtype
+        self.top_k = int(ids.shape[1]) if ids.dim() == 2 else 1
+        ids_TK = region.ids_TK if ids.dim() == 2 else self._method("unsqueeze", region.ids_TK, -1)
+        routed = self._call(ops.route.default, ids_TK, region.num_experts)
+        self.order_N = self._function(operator.getitem, routed, 0)
+        self.offsets_E = self._function(operator.getitem, routed, 1)
+        self._emitted: dict[int, fx.Node] = {}
+
+    def mlp(self, mlp: Mlp) -> fx.Node:
+        linears = (mlp.gate_up, mlp.up, mlp.down)
+        weights = [list(linear.weight.parameters) if linear is not None else [] for linear in linears]
+        biases = [list(linear.bias.parameters) if linear is not None and linear.bias is not None else [] for linear in linears]
+        settings = (mlp.activation, mlp.layout, mlp.gate_up.transposed, mlp.weight_on, mlp.alpha, mlp.limit, self.out_dtype)
+        topk_weights = mlp.weights if mlp.weights is not None else self._ones(mlp.x)
+        return self._call(ops.mlp.default, mlp.x, topk_weights, self.order_N, self.offsets_E, *weights, *biases, *settings)
+
+    def general(self) -> fx.Node:
+        weighted = without_router_weight(self.region.body.root)
+        rows = self.emit(weighted.core)
+        weights = weighted.weights
+        return self._call(ops.combine.default, rows, weights, self.order_N, self.offsets_E, self.top_k, True, self.out_dtype)
+
+    def emit(self, value: Value) -> fx.Node:
+        """The node that holds `value` for all grouped rows."""
+        if id(value) not in self._emitted:
+            self._emitted[id(value)] = self._derive(value)
+        return self._emitted[id(value)]
+
+    def _derive(self, value: Value) -> fx.Node:
+        if isinstance(value, Shared):
+            return value.node
+        if isinstance(value, Gathered):
+            return self._gather(value)
+        if isinstance(value, SlotGathered):
+            return self._gather_slots(value)
+        assert isinstance(value, Op)
+        linear = as_linear(value)
+        if linear is not None:
+            return self._linear(linear)
+        if value.name in NORMS:
+            return self._norm(value)
+        if value.name in RESHAPES:
+            return self._method("reshape", self.emit(value.args[0]), (-1, *_sizes(value)))
+        return self._replay(value)
+
+    def _replay(self, op: Op) -> fx.Node:
+        rank = _rank(op)
+        args, kwargs = map_values((op.args, op.kwargs), lambda child: self._operand(child, rank))
+        return self.graph.create_node(op.node.op, op.node.target, args, kwargs, name=op.node.name)
+
+    def _operand(self, value: Value, rank: int) -> fx.Node:
+        return self._expand(value, rank) if isinstance(value, PerExpert) else self.emit(value)
+
+    def _expand(self, parameter: PerExpert, rank: int) -> fx.Node:
+        """An expert's parameter for each of its rows, shaped to broadcast against rows of rank `rank`."""
+        tensor = fake_tensor(parameter.node)
+        assert tensor is not None and not parameter.transposed
+        sizes = [int(size) for size in tensor.shape[parameter.leading :]]
+        rows = self._method("size", self.order_N, 0)
+        expanded = self._call(ops.expand.default, list(parameter.parameters), self.offsets_E, rows)
+        missing = rank - 1 - len(sizes)
+        return self._method("reshape", expanded, (-1, *[1] * missing, *sizes)) if missing > 0 else expanded
+
+    def _gather(self, value: Gathered) -> fx.Node:
+        rank = fake_tensor(value.source).dim()  # pyright: ignore[reportOptionalMemberAccess]
+        source = value.source if rank > 1 else self._method("unsqueeze", value.source, -1)
+        rows = self._call(ops.dispatch.default, source, self.order_N, self.offsets_E, self.top_k)
+        rows = rows if rank > 1 else self._method("squeeze", rows, -1)
+        for _ in range(value.leading):
+            rows = self._method("unsqueeze", rows, 0)
+        return rows
+
+    def _gather_slots(self, value: SlotGathered) -> fx.Node:
+        flat = self._method("flatten", value.source, 0, 1)
+        rows = self._method("index_select", flat, 0, self.order_N)
+        for _ in range(value.trailing):
+            rows = self._method("unsqueeze", rows, -1)
+        return rows
+
+    def _linear(self, linear: Linear) -> fx.Node:
+        gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading
+        rows = linear.rows.source if isinstance(linear.rows, Gathered) and gathers else self.emit(linear.rows)
+        bias = list(linear.bias.parameters) if linear.bias is not None else []
+        top_k = self.top_k if gathers else 1
+        weight = list(linear.weight.parameters)
+        layout = (top_k, not gathers, True)
+        return self._call(ops.parallel_linear.default, rows, weight, self.order_N, self.offsets_E, *layout, bias, linear.transposed)
+
+    def _norm(self, op: Op) -> fx.Node:
+        """A norm whose scale and shift are the expert's own: normalise, then scale in fp32 and round once."""
+        names = ("input", "normalized_shape", "weight", "bias", "eps") if op.name == "layer_norm" else ("input", "normalized_shape", "weight", "eps")
+        given = dict(zip(names, op.args, strict=False)) | op.kwargs
+        if not any(isinstance(given.get(name), PerExpert) for name in ("weight", "bias")):
+            return self._replay(op)
+        rank, dtype = _rank(op), fake_tensor(op.node).dtype  # pyright: ignore[reportOptionalMemberAccess]
+        rows = self._method("float", self.emit(given["input"])) if dtype.itemsize < 4 else self.emit(given["input"])
+        settings = {"eps": given["eps"]} if given.get("eps") is not None else {}
+        if op.name == "rms_norm" and not settings:
+            settings = {"eps": torch.finfo(dtype).eps}
+        rows = self._function(op.node.target, rows, given["normalized_shape"], **settings)
+        if given.get("weight") is not None:
+            rows = self._method("mul", rows, self._operand(given["weight"], rank))
+        if given.get("bias") is not None:
+            rows = self._method("add", rows, self._operand(given["bias"], rank))
+        return self._method("to", rows, dtype)
+
+    def _ones(self, x: fx.Node) -> fx.Node:
+        tensor = fake_tensor(x)
+        assert tensor is not None
+        order = self._method("reshape", self.order_N, (-1, self.top_k))
+        return self._function(torch.ones_like, order, dtype=tensor.dtype)
+
+    def _call(self, op: Any, *args: Any) -> fx.Node:
+        return self._function(op, *args)
+
+    def _function(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        return self._located(node)
+
+    def _method(self, name: str, *args: Any) -> fx.Node:
+        return self._located(self.graph.call_method(name, args))
+
+    def _located(self, node: fx.Node) -> fx.Node:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.region.result.meta:
+                node.meta[key] = self.region.result.meta[key]
+        return node
+
+
+
+
+
+
+def _rank(value: Op) -> int:
+    tensor = fake_tensor(value.node)
+    return tensor.dim() if tensor is not None else 2
+
+
+def _sizes(op: Op) -> list[int]:
+    tensor = fake_tensor(op.node)
+    assert tensor is not None
+    return [int(size) for size in tensor.shape[1:]]
+
+
+def _redirect_users(region: MoERegion, output: fx.Node) -> None:
+    """Whoever reads the output after the loop reads the op's."""
+    order = {node: place for place, node in enumerate(region.graph.nodes)}
+    for holder in (region.accumulator, *(accumulation.result for accumulation in region.accumulations)):
+        for user in list(holder.users):
+            if order[user] > order[region.result]:
+                user.replace_input_with(holder, output)
+
+
+def _erase(region: MoERegion) -> frozenset[int]:
+    """Erases the loop and what only the loop needed."""
+    doomed = set(region.inner) | {region.accumulator}
+    stack = [source for node in doomed for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in doomed and not node.is_impure():
+            doomed.add(node)
+            stack.extend(node.all_input_nodes)
+    events: set[int] = set()
+    for node in reversed(region.graph.nodes):
+        if node in doomed and not node.users:
+            events.update(events_of(node))
+            region.graph.erase_node(node)
+    return frozenset(events)
+
+

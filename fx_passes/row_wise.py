@@ -1,0 +1,174 @@
+"""Is the expert body row-wise? Then it can run once on all grouped rows instead of once per expert.
+
+Every operation on rows must be known and must keep row i of its output a function of row i of its inputs. What isn't on a list here is refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, Value, children, has_rows, nested_values
+from fx_passes.ops import fake_tensor, normalized_dim, varargs
+from fx_passes.region import Rejected
+
+POINTWISE = frozenset(
+    """abs add addcmul bfloat16 celu clamp clamp_max clamp_min clip contiguous cos div double elu erf exp expm1 float gelu half hardsigmoid hardswish
+    hardtanh leaky_relu lerp log log1p logsigmoid max maximum min minimum mish mul multiply neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign
+    silu sin softplus softsign sqrt square sub subtract tanh to true_divide truediv type_as where clone""".split()
+)
+MATMUL = frozenset(("linear", "matmul", "mm"))
+NORMS = frozenset(("layer_norm", "rms_norm"))
+REDUCTIONS = frozenset(("softmax", "log_softmax", "sum", "mean", "amax", "amin", "norm", "var", "std", "logsumexp", "normalize", "cumsum", "cumprod"))
+ALONG_DIM = frozenset(("chunk", "split", "unbind", "cat", "stack", "concat", "narrow", "select", "unsqueeze", "squeeze"))
+RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
+PERMUTATIONS = frozenset(("transpose", "permute", "swapaxes", "swapdims"))
+
+_DIM_ARGUMENT = {"split": 2, "stack": 1, "cat": 1, "concat": 1, "chunk": 2, "norm": 2, "normalize": 2}
+_DIM_DEFAULT = {"chunk": 0, "split": 0, "unbind": 0, "cat": 0, "stack": 0, "concat": 0, "normalize": 1}
+
+
+def check_rows(body: Body) -> None:
+    """Raises Rejected at the first operation that may mix rows or isn't known."""
+    for op in body.of(Op):
+        if op.has_rows:
+            _check(op)
+        elif any(isinstance(child, PerExpert) for child in children(op)):
+            raise _refused(op, f"`{op.name}` computes something from an expert's parameter alone")
+
+
+def _check(op: Op) -> None:
+    for names, check in _CHECKS:
+        if op.name in names:
+            check(op)
+            return
+    raise _refused(op, f"`{op.name}` is not known to keep rows apart")
+
+
+def _refused(op: Op, detail: str) -> Rejected:
+    return Rejected("body_is_row_wise", op.node, detail)
+
+
+def rank(value: Any) -> int | None:
+    node = getattr(value, "node", None)
+    tensor = fake_tensor(node)
+    return tensor.dim() if tensor is not None else None
+
+
+def _is_row_tensor(value: Any) -> bool:
+    return isinstance(value, (Gathered, SlotGathered, Op)) and has_rows(value) and rank(value) is not None
+
+
+def _check_pointwise(op: Op) -> None:
+    """All rows in dim 0; what has no rows must broadcast over it."""
+    result = rank(op)
+    if op.name in ("max", "min") and len(op.args) + len(op.kwargs) != 2:
+        raise _refused(op, f"`{op.name}` reduces")
+    if op.name in ("clone", "contiguous", "to") and _changes_device(op):
+        raise _refused(op, "rows move to another device")
+    for value in nested_values((op.args, op.kwargs)):
+        if _is_row_tensor(value):
+            if rank(value) != result:
+                raise _refused(op, f"rows of rank {rank(value)} broadcast against rank {result}")
+        elif has_rows(value):
+            raise _refused(op, "the number of rows is used as a value")
+        elif isinstance(value, Shared) and not _broadcasts_over_rows(value, result):
+            raise _refused(op, "a tensor from outside the loop has a dim where the rows are")
+
+
+def _changes_device(op: Op) -> bool:
+    before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
+    return before is None or after is None or before.device != after.device
+
+
+def _broadcasts_over_rows(value: Shared, result: int | None) -> bool:
+    tensor = fake_tensor(value.node)
+    if tensor is None:
+        return not isinstance(value.node.meta.get("example_value"), torch.SymInt)
+    return result is not None and (tensor.dim() < result or (tensor.dim() == result and tensor.shape[0] == 1))
+
+
+def _check_matmul(op: Op) -> None:
+    rows, weight = op.args[0], op.args[1]
+    bias = op.args[2] if len(op.args) > 2 else op.kwargs.get("bias")
+    if not _is_row_tensor(rows) or rank(rows) != 2:
+        raise _refused(op, "the left side of a matrix product is not a matrix of rows")
+    if not isinstance(weight, (PerExpert, Shared)) or rank(weight) != 2:
+        raise _refused(op, "the right side of a matrix product is no weight matrix")
+    if bias is not None and not (isinstance(bias, (PerExpert, Shared)) and rank(bias) == 1):
+        raise _refused(op, "the bias of a linear layer is no vector")
+
+
+def _check_norm(op: Op) -> None:
+    shape = op.args[1] if len(op.args) > 1 else op.kwargs.get("normalized_shape")
+    if not _is_row_tensor(op.args[0]) or not isinstance(shape, (tuple, list)) or len(shape) >= (rank(op.args[0]) or 0):
+        raise _refused(op, f"`{op.name}` normalises over the rows")
+
+
+def _check_dims(op: Op) -> None:
+    """The dims that the operation works along must be given and must not be the row dim."""
+    operand = next((value for value in nested_values(op.args) if _is_row_tensor(value)), None)
+    operand_rank = rank(operand) if operand is not None else None
+    if operand_rank is None or any(has_rows(value) and not _is_row_tensor(value) for value in nested_values((op.args, op.kwargs))):
+        raise _refused(op, f"`{op.name}` of something that is not rows")
+    position = _DIM_ARGUMENT.get(op.name, 1)
+    dims = op.args[position] if len(op.args) > position else op.kwargs.get("dim", _DIM_DEFAULT.get(op.name))
+    dims = (dims,) if isinstance(dims, int) else dims
+    places = operand_rank + (op.name in ("unsqueeze", "stack"))
+    if not isinstance(dims, (tuple, list)) or any(normalized_dim(dim, places) == 0 for dim in dims):
+        raise _refused(op, f"`{op.name}` works along the rows")
+
+
+def _check_permutation(op: Op) -> None:
+    dims = varargs(op.node, 1, "dims")
+    places = rank(op.args[0]) or 0
+    dims = tuple(normalized_dim(dim, places) for dim in dims)
+    if not _is_row_tensor(op.args[0]) or (dims[0] != 0 if op.name == "permute" else 0 in dims):
+        raise _refused(op, f"`{op.name}` moves the row dim")
+
+
+def _check_reshape(op: Op) -> None:
+    before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
+    if before is None or after is None or not _is_row_tensor(op.args[0]):
+        raise _refused(op, f"`{op.name}` of something that is not rows")
+    if after.dim() == 0 or before.shape[0] is not after.shape[0] and str(before.shape[0]) != str(after.shape[0]):
+        raise _refused(op, f"`{op.name}` merges the row dim with another")
+    sizes = [size for size in after.shape[1:] if not isinstance(size, int)]
+    if sizes:
+        raise _refused(op, f"`{op.name}` to sizes that are not fixed")
+
+
+def _check_getitem(op: Op) -> None:
+    operand, index = op.args
+    if isinstance(op.node.all_input_nodes[0].meta.get("example_value"), (tuple, list)):
+        return
+    items = index if isinstance(index, tuple) else (index,)
+    if not _is_row_tensor(operand) or nested_values(index) and list(nested_values(index)):
+        raise _refused(op, "rows are indexed by a tensor")
+    if items[0] is not Ellipsis and items[0] != slice(None):
+        raise _refused(op, "some rows of an expert are singled out")
+    if items[0] is Ellipsis and len(items) - 1 >= (rank(operand) or 0):
+        raise _refused(op, "some rows of an expert are singled out")
+
+
+def _check_dropout(op: Op) -> None:
+    probability = op.args[1] if len(op.args) > 1 else op.kwargs.get("p", 0.5)
+    training = op.args[2] if len(op.args) > 2 else op.kwargs.get("training", True)
+    if training is not False and probability != 0.0:
+        raise _refused(op, "`dropout` draws random numbers")
+
+
+_CHECKS: tuple[tuple[frozenset[str], Callable[[Op], None]], ...] = (
+    (POINTWISE, _check_pointwise),
+    (MATMUL, _check_matmul),
+    (NORMS, _check_norm),
+    (REDUCTIONS | ALONG_DIM, _check_dims),
+    (PERMUTATIONS, _check_permutation),
+    (RESHAPES, _check_reshape),
+    (frozenset(("getitem",)), _check_getitem),
+    (frozenset(("dropout",)), _check_dropout),
+)
+
+
+def is_rows(value: Value) -> bool:
+    return _is_row_tensor(value)

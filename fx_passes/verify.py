@@ -1,0 +1,271 @@
+"""When a rewrite is allowed: one function a rule, named as the sentence it proves. Each raises Rejected where it can't.
+
+Near misses trace as cleanly as real loops do, so being recognised proves nothing. T tokens, K experts per token, E experts, D model width.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fx_passes.body import Gathered, PerExpert, SlotGathered
+from fx_passes.facts import fact
+from fx_passes.ops import arg, example, fake_tensor, is_inplace, op_name
+from fx_passes.region import MoERegion, Rejected
+from fx_passes.row_wise import check_rows
+
+_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
+_VIEWS = frozenset(
+    """view reshape permute transpose t getitem select squeeze unsqueeze chunk split unbind expand expand_as contiguous to detach flatten narrow float
+    half bfloat16 view_as swapaxes movedim""".split()
+)
+_PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
+
+
+def verify(region: MoERegion) -> None:
+    """All rules on `region`; raises Rejected at the first that doesn't hold."""
+    for rule in RULES:
+        rule(region)
+
+
+def body_is_row_wise(region: MoERegion) -> None:
+    check_rows(region.body)
+
+
+def rows_belong_to_tokens(region: MoERegion) -> None:
+    """What is gathered by token has T rows, what is gathered by slot has the shape of ids, and the output has T rows."""
+    ids = fake_tensor(region.ids_TK)
+    assert ids is not None
+    for value in region.body.of(Gathered):
+        _require_size(value.source, ids.shape[:1], value.node)
+    for value in region.body.of(SlotGathered):
+        _require_size(value.source, ids.shape, value.node)
+    _require_size(region.accumulator, ids.shape[:1], region.accumulator)
+    accumulator = fake_tensor(region.accumulator)
+    if accumulator is None or accumulator.dim() != 2 or accumulator.shape[1:] != _value_shape(region)[1:]:
+        raise Rejected("rows_belong_to_tokens", region.accumulator, "the output is not of shape [tokens, width of the experts' rows]")
+
+
+def _value_shape(region: MoERegion) -> torch.Size:
+    value = fake_tensor(region.accumulations[0].value)
+    return value.shape if value is not None else torch.Size(())
+
+
+def _require_size(node: fx.Node, sizes: torch.Size, at: fx.Node) -> None:
+    tensor = fake_tensor(node)
+    if tensor is None or tensor.dim() < len(sizes) or not all(_is_same(a, b) for a, b in zip(tensor.shape, sizes, strict=False)):
+        shape = None if tensor is None else tuple(tensor.shape)
+        raise Rejected("rows_belong_to_tokens", at, f"`{node.name}` has shape {shape}, the ids have {tuple(sizes)}")
+
+
+def _is_same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    return statically_known_true(left == right)
+
+
+def experts_have_their_own_parameters(region: MoERegion) -> None:
+    """E parameters, no two the same, equal in shape, dtype, device and layout; plain tensors."""
+    for parameter in region.body.of(PerExpert):
+        tensors = [fake_tensor(node) for node in parameter.parameters]
+        if any(tensor is None or is_traceable_wrapper_subclass(tensor) for tensor in tensors):
+            raise Rejected("experts_have_their_own_parameters", parameter.node, "an expert's parameter is a tensor subclass")
+        described = {(tensor.shape, tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors if tensor is not None}
+        if len(described) != 1:
+            raise Rejected("experts_have_their_own_parameters", parameter.node, "the experts' parameters differ in shape, dtype, device or layout")
+        if parameter.stacked is not None and not _is_same(tensors[0].shape[0], region.num_experts):  # pyright: ignore[reportOptionalMemberAccess]
+            raise Rejected("every_expert_is_covered", parameter.node, f"weights of another number of experts than the {region.num_experts} of the loop")
+        if parameter.tensors and len(set(parameter.tensors)) != len(parameter.tensors):
+            raise Rejected("experts_have_their_own_parameters", parameter.node, "two experts share a parameter")
+
+
+def accumulator_starts_as_zeros(region: MoERegion) -> None:
+    if op_name(region.accumulator) not in _ZEROS:
+        raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the loop does not add to fresh zeros")
+    if region.accumulator.kwargs.get("requires_grad", False):
+        raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the output is a leaf that requires gradients")
+
+
+def accumulator_is_not_read_inside(region: MoERegion) -> None:
+    """Until the last addition only additions touch the output. Shape and dtype may be asked for: they don't change."""
+    order = _order(region.graph)
+    last = order[region.result]
+    own = {node for accumulation in region.accumulations for node in accumulation.nodes}
+    holders = {region.accumulator, *(accumulation.result for accumulation in region.accumulations)}
+    for holder in holders:
+        for user in holder.users:
+            if order[user] < last and user not in own and fake_tensor(user) is not None:
+                raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
+
+
+def no_intermediate_escapes(region: MoERegion) -> None:
+    """What is computed from an expert's rows ends in the output, or in a check that dies with the loop."""
+    inside = set(region.inner)
+    needed = _ancestors(region, inside)
+    for node in inside - needed:
+        if not _is_dead_end(node, inside, {}):
+            raise Rejected("no_intermediate_escapes", node, f"`{node.name}` is used outside the loop")
+    for node in needed:
+        for user in node.users:
+            if user not in inside:
+                raise Rejected("no_intermediate_escapes", user, f"`{node.name}` is used outside the loop")
+
+
+def _ancestors(region: MoERegion, inside: set[fx.Node]) -> set[fx.Node]:
+    """Nodes of the loop that the accumulations need."""
+    seen: set[fx.Node] = set()
+    stack = [node for accumulation in region.accumulations for node in accumulation.nodes if node is not region.result]
+    stack += [source for accumulation in region.accumulations for node in accumulation.nodes for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen | {accumulation.result for accumulation in region.accumulations}
+
+
+def _is_dead_end(node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, bool]) -> bool:
+    """Nothing outside sees `node`: it is pure, or an assertion on a size, and so is all that uses it."""
+    if node not in known:
+        known[node] = True
+        harmless = node.op != "output" and not is_inplace(node) and (fake_tensor(node) is None or not node.is_impure())
+        known[node] = harmless and node in inside and all(_is_dead_end(user, inside, known) for user in node.users)
+    return known[node]
+
+
+def nothing_is_written_inside(region: MoERegion) -> None:
+    """Between the first node of the routing and the last addition nothing that the loop reads is written, save the output."""
+    order = _order(region.graph)
+    own = {node for accumulation in region.accumulations for node in accumulation.nodes}
+    first = min(order[node] for node in _routing_nodes(region))
+    read = {_storage(node) for node in _outer_inputs(region)}
+    for node, place in order.items():
+        if first < place < order[region.result] and node not in own and is_inplace(node):
+            target = _storage(node)
+            if target in read or target in region.inner:
+                raise Rejected("nothing_is_written_inside", node, f"`{op_name(node)}` writes to something that the loop reads")
+
+
+def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
+    yield region.ids_TK
+    yield from _routing_nodes(region)
+    for node in region.inner:
+        yield from (source for source in node.all_input_nodes if source not in region.inner and source is not region.accumulator)
+
+
+def _routing_nodes(region: MoERegion) -> set[fx.Node]:
+    """Nodes between the ids and the row positions: one_hot, permute, comparison, where."""
+    nodes: set[fx.Node] = set()
+    stack = [accumulation.tokens for accumulation in region.accumulations]
+    stack += [region.symbol] if region.symbol is not None else []
+    while stack:
+        node = stack.pop()
+        if node not in nodes and node is not region.ids_TK and (fact(node) is not None or node is region.symbol):
+            nodes.add(node)
+            stack.extend(node.all_input_nodes)
+    return nodes
+
+
+def _storage(node: fx.Node) -> fx.Node:
+    """The node whose storage `node` may alias."""
+    while node.all_input_nodes and (op_name(node) in _VIEWS or is_inplace(node)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def grad_mode_is_constant(region: MoERegion) -> None:
+    """Grad mode, inference mode and autocast don't change between the first differentiable node of the loop and its last addition."""
+    order = _order(region.graph)
+    differentiable = [order[node] for node in region.inner if _is_differentiable(node)]
+    start, end = min(differentiable), order[region.result]
+    for node, place in order.items():
+        if start < place < end and node.op == "call_function" and _switches_mode(node):
+            raise Rejected("grad_mode_is_constant", node, "grad mode or autocast changes inside the loop")
+
+
+def _is_differentiable(node: fx.Node) -> bool:
+    tensor = fake_tensor(node)
+    return tensor is not None and tensor.is_floating_point()
+
+
+def _switches_mode(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return any(word in name for word in ("set_grad_enabled", "autocast", "inference_mode", "_set_deterministic", "multithreading"))
+
+
+def repeated_ids_are_counted(region: MoERegion) -> None:
+    """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk gives them."""
+    if all(accumulation.counts_duplicates for accumulation in region.accumulations) or _single_choice(region.ids_TK):
+        return
+    if not ids_are_distinct(region.ids_TK):
+        raise Rejected("repeated_ids_are_counted", region.anchor, "`+=` at repeated tokens adds once, and the ids of a token may repeat")
+
+
+def _single_choice(ids: fx.Node) -> bool:
+    tensor = fake_tensor(ids)
+    return tensor is not None and (tensor.dim() == 1 or tensor.shape[1] == 1)
+
+
+def ids_are_distinct(node: fx.Node) -> bool:
+    """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only."""
+    name = op_name(node)
+    if name == "getitem" and op_name(node.args[0]) in ("topk", "sort") and node.args[1] == 1:
+        source = node.args[0]
+        position = 2 if op_name(source) == "topk" else 1
+        tensor = fake_tensor(source.args[0])
+        dim = arg(source, position, "dim", -1)
+        return tensor is not None and tensor.dim() == 2 and dim in (-1, 1)
+    if name == "getitem" and _keeps_columns(node.args[1]):
+        return ids_are_distinct(node.args[0])
+    if name in _PRESERVES_VALUES and _keeps_rows(node):
+        return ids_are_distinct(node.args[0])
+    if name == "argsort":
+        return arg(node, 1, "dim", -1) in (-1, 1)
+    return False
+
+
+def _keeps_columns(index: object) -> bool:
+    return isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice)
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    if op_name(node) in ("to", "long", "int"):
+        return after is not None and after.dtype in (torch.int32, torch.int64)
+    return before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
+
+
+def carried_tensors_are_the_output(region: MoERegion) -> None:
+    """Where one iteration stands for all, the only tensor that an iteration hands to the next is the output."""
+    if region.symbol is None:
+        return
+    for before, after in region.symbol.meta.get("scatter_moe_carried", ()):
+        if before is not region.accumulations[0].accumulator or after is not region.result:
+            raise Rejected("carried_tensors_are_the_output", after, f"`{after.name}` is handed from one iteration to the next")
+
+
+def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
+    """Expert rows are floating point, and so is the output that they are added to."""
+    output, value = example(region.accumulator), fake_tensor(region.accumulations[0].value)
+    if value is None or not value.is_floating_point() or not output.is_floating_point():
+        raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "rows or output are not floating point")
+
+
+def _order(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: place for place, node in enumerate(graph.nodes)}
+
+
+
+RULES: tuple[Callable[[MoERegion], None], ...] = (
+    dtypes_are_those_of_a_layer,
+    rows_belong_to_tokens,
+    experts_have_their_own_parameters,
+    accumulator_starts_as_zeros,
+    accumulator_is_not_read_inside,
+    carried_tensors_are_the_output,
+    no_intermediate_escapes,
+    nothing_is_written_inside,
+    grad_mode_is_constant,
+    repeated_ids_are_counted,
+    body_is_row_wise,
+)

@@ -1,0 +1,18 @@
+"""scatter-moe: `torch.compile(model, backend="scatter_moe")` rewrites naive Mixture-of-Experts loops to grouped GEMM kernels.
+
+Importing this package registers `torch.ops.scatter_moe.*` and the backend. An installed package needs no import: torch.compile finds the
+backend by its entry point.
+"""
+
+from importlib.metadata import entry_points
+
+from torch._dynamo import register_backend
+
+from fx_passes.backend import backend, install
+from scatter_moe.explain import Explanation, explain
+
+__all__ = ["Explanation", "backend", "explain"]
+
+install()
+if not entry_points(group="torch_dynamo_backends", name="scatter_moe"):
+    register_backend(compiler_fn=backend, name="scatter_moe")

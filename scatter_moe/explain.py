@@ -1,0 +1,63 @@
+"""`explain(model, *inputs)`: which regions of a model are rewritten, which candidates are not, and why."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fx_passes.backend import backend_for_report
+from fx_passes.region import Rejection
+from fx_passes.report import RegionReport, Report, collecting
+
+_HEADERS = ("module", "form", "E", "K", "activation", "op", "source")
+
+
+class Explanation:
+    """What the backend does to a model. `str(explanation)` is the printed table.
+
+    Attributes:
+        regions: one `RegionReport` for each rewritten region (form, module_path, source, num_experts, top_k, activation, op, deviations).
+        rejections: one `Rejection` for each candidate left alone (rule, detail, source, module_path).
+        graphs: how many graphs the model was compiled to.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.regions: list[RegionReport] = report.regions
+        self.rejections: list[Rejection] = report.rejections
+        self.graphs = report.graphs
+
+    def __str__(self) -> str:
+        lines = [f"scatter_moe: {len(self.regions)} rewritten, {len(self.rejections)} left as they are, {self.graphs} graphs"]
+        lines += _table([_row(region) for region in self.regions]) if self.regions else []
+        for deviation in dict.fromkeys(deviation for region in self.regions for deviation in region.deviations):
+            lines.append(f"  deviation: {deviation}")
+        for rejection in self.rejections:
+            lines.append(f"  left as it is: {rejection.module_path} {rejection}".replace("  ", " "))
+        return "\n".join(lines)
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Compiles and runs `model(*args, **kwargs)` once as the backend would, without an inner compiler, and says what happened.
+
+    Args:
+        model: a module or a function.
+        args, kwargs: inputs that the model is called with.
+
+    Returns:
+        An `Explanation`; it is printed too.
+    """
+    with collecting() as report:
+        torch.compile(model, backend=backend_for_report())(*args, **kwargs)
+    explanation = Explanation(report)
+    print(explanation)  # noqa: T201  (showing it is what the function is for)
+    return explanation
+
+
+def _row(region: RegionReport) -> tuple[str, ...]:
+    source = region.source.rsplit("/", 1)[-1]
+    return (region.module_path, region.form, str(region.num_experts), str(region.top_k), region.activation, region.op, source)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in [_HEADERS, *rows]) for column in range(len(_HEADERS))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [_HEADERS, *rows]]
