@@ -2,7 +2,7 @@
 
 A run of a benchmark is one JSON object on one line of ``benchmarks/results/<benchmark>.jsonl``:
 
-    {"benchmark": "models", "time": "...", "command": "...", "environment": {...}, "settings": {...}, "rows": [{...}, ...]}
+    {"benchmark": "models", "time": "...", "command": "...", "environment": {...}, "settings": {...}, "rows": [...]}
 
 Results are only ever appended. ``docs/generate.py`` builds the README's table from the last line of a file.
 """
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def append(benchmark: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
-    """Append one run to ``results/<benchmark>.jsonl`` and return that path. Units belong in the keys (``ms``, ``gib``)."""
+    """Append one run to ``results/<benchmark>.jsonl`` and return that path. Units belong in the keys (``peak_gib``)."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{benchmark}.jsonl"
     record = {
@@ -92,7 +92,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` where tracked files differ; SCATTER_MOE_COMMIT names it where git can't."""
+    """The checkout's commit, ``-dirty`` where tracked files differ; SCATTER_MOE_COMMIT names it where git can't."""
     if "SCATTER_MOE_COMMIT" in os.environ:
         return os.environ["SCATTER_MOE_COMMIT"]
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -49,8 +49,8 @@ def forms_page() -> Page:
     """One section a form: the docstring of its file."""
     sections = [
         "# Naive forms",
-        "The ways of writing a Mixture-of-Experts layer that are recognised, one file of `fx_passes/forms/` each. The rules that\n"
-        "a match must also satisfy before it is rewritten are in [invariants.md](invariants.md).",
+        "The ways of writing a Mixture-of-Experts layer that are recognised, one file of `fx_passes/forms/` each. The\n"
+        "rules that a match must also satisfy before it is rewritten are in [invariants.md](invariants.md).",
     ]
     for path, docstring in docstrings(ROOT / "fx_passes" / "forms"):
         sections += [f"## {path.stem}", docstring]

@@ -1,6 +1,7 @@
-"""A small decoder whose Mixture-of-Experts layer is written by hand, as most are: a Python loop over an ``nn.ModuleList``.
+"""A small decoder whose Mixture-of-Experts layer is written by hand: a Python loop over an ``nn.ModuleList``.
 
-Nothing here knows of scatter_moe. Shapes: B batch, S sequence, T = B * S tokens, K experts per token, E experts, D model width.
+Nothing here knows of scatter_moe.
+Shapes: B batch, S sequence, T = B * S tokens, K experts per token, E experts, D model width.
 """
 
 from typing import NamedTuple

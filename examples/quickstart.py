@@ -1,10 +1,10 @@
-"""Train one Mixture-of-Experts language model three ways: eager, torch.compile, torch.compile with the scatter_moe backend.
+"""Train one Mixture-of-Experts language model three ways: eager, torch.compile, torch.compile by scatter_moe.
 
     python examples/quickstart.py [--model qwen3 | mixtral | modulelist] [--device cpu | cuda] [--steps 200]
 
 The model is an unmodified one of transformers with its eager experts (a Python loop), or the hand-written one in
-``modulelist_moe.py``. It reads bytes; the text is the source code of Python's standard library. All three runs start from the
-same weights and see the same batches. The only line that differs between them is the call of ``torch.compile``.
+``modulelist_moe.py``. It reads bytes; the text is the source code of Python's standard library. All three runs start
+from the same weights and see the same batches; all that differs between them is the call of ``torch.compile``.
 """
 
 import argparse
@@ -13,8 +13,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,12 +50,12 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(4, 192, 6, 16, 4, 96, batch=8, sequence=128, dtype=torch.float32),
+    "cpu": Size(3, 256, 8, 16, 2, 128, batch=12, sequence=128, dtype=torch.float32),
     "cuda": Size(4, 1024, 16, 64, 8, 512, batch=8, sequence=1024, dtype=torch.bfloat16),
 }
 
 # The three ways to train: what is done to the model before the first step.
-WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+WAYS: dict[str, Callable[[nn.Module], Callable]] = {
     "eager": lambda model: model,
     "torch.compile": lambda model: torch.compile(model),
     "scatter_moe": lambda model: torch.compile(model, backend="scatter_moe"),
@@ -65,7 +66,6 @@ def qwen3(size: Size) -> nn.Module:
     config = Qwen3MoeConfig(
         num_experts=size.num_experts,
         moe_intermediate_size=size.expert_width,
-        head_dim=size.width // size.heads,
         norm_topk_prob=True,
         **_common_settings(size),
     )
@@ -114,12 +114,11 @@ def standard_library() -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def batches(text: Tensor, size: Size, steps: int, device: str) -> Iterator[Tensor]:
-    """Random windows of the text, the same in every run."""
+def batches(text: Tensor, size: Size, steps: int, device: str) -> list[Tensor]:
+    """Random windows of the text, the same in every run: int64 ``[batch, sequence]`` each."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - size.sequence, (size.batch, 1), generator=generator)
-        yield text[starts + torch.arange(size.sequence)].long().to(device)
+    starts = torch.randint(len(text) - size.sequence, (steps, size.batch, 1), generator=generator)
+    return list(text[starts + torch.arange(size.sequence)].long().to(device))
 
 
 @dataclass(frozen=True)
@@ -140,36 +139,38 @@ class Run:
         return self.seconds[0]
 
 
-def train(model: nn.Module, data: Iterator[Tensor], report: Callable[[float], None]) -> Run:
-    """A plain training loop."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+def train(forward: Callable, model: nn.Module, data: list[Tensor], report: Callable) -> Run:
+    """A plain training loop; `forward` is the model, or what torch.compile made of it."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(data), pct_start=0.1)
     run = Run([], [])
     for tokens in data:
         start = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.losses.append(loss.item())  # waits for the device
+        schedule.step()
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
         run.seconds.append(time.perf_counter() - start)
-        report(run.losses[-1])
+        run.losses.append(loss.item())
+        report(advance=1, loss=run.losses[-1])
     return run
 
 
-def train_all_ways(model: nn.Module, text: Tensor, size: Size, steps: int, device: str) -> dict[str, Run]:
-    """Train a copy of the model each way. Afterwards `model` itself has the weights of the last run."""
+def train_all_ways(model: nn.Module, data: list[Tensor]) -> dict[str, Run]:
+    """Train the model each way, from the same weights; it keeps those of the last run."""
     start = copy.deepcopy(model.state_dict())
-    runs = {}
     columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    runs = {}
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
-        for name, prepare in WAYS.items():
-            task = progress.add_task(name, total=steps, loss=float("nan"))
+        for name, compile_model in WAYS.items():
             torch.compiler.reset()
             model.load_state_dict(start)
-            data = batches(text, size, steps, device)
-            runs[name] = train(
-                prepare(model), data, lambda loss, task=task: progress.update(task, advance=1, loss=loss)
-            )
+            task = progress.add_task(name, total=len(data), loss=float("nan"))
+            runs[name] = train(compile_model(model), model, data, partial(progress.update, task))
     return runs
 
 
@@ -187,23 +188,15 @@ def generate(model: nn.Module, prompt: bytes, length: int, size: Size, device: s
 
 def print_summary(runs: dict[str, Run]) -> None:
     eager = runs["eager"]
-    table = Table(title="One training step")
-    for column in (
-        "",
-        "first step, s",
-        "median step, ms",
-        "times eager's speed",
-        "final loss",
-        "largest difference to eager",
-    ):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(title="Training", caption=f"Median step without the first {WARM_UP}; mean loss of the last 10.")
+    for column in ("", "first step, s", "step, ms", "speed-up", "loss", "max |loss - eager's|"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for name, run in runs.items():
+        loss = statistics.mean(run.losses[-10:])
+        speed_up = eager.step_ms / run.step_ms
         difference = max(abs(a - b) for a, b in zip(run.losses, eager.losses, strict=True))
-        final = statistics.mean(run.losses[-10:])
-        ratio = eager.step_ms / run.step_ms
-        table.add_row(
-            name, f"{run.first_step:.1f}", f"{run.step_ms:.1f}", f"{ratio:.2f}", f"{final:.3f}", f"{difference:.2g}"
-        )
+        numbers = f"{run.first_step:.1f} {run.step_ms:.1f} {speed_up:.2f} {loss:.3f} {difference:.2g}"
+        table.add_row(name, *numbers.split())
     console.print(table)
 
 
@@ -238,11 +231,12 @@ def main() -> None:
     torch.manual_seed(0)
     model = MODELS[arguments.model](size).to(device, size.dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"{arguments.model} on {device}: {parameters:,} parameters, {len(text):,} bytes of text, {size}")
+    console.print(f"{arguments.model} on {device}: {parameters:,} parameters, {len(text):,} bytes of text")
+    console.print(size)
 
-    tokens = next(batches(text, size, 1, device))
-    scatter_moe.explain(model, input_ids=tokens, labels=tokens)
-    runs = train_all_ways(model, text, size, steps, device)
+    data = batches(text, size, steps, device)
+    scatter_moe.explain(model, input_ids=data[0], labels=data[0])
+    runs = train_all_ways(model, data)
     print_summary(runs)
 
     console.rule("what the model writes")
