@@ -26,21 +26,21 @@ def combine_fake(
     return y.new_empty(order.shape[0] // top_k, y.shape[1], dtype=out_dtype or y.dtype)
 
 
-def setup_context(ctx, inputs, output) -> None:
-    y, topk_weights, order, offsets, ctx.top_k, ctx.grouped_in, _ = inputs
-    ctx.y_dtype = y.dtype
-    ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, topk_weights, order, offsets)
+def setup_context(ctx, output, y, topk_weights, order, offsets, top_k, grouped_in, out_dtype=None) -> None:
+    ctx.top_k, ctx.grouped_in, ctx.y_dtype = top_k, grouped_in, y.dtype
+    ctx.needs = y.requires_grad, topk_weights is not None and topk_weights.requires_grad
+    ctx.save_for_backward(y if ctx.needs[1] else None, topk_weights, order, offsets)
 
 
 def backward(ctx, grad_out: Tensor):
     y, topk_weights, order, offsets = ctx.saved_tensors
-    need_y, need_weights = ctx.needs_input_grad[:2]
+    need_y, need_weights = ctx.needs
     if y is None:
         y = grad_out.new_empty(0, dtype=ctx.y_dtype)
     grad_y, grad_weights = OPS.combine_backward(
         grad_out, y, topk_weights, order, offsets, ctx.top_k, ctx.grouped_in, need_y, need_weights
     )
-    return grad_y if need_y else None, grad_weights if need_weights else None, None, None, None, None, None
+    return grad_y if need_y else None, grad_weights if need_weights else None
 
 
 autograd("combine", setup_context, backward)

@@ -33,10 +33,11 @@ def combine_backward_fake(
     return grad_y, topk_weights.new_empty(topk_weights.shape if need_weights else 0)
 
 
-def setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.top_k, ctx.grouped_in, ctx.need_y, ctx.need_weights = inputs
+def setup_context(ctx, output, grad_out, y, topk_weights, order, offsets, *options) -> None:
+    ctx.top_k, ctx.grouped_in, ctx.need_y, ctx.need_weights = options
+    ctx.needs = [tensor is not None and tensor.requires_grad for tensor in (grad_out, y, topk_weights)]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(grad_out, y, topk_weights, order, offsets)
 
 
 def backward(ctx, grad_grad_y: Tensor | None, grad_grad_weights: Tensor | None):
@@ -45,16 +46,16 @@ def backward(ctx, grad_grad_y: Tensor | None, grad_grad_weights: Tensor | None):
     through_y = grad_grad_y is not None and ctx.need_y
     through_weights = grad_grad_weights is not None and ctx.need_weights
     grad_grad_out = grad_of_y = grad_of_weights = None
-    if ctx.needs_input_grad[0] and through_y:
+    if ctx.needs[0] and through_y:
         grad_grad_out = OPS.combine(grad_grad_y, topk_weights, *routing, grad_out.dtype)
-    if ctx.needs_input_grad[0] and through_weights:
+    if ctx.needs[0] and through_weights:
         product = OPS.combine(y, grad_grad_weights, *routing, grad_out.dtype)
         grad_grad_out = product if grad_grad_out is None else grad_grad_out + product
-    if ctx.needs_input_grad[1] and through_weights:
+    if ctx.needs[1] and through_weights:
         grad_of_y = OPS.combine_backward(grad_out, y, grad_grad_weights, *routing, True, False)[0]
-    if ctx.needs_input_grad[2] and through_y:
+    if ctx.needs[2] and through_y:
         grad_of_weights = OPS.combine_backward(grad_out, grad_grad_y, topk_weights, *routing, False, True)[1]
-    return grad_grad_out, grad_of_y, grad_of_weights, None, None, None, None, None, None
+    return grad_grad_out, grad_of_y, grad_of_weights
 
 
 autograd("combine_backward", setup_context, backward)

@@ -14,14 +14,14 @@ def dispatch_fake(x: Tensor, order: Tensor, offsets: Tensor, top_k: int) -> Tens
     return x.new_empty(order.shape[0], x.shape[1])
 
 
-def setup_context(ctx, inputs, output) -> None:
-    _, order, offsets, ctx.top_k = inputs
+def setup_context(ctx, output, x, order, offsets, top_k) -> None:
+    ctx.top_k = top_k
     ctx.save_for_backward(order, offsets)
 
 
 def backward(ctx, grad: Tensor):
     order, offsets = ctx.saved_tensors
-    return OPS.combine(grad, None, order, offsets, ctx.top_k, True), None, None, None
+    return (OPS.combine(grad, None, order, offsets, ctx.top_k, True),)
 
 
 autograd("dispatch", setup_context, backward)

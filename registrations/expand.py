@@ -17,15 +17,14 @@ def expand_fake(param: Sequence[Tensor], offsets: Tensor, num_rows: int) -> Tens
     return param[0].new_empty(num_rows, *rest)
 
 
-def setup_context(ctx, inputs, output) -> None:
-    param, offsets, _ = inputs
+def setup_context(ctx, output, param, offsets, num_rows) -> None:
     ctx.is_list = len(param) > 1
     ctx.save_for_backward(offsets)
 
 
 def backward(ctx, grad: Tensor):
     (offsets,) = ctx.saved_tensors
-    return like_parameter(OPS.expand_backward(grad, offsets), ctx.is_list), None, None
+    return (like_parameter(OPS.expand_backward(grad, offsets), ctx.is_list),)
 
 
 autograd("expand", setup_context, backward)

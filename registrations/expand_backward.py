@@ -14,15 +14,14 @@ def expand_backward_fake(grad: Tensor, offsets: Tensor) -> Tensor:
     return grad.new_empty(offsets.shape[0], *grad.shape[1:])
 
 
-def setup_context(ctx, inputs, output) -> None:
-    grad, offsets = inputs
+def setup_context(ctx, output, grad, offsets) -> None:
     ctx.num_rows = grad.shape[0]
     ctx.save_for_backward(offsets)
 
 
 def backward(ctx, grad_sums: Tensor):
     (offsets,) = ctx.saved_tensors
-    return OPS.expand([grad_sums], offsets, ctx.num_rows), None
+    return (OPS.expand([grad_sums], offsets, ctx.num_rows),)
 
 
 autograd("expand_backward", setup_context, backward)

@@ -54,8 +54,38 @@ def fake(name: str, check: Callable[..., None]) -> Callable[[Callable], Callable
     return register
 
 
-def autograd(name: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]) -> None:
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+def autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Sequence[Any]]) -> None:
+    """Register the derivative of an operator whose arguments may be tensor lists.
+
+    setup_context(ctx, output, *arguments) saves what backward needs; backward(ctx, *grads) returns the gradients of the
+    leading arguments, a list of gradients for a tensor list.
+    """
+    op = getattr(OPS, name).default
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, lengths, *flat):
+            arguments = _unflatten(flat, lengths)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*arguments)
+            setup_context(ctx, output, *arguments)
+            ctx.num_inputs = len(flat)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            flat, _ = _flatten(backward(ctx, *grads))
+            return (None, *flat, *[None] * (ctx.num_inputs - len(flat)))
+
+    def kernel(*arguments):
+        if torch.is_grad_enabled():
+            flat, lengths = _flatten(arguments)
+            if any(isinstance(value, Tensor) and value.requires_grad for value in flat):
+                return Derivative.apply(lengths, *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    LIBRARY.impl(name, kernel, "Autograd")
 
 
 def not_differentiable(name: str, sentence: str) -> None:
@@ -64,7 +94,7 @@ def not_differentiable(name: str, sentence: str) -> None:
     def backward(ctx, *grads):
         raise RuntimeError(sentence)
 
-    autograd(name, None, backward)
+    autograd(name, lambda ctx, output, *arguments: None, backward)
 
 
 def autocast(name: str) -> Callable[[Callable], Callable]:
@@ -107,3 +137,18 @@ def _autocast_kernel(name: str, device_type: str, cast: Callable[..., tuple]) ->
             return getattr(OPS, name)(*cast(to_autocast_dtype, *args))
 
     return kernel
+
+
+def _flatten(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
+    """Open the lists, into which autograd functions do not look. lengths: of each list, None for any other value."""
+    flat, lengths = [], []
+    for value in values:
+        is_list = isinstance(value, list)
+        flat.extend(value if is_list else (value,))
+        lengths.append(len(value) if is_list else None)
+    return flat, lengths
+
+
+def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    values = iter(flat)
+    return [next(values) if n is None else [next(values) for _ in range(n)] for n in lengths]

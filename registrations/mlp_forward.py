@@ -21,8 +21,7 @@ def mlp_forward_fake(x: Tensor, topk_weights: Tensor, order: Tensor, offsets: Te
     return out, x.new_empty(order.shape[0], 2 * width if up else width)
 
 
-def setup_context(ctx, inputs, output) -> None:
-    x, topk_weights, order, offsets, *rest = inputs
+def setup_context(ctx, output, x, topk_weights, order, offsets, *rest) -> None:
     parameters, ctx.options, save_h = rest[:6], rest[6:-1], rest[-1]
     ctx.needs = [requires_grad(value) for value in (x, topk_weights, *parameters)]
     need_h, need_x = any(ctx.needs[:7]), ctx.needs[2] or ctx.needs[3]
@@ -42,7 +41,7 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
     h, x, topk_weights, order, offsets, *tensors = ctx.saved_tensors
     no_grads = [[None] * length for length in ctx.lengths]
     if grad_out is None:
-        return None, None, None, None, *no_grads, *([None] * 8)
+        return None, None, None, None, *no_grads
     if h is None:
         h = grad_out.new_empty(0, dtype=ctx.x_dtype)
     if x is None:
@@ -55,7 +54,7 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
         like_parameter(grad, is_list) if need else none
         for grad, is_list, need, none in zip(grads[2:], ctx.is_list, ctx.needs[2:], no_grads, strict=True)
     ]
-    return grad_x, grad_topk_weights, None, None, *parameter_grads, *([None] * 8)
+    return grad_x, grad_topk_weights, None, None, *parameter_grads
 
 
 autograd("mlp_forward", setup_context, backward)

@@ -29,8 +29,10 @@ def parallel_linear_fake(
     return x.new_empty(order.shape[0], weight[0].shape[-1 if transposed else -2])
 
 
-def setup_context(ctx, inputs, output) -> None:
-    x, weight, order, offsets, ctx.top_k, ctx.grouped_in, ctx.grouped_out, bias, ctx.transposed = inputs
+def setup_context(
+    ctx, output, x, weight, order, offsets, top_k, grouped_in, grouped_out, bias, transposed=False
+) -> None:
+    ctx.options = (top_k, grouped_in, grouped_out, transposed)
     ctx.weight_is_list, ctx.num_weights = weight[0].dim() == 2, len(weight)
     ctx.bias_is_list, ctx.num_biases = bool(bias) and bias[0].dim() == 1, len(bias)
     ctx.needs = [requires_grad(value) for value in (x, weight, bias)]
@@ -41,17 +43,17 @@ def setup_context(ctx, inputs, output) -> None:
 def backward(ctx, grad: Tensor):
     order, offsets, x, *weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs
-    layout = (ctx.grouped_in, ctx.grouped_out)
+    _, _, grouped_out, _ = ctx.options
     grad_x, grad_weight, grad_bias = None, [None] * ctx.num_weights, [None] * ctx.num_biases
     if need_x:
-        grad_x = input_grad(grad, weight, order, offsets, ctx.top_k, *layout, ctx.transposed)
+        grad_x = input_grad(grad, weight, order, offsets, *ctx.options)
     if need_weight:
-        stacked = OPS.parallel_linear_weight_grad(x, grad, order, offsets, ctx.top_k, *layout, ctx.transposed)
+        stacked = OPS.parallel_linear_weight_grad(x, grad, order, offsets, *ctx.options)
         grad_weight = like_parameter(stacked, ctx.weight_is_list)
     if need_bias:
-        stacked = OPS.parallel_linear_bias_grad(grad, order, offsets, ctx.grouped_out)
+        stacked = OPS.parallel_linear_bias_grad(grad, order, offsets, grouped_out)
         grad_bias = like_parameter(stacked, ctx.bias_is_list)
-    return grad_x, grad_weight, None, None, None, None, None, grad_bias, None
+    return grad_x, grad_weight, None, None, None, None, None, grad_bias
 
 
 def input_grad(

@@ -14,8 +14,8 @@ def parallel_linear_bias_grad_fake(grad: Tensor, order: Tensor, offsets: Tensor,
     return grad.new_empty(offsets.shape[0], grad.shape[1])
 
 
-def setup_context(ctx, inputs, output) -> None:
-    _, order, offsets, ctx.grouped_out = inputs
+def setup_context(ctx, output, grad, order, offsets, grouped_out) -> None:
+    ctx.grouped_out = grouped_out
     ctx.save_for_backward(order, offsets)
 
 
@@ -24,7 +24,7 @@ def backward(ctx, grad_bias: Tensor):
     rows = OPS.expand([grad_bias], offsets, order.shape[0])
     if not ctx.grouped_out:
         rows = OPS.combine(rows, None, order, offsets, 1, True)
-    return rows, None, None, None
+    return (rows,)
 
 
 autograd("parallel_linear_bias_grad", setup_context, backward)

@@ -31,9 +31,9 @@ def parallel_linear_weight_grad_fake(
     return x.new_empty(offsets.shape[0], *sizes)
 
 
-def setup_context(ctx, inputs, output) -> None:
-    x, grad, order, offsets, *ctx.options = inputs
-    need_x, need_grad = ctx.needs_input_grad[:2]
+def setup_context(ctx, output, x, grad, order, offsets, top_k, grouped_in, grouped_out, transposed=False) -> None:
+    ctx.options = (top_k, grouped_in, grouped_out, transposed)
+    ctx.needs = need_x, need_grad = x.requires_grad, grad.requires_grad
     ctx.save_for_backward(order, offsets, x if need_grad else None, grad if need_x else None)
 
 
@@ -41,9 +41,9 @@ def backward(ctx, grad_weight: Tensor):
     order, offsets, x, grad = ctx.saved_tensors
     top_k, grouped_in, grouped_out, transposed = ctx.options
     layout = (order, offsets, top_k, grouped_in, grouped_out)
-    grad_x = input_grad(grad, [grad_weight], *layout, transposed) if ctx.needs_input_grad[0] else None
-    grad_grad = OPS.parallel_linear(x, [grad_weight], *layout, [], transposed) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_grad, None, None, None, None, None, None
+    grad_x = input_grad(grad, [grad_weight], *layout, transposed) if ctx.needs[0] else None
+    grad_grad = OPS.parallel_linear(x, [grad_weight], *layout, [], transposed) if ctx.needs[1] else None
+    return grad_x, grad_grad
 
 
 autograd("parallel_linear_weight_grad", setup_context, backward)

@@ -15,13 +15,13 @@ def segments(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def experts(parameters: Sequence[Tensor], expert_dim: int) -> Sequence[Tensor]:
-    """The parameter of each expert, as views: `parameters` is one stacked tensor or already one tensor per expert.
+def experts(parameters: Sequence[Tensor], expert_dim: int) -> Sequence[Tensor] | Tensor:
+    """What indexed by e gives the parameter of expert e: the one stacked tensor, or the list of one tensor per expert.
 
     expert_dim: dimensions of one expert's parameter, 2 for a weight and 1 for a bias.
     """
     if len(parameters) == 1 and parameters[0].dim() == expert_dim + 1:
-        return parameters[0].unbind(0)
+        return parameters[0]
     return parameters
 
 

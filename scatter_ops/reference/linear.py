@@ -36,7 +36,7 @@ def parallel_linear(
         slots = order_N[start:end].long()
         rows = x[start:end] if grouped_in else x[slots // top_k]
         product = rows.to(dtype) @ weights[e].to(dtype)
-        if biases:
+        if bias:
             product += biases[e].to(dtype)
         y[slice(start, end) if grouped_out else slots] = product.to(x.dtype)
     return y

@@ -15,7 +15,15 @@ from torch import Tensor
 from scatter_ops.activations import activate, activate_backward, join, split
 from scatter_ops.grouping import accumulation_dtype, experts
 from scatter_ops.reference.linear import parallel_linear, parallel_linear_weight_grad
-from scatter_ops.reference.routing import combine, combine_backward, dispatch, expand, expand_backward, slot_order
+from scatter_ops.reference.routing import (
+    combine,
+    combine_backward,
+    dispatch,
+    expand,
+    expand_backward,
+    slot_order,
+    slot_weights,
+)
 
 
 def mlp_forward(
@@ -48,7 +56,7 @@ def mlp_forward(
     dtype = accumulation_dtype(x_TD.dtype)
     pre_NH = h_NH.to(dtype)
     if on_input:
-        scale_N1 = _slot_weights(topk_weights_TK, order_N, dtype)
+        scale_N1 = slot_weights(topk_weights_TK, order_N, True).to(dtype)
         pre_NH = _pre_activation(pre_NH, scale_N1, offsets_E, gate_up_bias, up_bias)
     a_NF = activate(*split(pre_NH, layout), activation, alpha, limit).to(x_TD.dtype)
     y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed)
@@ -88,9 +96,9 @@ def mlp_backward(
     dtype, on_input = accumulation_dtype(x_TD.dtype), weight_on == "input"
     routing = (order_N, offsets_E, topk_weights_TK.shape[1])
     need_x, need_topk_weights, need_weight, need_down, need_bias = needs[0], needs[1], needs[2:4], needs[4], needs[5:7]
-    scale_N1 = _slot_weights(topk_weights_TK, order_N, dtype)
+    scale_N1 = slot_weights(topk_weights_TK, order_N, True).to(dtype)
     grad_y_ND = dispatch(grad_out_TD.to(dtype), *routing) * (1 if on_input else scale_N1)
-    grads = [grad_y_ND.new_empty(0)] * len(needs)
+    grads = [grad_y_ND.new_empty(0) for _ in needs]
     if needs[7]:
         grads[7] = expand_backward(grad_y_ND, offsets_E)
     if not any(needs[:7]):
@@ -110,7 +118,7 @@ def mlp_backward(
     grad_h_NH = scale_N1 * grad_pre_NH if on_input else grad_pre_NH
     if need_topk_weights and on_input:
         grad_s_N1 = (grad_pre_NH * h_NH).sum(1, keepdim=True)
-        grads[1] = slot_order(grad_s_N1, order_N, offsets_E, True).view_as(topk_weights_TK)
+        grads[1] = slot_order(grad_s_N1, order_N, offsets_E).view_as(topk_weights_TK)
     for i, grad in enumerate(_projections(grad_h_NH, layout)):
         if need_weight[i]:
             grads[2 + i] = parallel_linear_weight_grad(x_TD.to(dtype), grad, *routing, False, True, transposed)
@@ -122,11 +130,6 @@ def mlp_backward(
         grad_rows = [parallel_linear(grad, w, *routing, True, True, [], not transposed) for grad, w in pairs]
         grads[0] = combine(sum(grad_rows[1:], grad_rows[0]), None, *routing, True)
     return _round(grads, x_TD, topk_weights_TK)
-
-
-def _slot_weights(topk_weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """The router weight of each grouped row."""
-    return topk_weights_TK.reshape(-1, 1)[order_N.long()].to(dtype)
 
 
 def _pre_activation(

@@ -38,11 +38,11 @@ def combine(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """out[t] = sum over k of topk_weights[t, k] * y(slot t * K + k). Returns [T, D]; weights of None are ones."""
-    dtype = accumulation_dtype(y_ND.dtype)
-    y_TKD = slot_order(y_ND, order_N, offsets_E, grouped_in).unflatten(0, (-1, top_k)).to(dtype)
+    rows_ND = y_ND.to(accumulation_dtype(y_ND.dtype))
     if topk_weights_TK is not None:
-        y_TKD = y_TKD * topk_weights_TK.to(dtype).unsqueeze(-1)
-    return y_TKD.sum(1).to(out_dtype or y_ND.dtype)
+        rows_ND = rows_ND * slot_weights(topk_weights_TK, order_N, grouped_in).to(rows_ND.dtype)
+    rows_ND = slot_order(rows_ND, order_N, offsets_E) if grouped_in else rows_ND
+    return rows_ND.unflatten(0, (-1, top_k)).sum(1).to(out_dtype or y_ND.dtype)
 
 
 def combine_backward(
@@ -61,16 +61,19 @@ def combine_backward(
     y is read for its dtype, and for its values only if need_weights.
     """
     dtype = accumulation_dtype(y_ND.dtype)
-    grad_TKD = grad_out_TD.to(dtype).unsqueeze(1).expand(-1, top_k, -1)
+    grad_ND = grad_out_TD.to(dtype).repeat_interleave(top_k, dim=0)
+    grad_ND = dispatch(grad_ND, order_N, offsets_E, 1) if grouped_in else grad_ND
     grad_y, grad_weights = y_ND.new_empty(0), y_ND.new_empty(0)
-    if need_y:
-        scaled_TKD = grad_TKD if topk_weights_TK is None else grad_TKD * topk_weights_TK.to(dtype).unsqueeze(-1)
-        grad_y = scaled_TKD.reshape(-1, grad_out_TD.shape[1]).to(y_ND.dtype)
-        grad_y = dispatch(grad_y, order_N, offsets_E, 1) if grouped_in else grad_y
     if need_weights:
         assert topk_weights_TK is not None
-        y_TKD = slot_order(y_ND, order_N, offsets_E, grouped_in).unflatten(0, (-1, top_k)).to(dtype)
-        grad_weights = (grad_TKD * y_TKD).sum(-1).to(topk_weights_TK.dtype)
+        grad_N = (grad_ND * y_ND.to(dtype)).sum(-1)
+        grad_N = slot_order(grad_N, order_N, offsets_E) if grouped_in else grad_N
+        grad_weights = grad_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
+    if need_y:
+        if topk_weights_TK is not None:
+            grad_ND = grad_ND * slot_weights(topk_weights_TK, order_N, grouped_in).to(dtype)
+        grad_y = grad_ND.to(y_ND.dtype)
+        grad_y[int(offsets_E[-1]) if grouped_in else len(grad_y) :] = 0
     return grad_y, grad_weights
 
 
@@ -95,11 +98,15 @@ def expand_backward(grad: Tensor, offsets_E: Tensor) -> Tensor:
     return sums
 
 
-def slot_order(y_ND: Tensor, order_N: Tensor, offsets_E: Tensor, grouped_in: bool) -> Tensor:
-    """Rows in slot order. Of grouped rows those of sentinels are replaced by zeros, whatever they hold."""
-    if not grouped_in:
-        return y_ND
+def slot_order(rows: Tensor, order_N: Tensor, offsets_E: Tensor) -> Tensor:
+    """Grouped rows in slot order. Those of sentinels are replaced by zeros, whatever they hold."""
     num_valid = int(offsets_E[-1])
-    y_slots = torch.zeros_like(y_ND)
-    y_slots[order_N[:num_valid].long()] = y_ND[:num_valid]
-    return y_slots
+    y = torch.zeros_like(rows)
+    y[order_N[:num_valid].long()] = rows[:num_valid]
+    return y
+
+
+def slot_weights(topk_weights_TK: Tensor, order_N: Tensor, grouped: bool) -> Tensor:
+    """The router weight of each row, [N, 1]."""
+    weights_N1 = topk_weights_TK.reshape(-1, 1)
+    return weights_N1[order_N.long()] if grouped else weights_N1

@@ -1,0 +1,122 @@
+"""All gradients of the fused expert MLP on the CPU; formulas are those of `scatter_ops.reference.mlp`.
+
+T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H columns of h (F, gated 2F).
+s router weights, dA' the gradient of A before s: on the output dA = s dA', dS = <dA', A> + <dY, b_down>; on the input
+dA = dA', dS = <dpre, h>.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scatter_ops.activations import join, split
+from scatter_ops.cpu.activations import activate, activate_backward, blocks
+from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
+from scatter_ops.cpu.mlp_forward import PreActivation
+from scatter_ops.cpu.routing import combine, expand_backward, slot_rows, zero_sentinels
+from scatter_ops.grouping import experts, segments
+
+
+def mlp_backward(
+    grad_out_TD: Tensor,
+    h_NH: Tensor,
+    x_TD: Tensor,
+    topk_weights_TK: Tensor,
+    order_N: Tensor,
+    offsets_E: Tensor,
+    gate_up: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    gate_up_bias: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    activation: str,
+    layout: str,
+    transposed: bool,
+    weight_on: str,
+    alpha: float,
+    limit: float,
+    out_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    on_input, separate = weight_on == "input", layout == "separate"
+    grads = [(topk_weights_TK if i == 1 else x_TD).new_empty(0) for i in range(len(needs))]
+    tokens_N = order_N // topk_weights_TK.shape[1]
+    dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), offsets_E)
+    pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, (gate_up_bias, up_bias), on_input)
+    if needs[7]:
+        grads[7] = expand_backward(dy_ND if on_input else dy_ND * pre.scale_N1, offsets_E).to(x_TD.dtype)
+    if not any(needs[:7]):
+        return tuple(grads)
+
+    through_down = any(needs[:4]) or any(needs[5:7])
+    da_NF = grouped_linear(dy_ND, down, offsets_E, [], not transposed) if through_down else None
+    scaled_a_NF, ds_N, dpre_NH, dh_NH = _through_activation(da_NF, pre, activation, layout, alpha, limit)
+    if needs[4]:
+        grads[4] = grouped_weight_grad(scaled_a_NF, dy_ND, offsets_E, transposed)
+    if needs[1]:
+        if down_bias and not on_input:
+            _add_bias_share(ds_N, dy_ND, down_bias, offsets_E)
+        ds_N = zero_sentinels(ds_N, offsets_E).index_select(0, slot_rows(order_N))
+        grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
+    del da_NF, scaled_a_NF, dy_ND
+    rows_ND = x_TD.index_select(0, tokens_N) if needs[2] or needs[3] else x_TD
+    dx_ND = None
+    for i, weight in enumerate((gate_up, up) if separate else (gate_up,)):
+        columns = _columns(i, h_NH, separate)
+        if needs[2 + i]:
+            grads[2 + i] = grouped_weight_grad(rows_ND, dh_NH[:, columns], offsets_E, transposed)
+        if needs[5 + i]:
+            grads[5 + i] = expand_backward(dpre_NH[:, columns], offsets_E)
+        if needs[0]:
+            dx_ND = grouped_linear(dh_NH[:, columns], weight, offsets_E, [], not transposed, add_to=dx_ND)
+    if dx_ND is not None:
+        grads[0] = combine(dx_ND, None, order_N, offsets_E, topk_weights_TK.shape[1], True)
+    return tuple(grads)
+
+
+def _through_activation(
+    da_NF: Tensor | None, pre: PreActivation, activation: str, layout: str, alpha: float, limit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of A that dW_down takes, dS without the bias' share, dpre and dh.
+
+    da_NF is the gradient of A before the router weight; without it only the first result is computed.
+    """
+    h_NH, on_input = pre.h_NH, pre.on_input
+    num_slots, width = h_NH.shape
+    scaled_a_NF = h_NH.new_empty(num_slots, width if layout == "plain" else width // 2)
+    if da_NF is None:
+        for block in blocks(h_NH):
+            value = activate(*split(pre[block], layout), activation, alpha, limit)
+            scaled_a_NF[block] = value if on_input else value.mul_(pre.scale_N1[block])
+        nothing = h_NH.new_empty(0)
+        return scaled_a_NF, nothing, nothing, nothing
+
+    ds_N, dpre_NH = h_NH.new_empty(num_slots, dtype=pre.dtype), torch.empty_like(h_NH)
+    dh_NH = torch.empty_like(h_NH) if on_input else dpre_NH
+    for block in blocks(h_NH):
+        da, scale = da_NF[block].to(pre.dtype), pre.scale_N1[block]
+        scaled_da = da if on_input else da * scale
+        value, dgate, dup = activate_backward(scaled_da, *split(pre[block], layout), activation, alpha, limit)
+        dpre_NH[block] = dpre = join(dgate, dup, layout)
+        if on_input:
+            ds_N[block] = torch.linalg.vecdot(dpre, h_NH[block].to(pre.dtype))
+            dh_NH[block] = dpre.mul_(scale)
+        else:
+            ds_N[block] = torch.linalg.vecdot(da, value)
+        scaled_a_NF[block] = value if on_input else value.mul_(scale)
+    return scaled_a_NF, ds_N, dpre_NH, dh_NH
+
+
+def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], offsets_E: Tensor) -> None:
+    """dS += <dY, b_down>."""
+    biases = experts(down_bias, 1)
+    for e, start, end in segments(offsets_E):
+        ds_N[start:end] += dy_ND[start:end].to(ds_N.dtype) @ biases[e].to(ds_N.dtype)
+
+
+def _columns(projection: int, h_NH: Tensor, separate: bool) -> slice:
+    """The columns of h that belong to gate_up (projection 0) or, where it is apart, to up (1)."""
+    width = h_NH.shape[1] // 2
+    return slice(projection * width, (projection + 1) * width) if separate else slice(None)

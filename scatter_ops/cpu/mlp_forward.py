@@ -1,0 +1,83 @@
+"""The fused expert MLP on the CPU; formulas and roundings are those of `scatter_ops.reference.mlp`.
+
+T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H columns of h (F, gated 2F).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scatter_ops.activations import split
+from scatter_ops.cpu.activations import activate, blocks
+from scatter_ops.cpu.linear import grouped_linear
+from scatter_ops.cpu.routing import combine, expand
+from scatter_ops.grouping import accumulation_dtype, experts
+
+
+def mlp_forward(
+    x_TD: Tensor,
+    topk_weights_TK: Tensor,
+    order_N: Tensor,
+    offsets_E: Tensor,
+    gate_up: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    gate_up_bias: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    activation: str,
+    layout: str,
+    transposed: bool,
+    weight_on: str,
+    alpha: float,
+    limit: float,
+    out_dtype: torch.dtype | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
+    rows_ND = x_TD.index_select(0, order_N // top_k)
+    biases = ([], []) if on_input else (gate_up_bias, up_bias)
+    width = gate_up[0].shape[-1 if transposed else -2]
+    h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width)
+    grouped_linear(rows_ND, gate_up, offsets_E, biases[0], transposed, out=h_NH[:, :width])
+    if up:
+        grouped_linear(rows_ND, up, offsets_E, biases[1], transposed, out=h_NH[:, width:])
+    pre_activation = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, (gate_up_bias, up_bias), on_input)
+    a_NF = x_TD.new_empty(order_N.numel(), down[0].shape[-2 if transposed else -1])
+    for block in blocks(h_NH):
+        a_NF[block] = activate(*split(pre_activation[block], layout), activation, alpha, limit)
+    y_ND = grouped_linear(a_NF, down, offsets_E, down_bias, transposed)
+    out_TD = combine(y_ND, None if on_input else topk_weights_TK, order_N, offsets_E, top_k, True, out_dtype)
+    return out_TD, h_NH if save_h else h_NH.new_empty(0)
+
+
+class PreActivation:
+    """What is activated, by blocks of rows in the accumulation dtype: h, or s h + b with the weight on the input."""
+
+    def __init__(
+        self,
+        h_NH: Tensor,
+        topk_weights_TK: Tensor,
+        order_N: Tensor,
+        offsets_E: Tensor,
+        biases: Sequence[Sequence[Tensor]],
+        on_input: bool,
+    ) -> None:
+        self.h_NH, self.on_input, self.bias_NH = h_NH, on_input, None
+        self.dtype = accumulation_dtype(h_NH.dtype)
+        self.scale_N1 = slot_weights(topk_weights_TK, order_N, self.dtype)
+        stacked = [torch.stack(tuple(experts(bias, 1))) for bias in biases if bias] if on_input else []
+        if stacked:
+            self.bias_NH = expand([torch.cat(stacked, dim=1)], offsets_E, h_NH.shape[0])
+
+    def __getitem__(self, block: slice) -> Tensor:
+        pre = self.h_NH[block].to(self.dtype)
+        if self.on_input:
+            pre = pre * self.scale_N1[block]
+        return pre if self.bias_NH is None else pre.add_(self.bias_NH[block])
+
+
+def slot_weights(topk_weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """The router weight of each grouped row."""
+    return topk_weights_TK.reshape(-1, 1).index_select(0, order_N).to(dtype)

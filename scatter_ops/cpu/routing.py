@@ -1,0 +1,121 @@
+"""Routing and the operators that move rows between tokens, slots and experts, on the CPU.
+
+T tokens, K experts per token, N = T * K slots, E experts, D model width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scatter_ops.grouping import accumulation_dtype, segments
+
+
+def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    ids_N = topk_ids_TK.reshape(-1)
+    keys_N = ids_N.masked_fill((ids_N < 0) | (ids_N >= num_experts), num_experts)
+    offsets_E = torch.bincount(keys_N, minlength=num_experts + 1)[:num_experts].cumsum(0, dtype=torch.int32)
+    return keys_N.to(_smallest_int(num_experts)).argsort(stable=True).int(), offsets_E
+
+
+def dispatch(x_TD: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+    y_ND = x_TD.index_select(0, order_N if top_k == 1 else order_N // top_k)
+    return zero_sentinels(y_ND, offsets_E)
+
+
+def combine(
+    y_ND: Tensor,
+    topk_weights_TK: Tensor | None,
+    order_N: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    grouped_in: bool,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """embedding_bag reads the rows of a token where they are and sums them in one pass."""
+    dtype = accumulation_dtype(y_ND.dtype)
+    num_slots, num_valid = order_N.numel(), int(offsets_E[-1])
+    rows_N = slot_rows(order_N) if grouped_in else torch.arange(num_slots)
+    if topk_weights_TK is not None:
+        topk_weights_TK = topk_weights_TK.to(dtype)
+    padding = None
+    if grouped_in and num_valid < num_slots:
+        padding = num_valid  # the first sentinel's row: embedding_bag doesn't read it
+        rows_N = rows_N.clamp(max=num_valid)
+    rows_TK = rows_N.view(-1, top_k)
+    out_TD = F.embedding_bag(
+        rows_TK, y_ND.to(dtype), mode="sum", per_sample_weights=topk_weights_TK, padding_idx=padding
+    )
+    return out_TD.to(out_dtype or y_ND.dtype)
+
+
+def combine_backward(
+    grad_out_TD: Tensor,
+    y_ND: Tensor,
+    topk_weights_TK: Tensor | None,
+    order_N: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    grouped_in: bool,
+    need_y: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(y_ND.dtype)
+    slots_N = order_N if grouped_in else torch.arange(order_N.numel(), dtype=torch.int32)
+    grad_ND = grad_out_TD.to(dtype).index_select(0, slots_N // top_k)
+    grad_y, grad_weights = y_ND.new_empty(0), y_ND.new_empty(0)
+    if need_weights:
+        assert topk_weights_TK is not None
+        grad_N = torch.linalg.vecdot(grad_ND, y_ND.to(dtype)).to(topk_weights_TK.dtype)
+        if grouped_in:
+            grad_N = zero_sentinels(grad_N, offsets_E).index_select(0, slot_rows(order_N))
+        grad_weights = grad_N.view_as(topk_weights_TK)
+    if need_y:
+        if topk_weights_TK is not None:
+            grad_ND *= topk_weights_TK.to(dtype).reshape(-1, 1).index_select(0, slots_N)
+        grad_y = grad_ND.to(y_ND.dtype)
+        grad_y = zero_sentinels(grad_y, offsets_E) if grouped_in else grad_y
+    return grad_y, grad_weights
+
+
+def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
+    per_expert = param[0] if len(param) == 1 else torch.stack(tuple(param))
+    experts_N = torch.searchsorted(offsets_E, torch.arange(num_rows, dtype=torch.int32), right=True, out_int32=True)
+    y = per_expert.index_select(0, experts_N.clamp_(max=per_expert.shape[0] - 1))
+    return zero_sentinels(y, offsets_E)
+
+
+def expand_backward(grad: Tensor, offsets_E: Tensor) -> Tensor:
+    sums, hit = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), []
+    for e, start, end in segments(offsets_E):
+        torch.sum(grad[start:end], 0, out=sums[e])
+        hit.append(e)
+    return zero_experts_but(hit, sums)
+
+
+def slot_rows(order_N: Tensor) -> Tensor:
+    """The grouped row of each slot: the inverse of order."""
+    rows_N = torch.empty_like(order_N)
+    return rows_N.scatter_(0, order_N.long(), torch.arange(order_N.numel(), dtype=order_N.dtype))
+
+
+def zero_sentinels(rows: Tensor, offsets_E: Tensor) -> Tensor:
+    """Zero the grouped rows past the last expert's, in place."""
+    num_valid = int(offsets_E[-1])
+    if num_valid < rows.shape[0]:
+        rows[num_valid:].zero_()
+    return rows
+
+
+def zero_experts_but(hit: list[int], stacked: Tensor) -> Tensor:
+    """Zero what belongs to the experts without tokens, in place."""
+    if len(hit) < stacked.shape[0]:
+        missing = sorted(set(range(stacked.shape[0])).difference(hit))
+        stacked.index_fill_(0, torch.tensor(missing), 0)
+    return stacked
+
+
+def _smallest_int(largest: int) -> torch.dtype:
+    """Sorting time grows with the bytes of the key."""
+    return next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(t).max)

@@ -1,0 +1,85 @@
+"""Every row of the table: registrations, fakes, gradients, and equality with the naive loop and the specification."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten
+
+from scatter_ops import reference
+from tests.numerics import assert_exact
+from tests.ops import naive
+from tests.ops.cases import CASES, OPS, Case, Sizes, differentiable_inputs, map_tensors
+
+BILINEAR = ("dispatch", "parallel_linear", "combine", "expand")
+LARGER = Sizes(T=33, K=3, E=6, D=20, F=12)
+
+
+def every(selected=lambda case: True):
+    return pytest.mark.parametrize("case", [case for case in CASES if selected(case)], ids=str)
+
+
+@every()
+def test_opcheck(case: Case, device: str):
+    torch.library.opcheck(getattr(OPS, case.op), case.arguments(device=device))
+
+
+@every()
+def test_fake_has_the_metadata_of_the_result(case: Case, device: str):
+    arguments = case.arguments(device=device)
+    real, _ = tree_flatten(getattr(OPS, case.op)(*arguments))
+    with FakeTensorMode() as mode:
+        fake, _ = tree_flatten(getattr(OPS, case.op)(*map_tensors(mode.from_tensor, arguments)))
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+@every(lambda case: case.differentiable and case.parameters != "expanded")
+def test_gradients(case: Case, device: str):
+    """By finite differences; second derivatives too where the operator has them."""
+    arguments = case.arguments(Sizes(T=3, K=2, E=4, D=3, F=2), device=device)
+    inputs = [tensor for tensor in differentiable_inputs(arguments) if tensor.dtype == torch.float64]
+    if not inputs or sum(tensor.numel() for tensor in inputs) == 0:
+        return
+
+    def function(*tensors):
+        given = iter(tensors)
+        replaced = map_tensors(lambda t: next(given) if t.requires_grad and t.dtype == torch.float64 else t, arguments)
+        result = getattr(OPS, case.op)(*replaced)
+        return result[0] if case.op == "mlp_forward" else result
+
+    torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    if case.op in BILINEAR:
+        torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@every(lambda case: hasattr(naive, case.op))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_the_naive_loop(case: Case, device: str, dtype: torch.dtype):
+    """Outputs and all gradients against the loop in float64."""
+    arguments = case.arguments(LARGER, dtype, device)
+    wide = map_tensors(lambda t: t.detach().double().requires_grad_() if t.is_floating_point() else t, arguments)
+    assert_exact(results(getattr(OPS, case.op), arguments), results(getattr(naive, case.op), wide), dtype)
+
+
+@every(lambda case: case.op in reference.__all__)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_the_reference(case: Case, device: str, dtype: torch.dtype):
+    arguments = case.arguments(LARGER, dtype, device)
+    with torch.no_grad():
+        given, _ = tree_flatten(getattr(OPS, case.op)(*arguments))
+        expected, _ = tree_flatten(getattr(reference, case.op)(*arguments))
+    for a, b in zip(given, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if a.is_floating_point():
+            assert_exact({case.op: a}, {case.op: b}, dtype)
+        else:
+            assert torch.equal(a, b)
+
+
+def results(function, arguments) -> dict[str, torch.Tensor | None]:
+    """The output and the gradient of every input for a random upstream gradient."""
+    out = function(*arguments)
+    inputs = differentiable_inputs(arguments)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(out, inputs, upstream.to(out.device, out.dtype), allow_unused=True)
+    return {"output": out.detach()} | {f"gradient {i}": grad for i, grad in enumerate(grads)}
