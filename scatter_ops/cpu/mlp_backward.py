@@ -44,7 +44,8 @@ def mlp_backward(
     grads = [(topk_weights_TK if i == 1 else x_TD).new_empty(0) for i in range(len(needs))]
     tokens_N = order_N // topk_weights_TK.shape[1]
     dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), offsets_E)
-    pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, (gate_up_bias, up_bias), on_input)
+    biases = (gate_up_bias, up_bias) if separate else (gate_up_bias,)
+    pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, on_input)
     if needs[7]:
         grads[7] = expand_backward(dy_ND if on_input else dy_ND * pre.scale_N1, offsets_E).to(x_TD.dtype)
     if not any(needs[:7]):

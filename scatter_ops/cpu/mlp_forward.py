@@ -37,13 +37,13 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
     rows_ND = x_TD.index_select(0, order_N // top_k)
-    biases = ([], []) if on_input else (gate_up_bias, up_bias)
+    biases = (gate_up_bias, up_bias) if up else (gate_up_bias,)
     width = gate_up[0].shape[-1 if transposed else -2]
     h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width)
-    grouped_linear(rows_ND, gate_up, offsets_E, biases[0], transposed, out=h_NH[:, :width])
+    grouped_linear(rows_ND, gate_up, offsets_E, [] if on_input else gate_up_bias, transposed, out=h_NH[:, :width])
     if up:
-        grouped_linear(rows_ND, up, offsets_E, biases[1], transposed, out=h_NH[:, width:])
-    pre_activation = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, (gate_up_bias, up_bias), on_input)
+        grouped_linear(rows_ND, up, offsets_E, [] if on_input else up_bias, transposed, out=h_NH[:, width:])
+    pre_activation = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, on_input)
     a_NF = x_TD.new_empty(order_N.numel(), down[0].shape[-2 if transposed else -1])
     for block in blocks(h_NH):
         a_NF[block] = activate(*split(pre_activation[block], layout), activation, alpha, limit)
@@ -64,11 +64,13 @@ class PreActivation:
         biases: Sequence[Sequence[Tensor]],
         on_input: bool,
     ) -> None:
+        """biases: those of gate_up and, where it is apart, of up."""
         self.h_NH, self.on_input, self.bias_NH = h_NH, on_input, None
         self.dtype = accumulation_dtype(h_NH.dtype)
         self.scale_N1 = slot_weights(topk_weights_TK, order_N, self.dtype)
-        stacked = [torch.stack(tuple(experts(bias, 1))) for bias in biases if bias] if on_input else []
-        if stacked:
+        if on_input and any(biases):
+            no_bias = h_NH.new_zeros(offsets_E.numel(), h_NH.shape[1] // len(biases))
+            stacked = [torch.stack(tuple(experts(bias, 1))) if bias else no_bias for bias in biases]
             self.bias_NH = expand([torch.cat(stacked, dim=1)], offsets_E, h_NH.shape[0])
 
     def __getitem__(self, block: slice) -> Tensor:

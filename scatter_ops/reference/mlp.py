@@ -48,7 +48,7 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns out [T, D] and h [N, H] in grouped order and the parameters' column order; h is [0] unless save_h."""
     routing = (order_N, offsets_E, topk_weights_TK.shape[1])
-    on_input = weight_on == "input"
+    on_input, biases = weight_on == "input", (gate_up_bias, up_bias) if up else (gate_up_bias,)
     h_NH = parallel_linear(x_TD, gate_up, *routing, False, True, [] if on_input else gate_up_bias, transposed)
     if layout == "separate":
         h_up = parallel_linear(x_TD, up, *routing, False, True, [] if on_input else up_bias, transposed)
@@ -57,7 +57,7 @@ def mlp_forward(
     pre_NH = h_NH.to(dtype)
     if on_input:
         scale_N1 = slot_weights(topk_weights_TK, order_N, True).to(dtype)
-        pre_NH = _pre_activation(pre_NH, scale_N1, offsets_E, gate_up_bias, up_bias)
+        pre_NH = _pre_activation(pre_NH, scale_N1, offsets_E, biases)
     a_NF = activate(*split(pre_NH, layout), activation, alpha, limit).to(x_TD.dtype)
     y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed)
     out_TD = combine(y_ND, None if on_input else topk_weights_TK, *routing, True, out_dtype)
@@ -95,6 +95,7 @@ def mlp_backward(
     """
     dtype, on_input = accumulation_dtype(x_TD.dtype), weight_on == "input"
     routing = (order_N, offsets_E, topk_weights_TK.shape[1])
+    biases = (gate_up_bias, up_bias) if up else (gate_up_bias,)
     need_x, need_topk_weights, need_weight, need_down, need_bias = needs[0], needs[1], needs[2:4], needs[4], needs[5:7]
     scale_N1 = slot_weights(topk_weights_TK, order_N, True).to(dtype)
     grad_y_ND = dispatch(grad_out_TD.to(dtype), *routing) * (1 if on_input else scale_N1)
@@ -105,7 +106,7 @@ def mlp_backward(
         return _round(grads, x_TD, topk_weights_TK)
 
     h_NH = h_NH.to(dtype)
-    pre_NH = _pre_activation(h_NH, scale_N1, offsets_E, gate_up_bias, up_bias) if on_input else h_NH
+    pre_NH = _pre_activation(h_NH, scale_N1, offsets_E, biases) if on_input else h_NH
     a_NF = activate(*split(pre_NH, layout), activation, alpha, limit).to(x_TD.dtype).to(dtype)
     if need_topk_weights and not on_input:
         y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed)
@@ -132,14 +133,14 @@ def mlp_backward(
     return _round(grads, x_TD, topk_weights_TK)
 
 
-def _pre_activation(
-    h_NH: Tensor, scale_N1: Tensor, offsets_E: Tensor, gate_up_bias: Sequence[Tensor], up_bias: Sequence[Tensor]
-) -> Tensor:
-    """s h + b, where the router weight is on the input."""
-    biases = [torch.stack(tuple(experts(bias, 1))) for bias in (gate_up_bias, up_bias) if bias]
-    if not biases:
-        return scale_N1 * h_NH
-    return scale_N1 * h_NH + expand([torch.cat(biases, dim=1)], offsets_E, h_NH.shape[0]).to(scale_N1.dtype)
+def _pre_activation(h_NH: Tensor, scale_N1: Tensor, offsets_E: Tensor, biases: Sequence[Sequence[Tensor]]) -> Tensor:
+    """s h + b, where the router weight is on the input. biases: those of gate_up and, where it is apart, of up."""
+    pre_NH = scale_N1 * h_NH
+    if not any(biases):
+        return pre_NH
+    no_bias = pre_NH.new_zeros(offsets_E.numel(), h_NH.shape[1] // len(biases))
+    stacked = [torch.stack(tuple(experts(bias, 1))).to(pre_NH.dtype) if bias else no_bias for bias in biases]
+    return pre_NH + expand([torch.cat(stacked, dim=1)], offsets_E, h_NH.shape[0])
 
 
 def _projections(h_NH: Tensor, layout: str) -> Sequence[Tensor]:

@@ -150,7 +150,9 @@ def _mlp(m: Maker) -> tuple:
     width = 2 * s.F if layout in ("concatenated", "interleaved") else s.F
     separate = layout == "separate"
     weights = (m.weight(width, s.D), m.weight(s.F, s.D) if separate else [], m.weight(s.D, s.F))
-    biases = (m.bias(width), m.bias(s.F) if separate else [], m.bias(s.D))
+    without = m.options.get("without", ())
+    biases = [m.bias(width), m.bias(s.F) if separate else [], m.bias(s.D)]
+    biases = [[] if name in without else bias for name, bias in zip(("gate_up", "up", "down"), biases, strict=True)]
     limits = (m.options.get("alpha", 1.702), m.options.get("limit", 1.0))
     options = (m.options["activation"], layout, m.case.transposed, m.options.get("weight_on", "output"), *limits)
     return m.rows(s.T, s.D), m.topk_weights(), *m.routing(), *weights, *biases, *options, m.options.get("out_dtype")
@@ -260,6 +262,8 @@ CASES: Sequence[Case] = (
     Case("mlp", parameters="strided", strided_inputs=True, options=_expert("silu", "separate")),
     Case("mlp", "sentinels", bias=True, options=_expert("silu", "separate", weight_on="input")),
     Case("mlp", options=_expert("gelu", "plain", weight_on="input")),
+    Case("mlp", bias=True, options=_expert("silu", "separate", weight_on="input", without=("up",))),
+    Case("mlp", bias=True, options=_expert("silu", "separate", without=("gate_up", "down"))),
     Case("mlp", options=_expert("silu", "concatenated", topk_dtype=torch.float32, out_dtype=torch.float64)),
     Case("mlp", options=SILU, sizes={"T": 0}),
     Case("mlp", bias=True, options=SILU, sizes={"T": 1}),
