@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops import tuning
@@ -64,15 +65,20 @@ def grid_size(config: tuning.Config, num_tiles: int, device: torch.device) -> tu
     return (min(num_tiles, config.programs_per_sm * num_multiprocessors(device)),)
 
 
+def uses_tma(config: tuning.Config, device: torch.device) -> bool:
+    """Triton's interpreter knows descriptors too."""
+    return config.tma and (device.type == "cpu" or capability(device) >= (9, 0))
+
+
 def product_options(
     rows: Rows, weight: ExpertWeight, config: tuning.Config, block_n: int, n_ways: int
 ) -> tuple[Any, Any, dict[str, Any]]:
     """(x, weight, options): the operands and what kernels that call multiply_tile take as constants about them."""
-    use_tma = config.tma and (rows.data.device.type == "cpu" or capability(rows.data.device) >= (9, 0))
+    use_tma = uses_tma(config, rows.data.device)
     block_k = config.block_k
     descriptor = weight_descriptor(weight, block_n, block_k, n_ways) if use_tma else None
     x_tma = (
-        use_tma and rows.divisor == 0 and _tma_rows(rows.data) and (weight.ways == n_ways or weight.k % block_k == 0)
+        use_tma and rows.divisor == 0 and tma_can_read(rows.data) and (weight.ways == n_ways or weight.k % block_k == 0)
     )
     x = TensorDescriptor.from_tensor(rows.data, [config.block_m, block_k]) if x_tma else rows.data
     options = {
@@ -109,7 +115,8 @@ def weight_descriptor(weight: ExpertWeight, block_n: int, block_k: int, n_ways: 
     return TensorDescriptor(weight.data, shape, strides, block)
 
 
-def _tma_rows(x: Tensor) -> bool:
+def tma_can_read(x: Tensor) -> bool:
+    """Whether a descriptor of [rows, columns] can be made: TMA wants addresses and strides aligned to 16 bytes."""
     return x.numel() > 0 and x.stride(0) * x.element_size() % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
 
 
@@ -128,10 +135,12 @@ def grouped_gemm(
     tiles = routing.schedule(config.block_m)
     x, w, options = product_options(rows, weight, config, config.block_n, n_ways=1)
     grid = grid_size(config, tiles.max_row_tiles * triton.cdiv(weight.n, config.block_n), out.device)
+    out_tma = not scatter and uses_tma(config, out.device) and tma_can_read(out)
     grouped_gemm_kernel[grid](
         x,
         w,
         bias.data,
+        create_ragged_descriptor(out, [config.block_m, config.block_n]) if out_tma else out,
         out,
         routing.order_N,
         routing.offsets_E,
@@ -148,6 +157,7 @@ def grouped_gemm(
         SCATTER=scatter,
         BIAS=bias.kind,
         K_WAYS=weight.ways,
+        OUT_TMA=out_tma,
         BLOCK_N=config.block_n,
         **options,
     )

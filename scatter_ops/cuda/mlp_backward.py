@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
 
 from scatter_ops.cuda.device import on_its_device
 from scatter_ops.cuda.grouped_gemm import (
@@ -19,8 +20,10 @@ from scatter_ops.cuda.grouped_gemm import (
     grouped_gemm,
     product_options,
     select_config,
+    tma_can_read,
+    uses_tma,
 )
-from scatter_ops.cuda.mlp_forward import kernel_layout
+from scatter_ops.cuda.mlp_forward import kernel_layout, ragged_h, readable_h
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight, expert_bias, expert_weight, separate_weight
 from scatter_ops.cuda.rows import combine_rows
 from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
@@ -161,16 +164,23 @@ def glu_backward(
     tiles = mlp.routing.schedule(config.block_m, with_inverse=True)
     gate_bias, up_bias = expert_bias(bias_tensors[0]), expert_bias(bias_tensors[1])
     grad, w, options = product_options(grad_rows, weight, config, config.block_n, n_ways=1)
+    part = config.block_n // config.epilogue_parts
+    out_tma = uses_tma(config, h_NH.device) and tma_can_read(h_NH[:, :f_size])
+
+    def tiles_of(like_h: Tensor | None) -> object:
+        return ragged_h(like_h, mlp.layout, config.block_m, part) if out_tma and like_h is not None else like_h
+
     glu_backward_kernel[grid_size(config, tiles.max_row_tiles * num_tiles, h_NH.device)](
         grad,
         w,
+        readable_h(h_NH, mlp.layout, config.block_m, part) if out_tma else h_NH,
         h_NH,
         gate_bias.data,
         up_bias.data,
         mlp.topk_weights_TK,
-        grad_h,
-        grad_pre,
-        scaled_a,
+        tiles_of(grad_h),
+        tiles_of(grad_pre),
+        create_ragged_descriptor(scaled_a, [config.block_m, part]) if out_tma and scaled_a is not None else scaled_a,
         partials,
         mlp.routing.order_N,
         mlp.routing.offsets_E,
@@ -190,6 +200,8 @@ def glu_backward(
         LAYOUT=kernel_layout(mlp.layout),
         SCALE_INPUT=mlp.on_input,
         BIAS=gate_bias.kind,
+        OUT_TMA=out_tma,
+        SPLIT=config.epilogue_parts,
         BLOCK_F=config.block_n,
         **options,
     )

@@ -8,9 +8,20 @@ from collections.abc import Sequence
 import torch
 import triton
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops.cuda.device import on_its_device
-from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, grouped_gemm, product_options, select_config
+from scatter_ops.cuda.grouped_gemm import (
+    Routing,
+    Rows,
+    grid_size,
+    grouped_gemm,
+    product_options,
+    select_config,
+    tma_can_read,
+    uses_tma,
+)
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight, expert_bias, expert_weight, separate_weight
 from scatter_ops.cuda.rows import combine_rows
 from scatter_ops.kernels.glu_forward import glu_forward_kernel
@@ -99,13 +110,15 @@ def glu_forward(
     x, w, options = product_options(rows, weight, config, config.block_n, n_ways=weight.ways)
     block_f = config.block_n if layout == "plain" else config.block_n // 2
     grid = grid_size(config, tiles.max_row_tiles * triton.cdiv(f_size, block_f), a_NF.device)
+    out_tma = uses_tma(config, a_NF.device) and tma_can_read(a_NF)
     glu_forward_kernel[grid](
         x,
         w,
         biases[0].data,
         biases[1].data,
         topk_weights_TK,
-        a_NF,
+        create_ragged_descriptor(a_NF, [config.block_m, block_f]) if out_tma else a_NF,
+        ragged_h(h, layout, config.block_m, block_f) if out_tma and save_h else h,
         h,
         routing.order_N,
         routing.offsets_E,
@@ -127,7 +140,22 @@ def glu_forward(
         SCALE_INPUT=on_input,
         STORE_H=save_h,
         BIAS=biases[0].kind,
+        OUT_TMA=out_tma,
         BLOCK_F=block_f,
         **options,
     )
     return a_NF, h
+
+
+def ragged_h(h_NH: Tensor, layout: str, block_m: int, block_f: int) -> TensorDescriptor:
+    """Descriptor to store tiles of h, or of a tensor like it: [N, H], or [N, 2, F] where gate and up are side by side."""
+    if kernel_layout(layout) == "concatenated":
+        return create_ragged_descriptor(h_NH.unflatten(1, (2, -1)), [block_m, 1, block_f])
+    return create_ragged_descriptor(h_NH, [block_m, block_f if layout == "plain" else 2 * block_f])
+
+
+def readable_h(h_NH: Tensor, layout: str, block_m: int, block_f: int) -> TensorDescriptor:
+    """Descriptor to load tiles of h: rows beyond an expert's end are read too, and not used."""
+    if kernel_layout(layout) == "concatenated":
+        return TensorDescriptor.from_tensor(h_NH.unflatten(1, (2, -1)), [block_m, 1, block_f])
+    return TensorDescriptor.from_tensor(h_NH, [block_m, block_f if layout == "plain" else 2 * block_f])

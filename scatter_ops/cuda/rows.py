@@ -8,17 +8,12 @@ import triton
 from torch import Tensor
 
 from scatter_ops.cuda.device import on_its_device
+from scatter_ops.cuda.dispatch import column_block, dispatch_rows
 from scatter_ops.cuda.grouped_gemm import Routing, Rows
 from scatter_ops.cuda.parameters import expert_bias
 from scatter_ops.cuda.routing import inverse_order
 from scatter_ops.cuda.weight_grad import grouped_sum
-from scatter_ops.kernels.rows import combine_backward_kernel, combine_kernel, dispatch_kernel, expand_kernel
-
-MAX_BLOCK = 1024
-
-
-def _block(num_columns: int) -> int:
-    return min(MAX_BLOCK, max(16, triton.next_power_of_2(num_columns)))
+from scatter_ops.kernels.rows import combine_backward_kernel, combine_kernel, expand_kernel
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -28,14 +23,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 @on_its_device
 def dispatch(x: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     """[N, D] grouped: row i is x[order[i] // top_k], zero from offsets[-1] on."""
-    x = _unit_stride(x)
-    num_slots, num_columns = order_N.numel(), x.shape[1]
-    out = torch.empty(num_slots, num_columns, dtype=x.dtype, device=x.device)
-    if out.numel():
-        dispatch_kernel[(num_slots,)](
-            x, out, order_N, offsets_E, num_columns, x.stride(0), offsets_E.numel(), top_k, _block(num_columns)
-        )
-    return out
+    return dispatch_rows(x, Routing(order_N, offsets_E), top_k)
 
 
 @on_its_device
@@ -62,7 +50,7 @@ def combine_rows(
     out_TD = torch.empty(num_tokens, num_columns, dtype=out_dtype, device=y.device)
     if out_TD.numel():
         weights = None if topk_weights_TK is None else topk_weights_TK.contiguous()
-        block = _block(num_columns)
+        block = column_block(num_columns)
         combine_kernel[(num_tokens, triton.cdiv(num_columns, block))](
             y, weights, inverse_N, out_TD, num_columns, y.stride(0), top_k, grouped_in, block
         )
@@ -104,7 +92,7 @@ def combine_backward(
             y.stride(0),
             top_k,
             grouped_in,
-            _block(num_columns),
+            column_block(num_columns),
         )
     return grad_y, grad_weights
 
@@ -129,7 +117,7 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
         num_experts,
         triton.next_power_of_2(num_experts),
         flat.kind == "list",
-        _block(num_columns),
+        column_block(num_columns),
     )
     return out
 

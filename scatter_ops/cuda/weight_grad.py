@@ -3,9 +3,12 @@
 import torch
 import triton
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops.cuda.device import dot_precision
-from scatter_ops.cuda.grouped_gemm import Routing, Rows, select_config
+from scatter_ops.cuda.dispatch import dispatch_rows
+from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, select_config, tma_can_read, uses_tma
 from scatter_ops.kernels.weight_grad import grouped_sum_kernel, weight_grad_kernel
 
 
@@ -16,12 +19,18 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
     if out.numel() == 0:
         return out
     config = select_config("weight_grad", left.data, routing, p_size, q_size)
+    if config.regroup:
+        left, right = (_regrouped(rows, routing) for rows in (left, right))
     block_p, block_q = min(config.block_m, max(32, triton.next_power_of_2(p_size))), config.block_n
     num_tiles = routing.num_experts * triton.cdiv(p_size, block_p) * triton.cdiv(q_size, block_q)
-    weight_grad_kernel[(num_tiles,)](
-        left.data,
-        right.data,
-        out,
+    left_tma, right_tma = (
+        uses_tma(config, out.device) and rows.divisor == 0 and tma_can_read(rows.data) for rows in (left, right)
+    )
+    out_tma = uses_tma(config, out.device) and tma_can_read(out[0])
+    weight_grad_kernel[grid_size(config, num_tiles, out.device)](
+        create_ragged_descriptor(left.data, [config.block_k, block_p]) if left_tma else left.data,
+        create_ragged_descriptor(right.data, [config.block_k, block_q]) if right_tma else right.data,
+        TensorDescriptor.from_tensor(out, [1, block_p, block_q]) if out_tma else out,
         routing.order_N,
         routing.offsets_E,
         p_size,
@@ -31,15 +40,26 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
         NUM_EXPERTS=routing.num_experts,
         LEFT_DIVISOR=left.divisor,
         RIGHT_DIVISOR=right.divisor,
+        LEFT_TMA=left_tma,
+        RIGHT_TMA=right_tma,
+        OUT_TMA=out_tma,
         PRECISION=dot_precision(left.data.dtype),
         BLOCK_P=block_p,
         BLOCK_Q=block_q,
         BLOCK_ROWS=config.block_k,
         GROUP_P=config.group_m,
+        FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
+
+
+def _regrouped(rows: Rows, routing: Routing) -> Rows:
+    """A grouped copy of gathered rows: one pass over memory that lets the reduction read them by TMA."""
+    if rows.divisor == 0:
+        return rows
+    return Rows(dispatch_rows(rows.data, routing, rows.divisor), 0)
 
 
 def grouped_sum(rows: Rows, scale: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:

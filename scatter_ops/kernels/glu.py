@@ -7,63 +7,91 @@ likewise) or "interleaved" (gate_0, up_0, gate_1, up_1, ...). The separate layou
 import triton
 import triton.language as tl
 
-from scatter_ops.kernels.mainloop import expert_base
+from scatter_ops.kernels.mainloop import expert_base, store_tile
+from scatter_ops.kernels.ragged import store_rows_of_way
 
 
 @triton.jit
 def split_gate_up(tile, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, LAYOUT: tl.constexpr):
     if LAYOUT == "plain":
-        return tile, tile
-    if LAYOUT == "interleaved":
-        return tl.split(tile.reshape(BLOCK_M, BLOCK_F, 2))
-    return tl.split(tile.reshape(BLOCK_M, 2, BLOCK_F).permute(0, 2, 1))
+        gate = tile
+        up = tile
+    elif LAYOUT == "interleaved":
+        gate, up = tl.split(tile.reshape(BLOCK_M, BLOCK_F, 2))
+    else:
+        gate, up = tl.split(tile.reshape(BLOCK_M, 2, BLOCK_F).permute(0, 2, 1))
+    return gate, up
 
 
 @triton.jit
 def load_gate_up(
-    h_ptr, rows, valid, stride_h, first_f, f_size, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, LAYOUT: tl.constexpr
-):
-    """Gate and up in fp32; up is gate if plain."""
-    row_ptrs = h_ptr + rows[:, None] * stride_h
-    if LAYOUT == "interleaved":
-        columns = 2 * first_f + tl.arange(0, 2 * BLOCK_F)
-        h = tl.load(row_ptrs + columns[None, :], mask=valid[:, None] & (columns < 2 * f_size)[None, :], other=0.0)
-        gate, up = split_gate_up(h, BLOCK_M, BLOCK_F, LAYOUT)
-        return gate.to(tl.float32), up.to(tl.float32)
-    f = first_f + tl.arange(0, BLOCK_F)
-    mask = valid[:, None] & (f < f_size)[None, :]
-    gate = tl.load(row_ptrs + f[None, :], mask=mask, other=0.0).to(tl.float32)
-    if LAYOUT == "plain":
-        return gate, gate
-    return gate, tl.load(row_ptrs + (f_size + f)[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_gate_up(
-    h_ptr,
-    gate,
-    up,
+    h,
     rows,
     valid,
+    first_row,
     stride_h,
     first_f,
     f_size,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     LAYOUT: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
-    row_ptrs = h_ptr + rows[:, None] * stride_h
+    """Gate and up in fp32; up is gate if plain. h is a pointer, or a descriptor ([rows, 2, F] if concatenated) if TMA."""
+    f = first_f + tl.arange(0, BLOCK_F)
+    mask = valid[:, None] & (f < f_size)[None, :]
     if LAYOUT == "interleaved":
-        columns = 2 * first_f + tl.arange(0, 2 * BLOCK_F)
-        h = tl.join(gate.to(DTYPE), up.to(DTYPE)).reshape(BLOCK_M, 2 * BLOCK_F)
-        tl.store(row_ptrs + columns[None, :], h, mask=valid[:, None] & (columns < 2 * f_size)[None, :])
+        if TMA:
+            tile = h.load([first_row, 2 * first_f])
+        else:
+            columns = 2 * first_f + tl.arange(0, 2 * BLOCK_F)
+            in_range = valid[:, None] & (columns < 2 * f_size)[None, :]
+            tile = tl.load(h + rows[:, None] * stride_h + columns[None, :], mask=in_range, other=0.0)
+        gate, up = split_gate_up(tile, BLOCK_M, BLOCK_F, LAYOUT)
+    elif LAYOUT == "concatenated":
+        if TMA:
+            gate = h.load([first_row, 0, first_f]).reshape(BLOCK_M, BLOCK_F)
+            up = h.load([first_row, 1, first_f]).reshape(BLOCK_M, BLOCK_F)
+        else:
+            gate = tl.load(h + rows[:, None] * stride_h + f[None, :], mask=mask, other=0.0)
+            up = tl.load(h + rows[:, None] * stride_h + (f_size + f)[None, :], mask=mask, other=0.0)
     else:
-        f = first_f + tl.arange(0, BLOCK_F)
-        mask = valid[:, None] & (f < f_size)[None, :]
-        tl.store(row_ptrs + f[None, :], gate.to(DTYPE), mask=mask)
-        if LAYOUT != "plain":
-            tl.store(row_ptrs + (f_size + f)[None, :], up.to(DTYPE), mask=mask)
+        if TMA:
+            gate = h.load([first_row, first_f])
+        else:
+            gate = tl.load(h + rows[:, None] * stride_h + f[None, :], mask=mask, other=0.0)
+        up = gate
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def store_gate_up(
+    h,
+    gate,
+    up,
+    rows,
+    first_row,
+    end_row,
+    stride_h,
+    first_f,
+    f_size,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """h is a pointer, or a ragged descriptor ([rows, 2, F] if concatenated) if TMA."""
+    if LAYOUT == "interleaved":
+        tile = tl.join(gate, up).reshape(BLOCK_M, 2 * BLOCK_F)
+        store_tile(h, tile, rows, first_row, end_row, 2 * first_f, 2 * f_size, stride_h, TMA, 2 * BLOCK_F)
+    elif LAYOUT == "plain":
+        store_tile(h, gate, rows, first_row, end_row, first_f, f_size, stride_h, TMA, BLOCK_F)
+    elif TMA:
+        store_rows_of_way(h, gate, first_row, end_row, 0, first_f)
+        store_rows_of_way(h, up, first_row, end_row, 1, first_f)
+    else:
+        store_tile(h, gate, rows, first_row, end_row, first_f, f_size, stride_h, TMA, BLOCK_F)
+        store_tile(h + f_size, up, rows, first_row, end_row, first_f, f_size, stride_h, TMA, BLOCK_F)
 
 
 @triton.jit
@@ -83,20 +111,18 @@ def add_gate_up_bias(
     LAYOUT: tl.constexpr,
 ):
     """gate_bias holds both halves unless up_bias is given."""
-    if BIAS == "none":
-        return gate, up
-    f = first_f + tl.arange(0, BLOCK_F)
-    valid = f < f_size
-    gate_base = expert_base(gate_bias, expert, stride_gate_bias, DTYPE, BIAS == "list")
-    step: tl.constexpr = 2 if LAYOUT == "interleaved" else 1
-    gate += tl.load(gate_base + step * f, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if LAYOUT == "plain":
-        return gate, up
-    if up_bias is not None:
-        up_ptrs = expert_base(up_bias, expert, stride_up_bias, DTYPE, BIAS == "list") + f
-    elif LAYOUT == "interleaved":
-        up_ptrs = gate_base + 2 * f + 1
-    else:
-        up_ptrs = gate_base + f_size + f
-    up += tl.load(up_ptrs, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if BIAS != "none":
+        f = first_f + tl.arange(0, BLOCK_F)
+        valid = f < f_size
+        STEP: tl.constexpr = 2 if LAYOUT == "interleaved" else 1
+        gate_base = expert_base(gate_bias, expert, stride_gate_bias, DTYPE, BIAS == "list")
+        gate += tl.load(gate_base + STEP * f, mask=valid, other=0.0).to(tl.float32)[None, :]
+        if LAYOUT != "plain":
+            if up_bias is not None:
+                up_ptrs = expert_base(up_bias, expert, stride_up_bias, DTYPE, BIAS == "list") + f
+            elif LAYOUT == "interleaved":
+                up_ptrs = gate_base + 2 * f + 1
+            else:
+                up_ptrs = gate_base + f_size + f
+            up += tl.load(up_ptrs, mask=valid, other=0.0).to(tl.float32)[None, :]
     return gate, up

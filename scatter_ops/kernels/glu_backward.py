@@ -14,20 +14,137 @@ import triton.language as tl
 
 from scatter_ops.kernels.activation import activate_backward
 from scatter_ops.kernels.glu import add_gate_up_bias, load_gate_up, store_gate_up
-from scatter_ops.kernels.mainloop import load_bias, load_tile, multiply_tile, source_rows, tile_position
+from scatter_ops.kernels.mainloop import load_bias, load_tile, multiply_tile, source_rows, store_tile, tile_position
+
+
+@triton.jit
+def _split_columns(tile, SPLIT: tl.constexpr):
+    """The tile's columns in SPLIT (1, 2 or 4) equal parts, in order."""
+    BLOCK_M: tl.constexpr = tile.shape[0]
+    BLOCK_N: tl.constexpr = tile.shape[1]
+    if SPLIT == 1:
+        parts = (tile,)
+    else:
+        left, right = tl.split(tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        if SPLIT == 2:
+            parts = (left, right)
+        else:
+            first, second = tl.split(left.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1))
+            third, fourth = tl.split(right.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1))
+            parts = (first, second, third, fourth)
+    return parts
+
+
+@triton.jit
+def _differentiate_tile(
+    grad_a,
+    scale,
+    h,
+    gate_bias,
+    up_bias,
+    grad_h,
+    grad_pre,
+    scaled_a,
+    expert,
+    row_index,
+    valid,
+    first_row,
+    end_row,
+    alpha,
+    limit,
+    first_f,
+    f_size,
+    h_size,
+    stride_gate_bias,
+    stride_up_bias,
+    DTYPE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SCALE_INPUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    OUT_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Store a tile of dH, of dP and of sA, each unless None; return its part of dS, [BLOCK_M]."""
+    GATED: tl.constexpr = LAYOUT != "plain"
+    gate_h, up_h = load_gate_up(
+        h, row_index, valid, first_row, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT, OUT_TMA
+    )
+    if SCALE_INPUT:
+        gate, up = add_gate_up_bias(
+            gate_h * scale,
+            up_h * scale,
+            gate_bias,
+            up_bias,
+            expert,
+            first_f,
+            f_size,
+            stride_gate_bias,
+            stride_up_bias,
+            DTYPE,
+            BIAS,
+            BLOCK_F,
+            LAYOUT,
+        )
+        a, grad_gate, grad_up = activate_backward(gate, up, grad_a, alpha, limit, ACTIVATION, GATED)
+        if GATED:
+            grad_scale = tl.sum(grad_gate * gate_h + grad_up * up_h, 1)
+        else:
+            grad_scale = tl.sum(grad_gate * gate_h, 1)
+        if grad_pre is not None:
+            store_gate_up(
+                grad_pre,
+                grad_gate,
+                grad_up,
+                row_index,
+                first_row,
+                end_row,
+                h_size,
+                first_f,
+                f_size,
+                BLOCK_M,
+                BLOCK_F,
+                LAYOUT,
+                OUT_TMA,
+            )
+    else:
+        a, grad_gate, grad_up = activate_backward(gate_h, up_h, grad_a, alpha, limit, ACTIVATION, GATED)
+        grad_scale = tl.sum(grad_a * a, 1)
+        a *= scale
+    if scaled_a is not None:
+        store_tile(scaled_a, a, row_index, first_row, end_row, first_f, f_size, f_size, OUT_TMA, BLOCK_F)
+    if grad_h is not None:
+        store_gate_up(
+            grad_h,
+            grad_gate * scale,
+            grad_up * scale,
+            row_index,
+            first_row,
+            end_row,
+            h_size,
+            first_f,
+            f_size,
+            BLOCK_M,
+            BLOCK_F,
+            LAYOUT,
+            OUT_TMA,
+        )
+    return grad_scale
 
 
 @triton.jit
 def glu_backward_kernel(
     grad_out,
     weight,
+    h,
     h_ptr,
     gate_bias,
     up_bias,
     topk_weights_ptr,
-    grad_h_ptr,
-    grad_pre_ptr,
-    scaled_a_ptr,
+    grad_h,
+    grad_pre,
+    scaled_a,
     partials_ptr,
     order_ptr,
     offsets_ptr,
@@ -53,6 +170,8 @@ def glu_backward_kernel(
     BIAS: tl.constexpr,
     WEIGHT: tl.constexpr,
     X_TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
     N_MAJOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,9 +181,13 @@ def glu_backward_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """Outputs that are None aren't written. h_ptr and grad_h_ptr may be the same memory."""
+    """Outputs that are None aren't written. h and grad_h may be the same memory.
+
+    The epilogue takes the tile in SPLIT parts, one after the other, for want of registers: BLOCK_F / SPLIT columns each.
+    h and the outputs are pointers, or descriptors (ragged for the outputs) of such parts if OUT_TMA.
+    """
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
-    GATED: tl.constexpr = LAYOUT != "plain"
+    PART: tl.constexpr = BLOCK_F // SPLIT
     num_row_tiles = tl.load(tile_map_ptr)
     num_column_tiles = tl.cdiv(f_size, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
@@ -104,60 +227,41 @@ def glu_backward_kernel(
         row_index = rows.to(tl.int64)
         slots = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int64)
         scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
-        gate_h, up_h = load_gate_up(h_ptr, row_index, valid, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT)
-        f = first_f + tl.arange(0, BLOCK_F)
-        if SCALE_INPUT:
-            gate, up = add_gate_up_bias(
-                gate_h * scale,
-                up_h * scale,
+        grad_scale = tl.zeros([BLOCK_M], tl.float32)
+        parts = _split_columns(grad_a, SPLIT)
+        for part in tl.static_range(SPLIT):
+            grad_scale += _differentiate_tile(
+                parts[part],
+                scale,
+                h,
                 gate_bias,
                 up_bias,
+                grad_h,
+                grad_pre,
+                scaled_a,
                 expert,
-                first_f,
+                row_index,
+                valid,
+                first_row,
+                end_row,
+                alpha,
+                limit,
+                first_f + part * PART,
                 f_size,
+                h_size,
                 stride_gate_bias,
                 stride_up_bias,
                 DTYPE,
-                BIAS,
-                BLOCK_F,
+                ACTIVATION,
                 LAYOUT,
+                SCALE_INPUT,
+                BIAS,
+                OUT_TMA,
+                BLOCK_M,
+                PART,
             )
-            a, grad_gate, grad_up = activate_backward(gate, up, grad_a, alpha, limit, ACTIVATION, GATED)
-            if GATED:
-                grad_scale = tl.sum(grad_gate * gate_h + grad_up * up_h, 1)
-            else:
-                grad_scale = tl.sum(grad_gate * gate_h, 1)
-            if grad_pre_ptr is not None:
-                store_gate_up(
-                    grad_pre_ptr,
-                    grad_gate,
-                    grad_up,
-                    row_index,
-                    valid,
-                    h_size,
-                    first_f,
-                    f_size,
-                    BLOCK_M,
-                    BLOCK_F,
-                    LAYOUT,
-                )
-            grad_gate *= scale
-            grad_up *= scale
-        else:
-            a, grad_gate, grad_up = activate_backward(gate_h, up_h, grad_a, alpha, limit, ACTIVATION, GATED)
-            grad_scale = tl.sum(grad_a * a, 1)
-            grad_gate *= scale
-            grad_up *= scale
-            a *= scale
         if partials_ptr is not None:
             tl.store(partials_ptr + slots * num_partials + column_tile, grad_scale, mask=valid)
-        if scaled_a_ptr is not None:
-            a_mask = valid[:, None] & (f < f_size)[None, :]
-            tl.store(scaled_a_ptr + row_index[:, None] * f_size + f[None, :], a.to(DTYPE), mask=a_mask)
-        if grad_h_ptr is not None:
-            store_gate_up(
-                grad_h_ptr, grad_gate, grad_up, row_index, valid, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT
-            )
 
 
 @triton.jit

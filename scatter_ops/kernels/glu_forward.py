@@ -11,7 +11,14 @@ import triton.language as tl
 
 from scatter_ops.kernels.activation import activate
 from scatter_ops.kernels.glu import add_gate_up_bias, split_gate_up, store_gate_up
-from scatter_ops.kernels.mainloop import load_tile, multiply_tile, source_rows, tile_position, zero_unrouted_rows
+from scatter_ops.kernels.mainloop import (
+    load_tile,
+    multiply_tile,
+    source_rows,
+    store_tile,
+    tile_position,
+    zero_unrouted_rows,
+)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -21,7 +28,8 @@ def glu_forward_kernel(
     gate_bias,
     up_bias,
     topk_weights_ptr,
-    a_ptr,
+    a,
+    h,
     h_ptr,
     order_ptr,
     offsets_ptr,
@@ -49,6 +57,7 @@ def glu_forward_kernel(
     BIAS: tl.constexpr,
     WEIGHT: tl.constexpr,
     X_TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     N_MAJOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -58,7 +67,8 @@ def glu_forward_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+    """a and h are pointers, or ragged descriptors if OUT_TMA; h_ptr is always h's memory."""
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     # An interleaved weight is read as it lies: one way of 2 F columns.
     N_WAYS: tl.constexpr = 2 if LAYOUT == "concatenated" else 1
     BLOCK_N: tl.constexpr = BLOCK_F if LAYOUT == "plain" else 2 * BLOCK_F
@@ -120,7 +130,9 @@ def glu_forward_kernel(
         up = up.to(DTYPE)
         row_index = rows.to(tl.int64)
         if STORE_H:
-            store_gate_up(h_ptr, gate, up, row_index, valid, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT)
+            store_gate_up(
+                h, gate, up, row_index, first_row, end_row, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT, OUT_TMA
+            )
         gate = gate.to(tl.float32)
         up = up.to(tl.float32)
         if SCALE_INPUT:
@@ -141,8 +153,7 @@ def glu_forward_kernel(
                 BLOCK_F,
                 LAYOUT,
             )
-        result = activate(gate, up, alpha, limit, ACTIVATION, LAYOUT != "plain").to(DTYPE)
-        f = first_f + tl.arange(0, BLOCK_F)
-        tl.store(a_ptr + row_index[:, None] * f_size + f[None, :], result, mask=valid[:, None] & (f < f_size)[None, :])
+        result = activate(gate, up, alpha, limit, ACTIVATION, LAYOUT != "plain")
+        store_tile(a, result, row_index, first_row, end_row, first_f, f_size, f_size, OUT_TMA, BLOCK_F)
     if STORE_H:
         zero_unrouted_rows(h_ptr, order_ptr, offsets_ptr, num_slots, h_size, h_size, NUM_EXPERTS, False)

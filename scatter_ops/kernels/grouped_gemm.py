@@ -13,6 +13,7 @@ from scatter_ops.kernels.mainloop import (
     load_tile,
     multiply_tile,
     source_rows,
+    store_tile,
     tile_position,
     zero_unrouted_rows,
 )
@@ -23,6 +24,7 @@ def grouped_gemm_kernel(
     x,
     weight,
     bias,
+    out,
     out_ptr,
     order_ptr,
     offsets_ptr,
@@ -44,6 +46,7 @@ def grouped_gemm_kernel(
     BIAS: tl.constexpr,
     WEIGHT: tl.constexpr,
     X_TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     N_MAJOR: tl.constexpr,
     K_WAYS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -54,6 +57,7 @@ def grouped_gemm_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
+    """out is out_ptr, or a ragged descriptor of it if OUT_TMA (which SCATTER excludes)."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     num_row_tiles = tl.load(tile_map_ptr)
     num_column_tiles = tl.cdiv(n_size, BLOCK_N)
@@ -90,11 +94,11 @@ def grouped_gemm_kernel(
             BLOCK_K,
             PRECISION,
         )
-        columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_range = columns < n_size
         if BIAS != "none":
+            columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            in_range = columns < n_size
             acc += load_bias(bias, expert, columns, in_range, stride_bias, DTYPE, BIAS == "list")[None, :]
         targets = source_rows(order_ptr, rows, valid, 1 if SCATTER else 0)
-        out_ptrs = out_ptr + targets[:, None] * stride_out + columns[None, :]
-        tl.store(out_ptrs, acc.to(DTYPE), mask=valid[:, None] & in_range[None, :])
+        first_column = column_tile * BLOCK_N
+        store_tile(out, acc, targets, first_row, end_row, first_column, n_size, stride_out, OUT_TMA, BLOCK_N)
     zero_unrouted_rows(out_ptr, order_ptr, offsets_ptr, num_slots, n_size, stride_out, NUM_EXPERTS, SCATTER)

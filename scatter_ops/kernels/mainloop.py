@@ -12,6 +12,8 @@ Legend: N slots, E experts.
 import triton
 import triton.language as tl
 
+from scatter_ops.kernels.ragged import store_rows
+
 
 @triton.jit
 def tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
@@ -35,9 +37,10 @@ def load_tile(tile_map_ptr, offsets_ptr, row_tile):
 def source_rows(order_ptr, rows, valid, DIVISOR: tl.constexpr):
     """Row to read (or write) for each grouped row: itself if DIVISOR is 0, else its slot // DIVISOR."""
     if DIVISOR == 0:
-        return tl.where(valid, rows, 0).to(tl.int64)
-    slots = tl.load(order_ptr + rows, mask=valid, other=0)
-    return (slots // DIVISOR).to(tl.int64)
+        result = tl.where(valid, rows, 0)
+    else:
+        result = tl.load(order_ptr + rows, mask=valid, other=0) // DIVISOR
+    return result.to(tl.int64)
 
 
 @triton.jit
@@ -51,8 +54,10 @@ def column_split(BLOCK_N: tl.constexpr, WAYS: tl.constexpr):
 def expert_base(parameter, expert, stride_e, DTYPE: tl.constexpr, LIST: tl.constexpr):
     """Where an expert's parameter starts. Pointers in a list are known to be aligned to 16 bytes."""
     if LIST:
-        return tl.multiple_of(tl.load(parameter + expert).to(tl.pointer_type(DTYPE)), 16)
-    return parameter + expert.to(tl.int64) * stride_e
+        base = tl.multiple_of(tl.load(parameter + expert).to(tl.pointer_type(DTYPE)), 16)
+    else:
+        base = parameter + expert.to(tl.int64) * stride_e
+    return base
 
 
 @triton.jit
@@ -136,6 +141,20 @@ def multiply_tile(
                 w_tile = tl.load(w_ptrs, mask=n_valid[None, :] & (k < k_size)[:, None], other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def store_tile(
+    out, tile, rows, first_row, end_row, first_column, n_size, stride, TMA: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store a tile to rows (int64, of a pointer) or to the rows from first_row on (of a ragged descriptor), up to end_row."""
+    if TMA:
+        store_rows(out, tile, first_row, end_row, first_column)
+    else:
+        columns = first_column + tl.arange(0, BLOCK_N)
+        valid = first_row + tl.arange(0, tile.shape[0]) < end_row
+        pointers = out + rows[:, None] * stride + columns[None, :]
+        tl.store(pointers, tile.to(out.dtype.element_ty), mask=valid[:, None] & (columns < n_size)[None, :])
 
 
 @triton.jit

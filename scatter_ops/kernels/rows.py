@@ -11,10 +11,13 @@ import triton.language as tl
 @triton.jit
 def _slot_row(inverse_ptr, slot, GROUPED: tl.constexpr):
     """Row of a slot and whether an expert takes it; rows in slot order are defined for every slot."""
+    row = slot
+    routed = slot >= 0
     if GROUPED:
-        row = tl.load(inverse_ptr + slot).to(tl.int64)
-        return tl.where(row < 0, -1 - row, row), row >= 0
-    return slot.to(tl.int64), slot >= 0
+        entry = tl.load(inverse_ptr + slot)
+        routed = entry >= 0
+        row = tl.where(routed, entry, -1 - entry).to(tl.int64)
+    return row, routed
 
 
 @triton.jit

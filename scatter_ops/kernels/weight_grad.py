@@ -8,6 +8,9 @@ Rows are read grouped or gathered by index; an expert without rows gets exact ze
 import triton
 import triton.language as tl
 
+from scatter_ops.kernels.mainloop import tile_position
+from scatter_ops.kernels.ragged import load_rows
+
 
 @triton.jit
 def _expert_rows(offsets_ptr, expert):
@@ -18,22 +21,52 @@ def _expert_rows(offsets_ptr, expert):
 @triton.jit
 def _slots_or_rows(order_ptr, rows, valid, GATHERED: tl.constexpr):
     if GATHERED:
-        return tl.load(order_ptr + rows, mask=valid, other=0)
-    return rows
+        result = tl.load(order_ptr + rows, mask=valid, other=0)
+    else:
+        result = rows
+    return result
 
 
 @triton.jit
 def _operand_rows(grouped_rows, slots, DIVISOR: tl.constexpr):
     if DIVISOR == 0:
-        return grouped_rows.to(tl.int64)
-    return (slots // DIVISOR).to(tl.int64)
+        result = grouped_rows
+    else:
+        result = slots // DIVISOR
+    return result.to(tl.int64)
+
+
+@triton.jit
+def _load_operand(
+    operand,
+    rows,
+    slots,
+    valid,
+    end,
+    first,
+    first_column,
+    size,
+    stride,
+    DIVISOR: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[BLOCK_ROWS, BLOCK] with zeros beyond the expert's rows (clipped by hardware if TMA) and beyond the last column."""
+    if TMA:
+        tile = load_rows(operand, first, end, first_column, BLOCK_ROWS, BLOCK)
+    else:
+        columns = first_column + tl.arange(0, BLOCK)
+        pointers = operand + _operand_rows(rows, slots, DIVISOR)[:, None] * stride + columns[None, :]
+        tile = tl.load(pointers, mask=valid[:, None] & (columns < size)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
 def weight_grad_kernel(
-    left_ptr,
-    right_ptr,
-    out_ptr,
+    left,
+    right,
+    out,
     order_ptr,
     offsets_ptr,
     p_size,
@@ -43,45 +76,78 @@ def weight_grad_kernel(
     NUM_EXPERTS: tl.constexpr,
     LEFT_DIVISOR: tl.constexpr,
     RIGHT_DIVISOR: tl.constexpr,
+    LEFT_TMA: tl.constexpr,
+    RIGHT_TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     GROUP_P: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
-    """out [E, P, Q]. A divisor of 0 reads an operand's rows grouped, another reads row slot // divisor."""
+    """out [E, P, Q]. A divisor of 0 reads an operand's rows grouped, another reads row slot // divisor.
+
+    An operand is a pointer, or a ragged descriptor (of grouped rows) if its TMA flag is set; so is out, not ragged.
+    """
     GATHERED: tl.constexpr = LEFT_DIVISOR + RIGHT_DIVISOR > 0
     p_tiles = tl.cdiv(p_size, BLOCK_P)
     q_tiles = tl.cdiv(q_size, BLOCK_Q)
-    expert = tl.program_id(0) // (p_tiles * q_tiles)
-    tile = tl.program_id(0) % (p_tiles * q_tiles)
-    group = tile // (GROUP_P * q_tiles)
-    p_in_group = tl.minimum(p_tiles - group * GROUP_P, GROUP_P)
-    within = tile % (GROUP_P * q_tiles)
-    p = (group * GROUP_P + within % p_in_group) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q = within // p_in_group * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    p_valid = p < p_size
-    q_valid = q < q_size
-
-    start, end = _expert_rows(offsets_ptr, expert)
+    tiles_per_expert = p_tiles * q_tiles
     block = tl.arange(0, BLOCK_ROWS)
-    acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
-    # Indices are loaded one iteration ahead: loaded where they are used, they would cost a stage of the pipeline.
-    slots = _slots_or_rows(order_ptr, start + block, start + block < end, GATHERED)
-    for first in range(start, end, BLOCK_ROWS):
-        rows = first + block
-        valid = rows < end
-        next_rows = rows + BLOCK_ROWS
-        left_rows = _operand_rows(rows, slots, LEFT_DIVISOR)
-        right_rows = _operand_rows(rows, slots, RIGHT_DIVISOR)
-        slots = _slots_or_rows(order_ptr, next_rows, next_rows < end, GATHERED)
-        left_ptrs = left_ptr + left_rows[None, :] * stride_left + p[:, None]
-        right_ptrs = right_ptr + right_rows[:, None] * stride_right + q[None, :]
-        left = tl.load(left_ptrs, mask=p_valid[:, None] & valid[None, :], other=0.0)
-        right = tl.load(right_ptrs, mask=valid[:, None] & q_valid[None, :], other=0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    out_ptrs = out_ptr + expert.to(tl.int64) * p_size * q_size + p.to(tl.int64)[:, None] * q_size + q[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=p_valid[:, None] & q_valid[None, :])
+    for tile in tl.range(tl.program_id(0), NUM_EXPERTS * tiles_per_expert, tl.num_programs(0), flatten=FLATTEN):
+        expert = tile // tiles_per_expert
+        p_tile, q_tile = tile_position(tile - expert * tiles_per_expert, p_tiles, q_tiles, GROUP_P)
+        first_p = p_tile * BLOCK_P
+        first_q = q_tile * BLOCK_Q
+        start, end = _expert_rows(offsets_ptr, expert)
+        acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
+        # Indices are loaded one iteration ahead: loaded where they are used, they would cost a stage of the pipeline.
+        slots = _slots_or_rows(order_ptr, start + block, start + block < end, GATHERED)
+        for first in range(start, end, BLOCK_ROWS):
+            rows = first + block
+            valid = rows < end
+            left_tile = _load_operand(
+                left,
+                rows,
+                slots,
+                valid,
+                end,
+                first,
+                first_p,
+                p_size,
+                stride_left,
+                LEFT_DIVISOR,
+                LEFT_TMA,
+                BLOCK_ROWS,
+                BLOCK_P,
+            )
+            right_tile = _load_operand(
+                right,
+                rows,
+                slots,
+                valid,
+                end,
+                first,
+                first_q,
+                q_size,
+                stride_right,
+                RIGHT_DIVISOR,
+                RIGHT_TMA,
+                BLOCK_ROWS,
+                BLOCK_Q,
+            )
+            next_rows = rows + BLOCK_ROWS
+            slots = _slots_or_rows(order_ptr, next_rows, next_rows < end, GATHERED)
+            acc = tl.dot(left_tile.T, right_tile, acc, input_precision=PRECISION)
+        if OUT_TMA:
+            out.store([expert, first_p, first_q], acc.to(out.dtype).reshape(1, BLOCK_P, BLOCK_Q))
+        else:
+            p = (first_p + tl.arange(0, BLOCK_P)).to(tl.int64)
+            q = first_q + tl.arange(0, BLOCK_Q)
+            pointers = out + expert.to(tl.int64) * p_size * q_size + p[:, None] * q_size + q[None, :]
+            mask = (p < p_size)[:, None] & (q < q_size)[None, :]
+            tl.store(pointers, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -39,7 +39,8 @@ class Config:
     """Tile of the product, block_m x block_n, block_k deep; group_m row tiles share a column tile in the cache.
 
     programs_per_sm = 0 launches one program a tile, else the programs are persistent. flatten pipelines across tiles.
-    tma reads operands by tensor descriptors where device and strides allow it.
+    tma reads and writes by tensor descriptors where device and strides allow it. regroup copies gathered rows of a weight
+    gradient into grouped order first. epilogue_parts takes the epilogue of glu_backward in that many parts of the tile.
     """
 
     block_m: int
@@ -51,6 +52,8 @@ class Config:
     programs_per_sm: int = 0
     flatten: bool = False
     tma: bool = False
+    regroup: bool = False
+    epilogue_parts: int = 1
 
 
 def shape_class(num_rows: int, num_experts: int, n: int, k: int) -> ShapeClass:

@@ -1,0 +1,35 @@
+"""The launch that copies rows into grouped order; also what a weight gradient does to rows that it would rather not gather."""
+
+import torch
+import triton
+from torch import Tensor
+
+from scatter_ops.cuda.grouped_gemm import Routing
+from scatter_ops.kernels.rows import dispatch_kernel
+
+MAX_BLOCK = 1024
+
+
+def column_block(num_columns: int) -> int:
+    """Columns that a program which walks a row takes at a time."""
+    return min(MAX_BLOCK, max(16, triton.next_power_of_2(num_columns)))
+
+
+def dispatch_rows(x: Tensor, routing: Routing, divisor: int) -> Tensor:
+    """[N, columns]: row i is x[order[i] // divisor], zero from offsets[-1] on."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    num_columns = x.shape[1]
+    out = torch.empty(routing.num_slots, num_columns, dtype=x.dtype, device=x.device)
+    if out.numel():
+        dispatch_kernel[(routing.num_slots,)](
+            x,
+            out,
+            routing.order_N,
+            routing.offsets_E,
+            num_columns,
+            x.stride(0),
+            routing.num_experts,
+            divisor,
+            column_block(num_columns),
+        )
+    return out
