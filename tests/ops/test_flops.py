@@ -1,0 +1,42 @@
+"""FLOP counts: those of the naive loop where every slot has an expert, an upper bound where there are sentinels."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.ops import naive
+from tests.ops.cases import OPS, SCATTERED, SILU, Case, Sizes, _expert, differentiable_inputs
+
+SIZES = Sizes(T=33, K=3, E=6, D=20, F=12)
+LINEAR = Case("parallel_linear", parameters="list", bias=True, options=SCATTERED)
+MLPS = (
+    Case("mlp", bias=True, options=SILU),
+    Case("mlp", parameters="list", transposed=True, options=_expert("gelu", "separate")),
+    Case("mlp", options=_expert("relu", "plain", weight_on="input")),
+)
+
+
+def count(function, arguments, inputs):
+    with FlopCounterMode(display=False) as counter:
+        out = function(*arguments)
+        if inputs:
+            torch.autograd.grad(out.sum(), inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trained", ["nothing", "x", "everything"])
+@pytest.mark.parametrize("case", [LINEAR, *MLPS], ids=str)
+def test_equal_to_the_naive_loop(case, trained, device):
+    arguments = case.arguments(SIZES, device=device)
+    if trained != "everything":
+        for tensor in differentiable_inputs(arguments):
+            tensor.requires_grad_(trained == "x" and tensor is arguments[0])
+    inputs = differentiable_inputs(arguments)
+    assert count(getattr(OPS, case.op), arguments, inputs) == count(getattr(naive, case.op), arguments, inputs) > 0
+
+
+def test_upper_bound_with_sentinels(device):
+    case = Case("mlp", "sentinels", options=SILU)
+    arguments = case.arguments(SIZES, device=device)
+    inputs = differentiable_inputs(arguments)
+    assert count(OPS.mlp, arguments, inputs) > count(naive.mlp, arguments, inputs)
