@@ -44,11 +44,11 @@ def schedule_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first NUM_EXPERTS programs write one expert's tiles each, the others BLOCK entries of inverse each."""
+    """The first NUM_EXPERTS programs write one expert's tiles each, the others BLOCK entries of inverse each (unless None)."""
     program = tl.program_id(0)
     if program < NUM_EXPERTS:
         _write_tiles(offsets_ptr, tile_map_ptr, program, NUM_EXPERTS, BINS, BLOCK_M)
-    else:
+    elif inverse_ptr is not None:
         row = (program - NUM_EXPERTS) * BLOCK + tl.arange(0, BLOCK)
         num_routed = tl.load(offsets_ptr + NUM_EXPERTS - 1)
         slot = tl.load(order_ptr + row, mask=row < num_slots, other=0)

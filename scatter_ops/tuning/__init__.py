@@ -100,8 +100,10 @@ def _heuristic(op: str, capability: tuple[int, int], shape: ShapeClass, dtype: t
     if block_m < 128:
         return Config(block_m, 128, 64, num_warps=4, num_stages=4 if capability >= (9, 0) else 3)
     if capability < (9, 0):
-        return Config(128, 128, 32, num_warps=8, num_stages=4)
-    return Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1)
+        return Config(128, 128, 32, num_warps=8, num_stages=4, epilogue_parts=2)
+    if op == "glu_backward":
+        return Config(128, 128, 64, num_warps=8, num_stages=4, programs_per_sm=1, tma=True, epilogue_parts=2)
+    return Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True, flatten=True, regroup=True)
 
 
 @functools.cache

@@ -1,0 +1,91 @@
+"""Compile the kernels that launchers would launch, for a GPU that needn't be there.
+
+`recorded` runs launchers on CPU tensors (their values aren't touched) and records each launch instead of making it;
+`compile_launch` compiles one. The result is cached on disk as usual, so a later run on a GPU finds it.
+"""
+
+import contextlib
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from scatter_ops.cuda import grouped_gemm
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    capability: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the compiler reports: registers, bytes of stack (spills), bytes of shared memory, instructions in the PTX."""
+
+    registers: int
+    stack: int
+    shared: int
+    wgmma: int
+    mma: int
+    async_copies: int
+    tma: int
+
+
+@contextlib.contextmanager
+def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
+    launches: list[Launch] = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        launches.append(Launch(self, args, kwargs, capability))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(grouped_gemm, "capability", lambda device: capability),
+    ):
+        yield launches
+
+
+def compile_launch(launch: Launch) -> Any:
+    major, minor = launch.capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    backend = make_backend(target)
+    kernel, kwargs = launch.kernel, {**launch.kwargs, "debug": False}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*launch.args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def resources(compiled: Any) -> Resources:
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Resources(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        async_copies=len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
+        tma=ptx.count("cp.async.bulk.tensor"),
+    )

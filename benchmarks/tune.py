@@ -1,0 +1,206 @@
+"""Time candidate configs of each GEMM phase of a layer and print, or write, the fastest: python -m benchmarks.tune C D.
+
+Every candidate's result is compared with that of the portable default before it is timed. Kernels are compiled beforehand,
+several at a time, without touching the GPU. With --write the winners become rows of scatter_ops/tuning/configs/sm_XY.json.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.runtime.errors import TritonError
+
+from benchmarks import offline, report
+from benchmarks.shapes import SHAPES, Shape, inputs, placeholders
+from benchmarks.timing import median_ms
+from scatter_ops import cuda, tuning
+from scatter_ops.cuda import grouped_gemm as gemm
+from scatter_ops.cuda.grouped_gemm import NO_BIAS, Routing, Rows
+from scatter_ops.cuda.mlp_backward import Mlp, glu_backward
+from scatter_ops.cuda.mlp_forward import glu_forward
+from scatter_ops.cuda.parameters import expert_weight
+from scatter_ops.cuda.weight_grad import weight_grad
+from scatter_ops.tuning import Config
+
+PHASE_OPS = {
+    "gate_up": "glu_forward",
+    "down": "grouped_gemm",
+    "d_activation": "glu_backward",
+    "d_x": "grouped_gemm",
+    "d_down": "weight_grad",
+    "d_gate_up": "weight_grad",
+}
+TOLERANCE = 2e-2  # relative RMS difference of two bf16 results of one product
+HOPPER = Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True)
+SMALL_TILE = Config(128, 128, 64, num_warps=8, num_stages=4, programs_per_sm=1, tma=True)
+
+
+def variants(base: Config, **axes: Any) -> Iterator[Config]:
+    configs = [base]
+    for name, values in axes.items():
+        configs = [dataclasses.replace(config, **{name: value}) for config in configs for value in values]
+    yield from configs
+
+
+def candidates(op: str) -> list[Config]:
+    if op == "glu_backward":
+        return [
+            *variants(SMALL_TILE, epilogue_parts=[2], flatten=[False, True], group_m=[1, 8]),
+            *variants(
+                SMALL_TILE, epilogue_parts=[4], num_warps=[4], num_stages=[3], programs_per_sm=[2], group_m=[1, 8]
+            ),
+            *variants(HOPPER, epilogue_parts=[4], flatten=[False, True], group_m=[1, 8]),
+        ]
+    if op == "weight_grad":
+        return [
+            *variants(HOPPER, regroup=[True], group_m=[1, 8], num_stages=[3]),
+            *variants(HOPPER, regroup=[False], group_m=[8], num_stages=[3]),
+            *variants(HOPPER, regroup=[False], tma=[False], group_m=[8], num_stages=[3]),
+            *variants(HOPPER, block_m=[256], block_n=[128], regroup=[True, False], group_m=[8]),
+        ]
+    return [
+        *variants(HOPPER, flatten=[False, True], group_m=[1, 4, 8, 16]),
+        *variants(SMALL_TILE, num_warps=[4], num_stages=[3], programs_per_sm=[2], group_m=[8]),
+    ]
+
+
+def phases(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """A function that runs each GEMM phase of a training step."""
+    layer = inputs(shape, dtype, device) if device == "cuda" else placeholders(shape, dtype)
+    routing = Routing(*cuda.route(layer.topk_ids, shape.E))
+    gate_up, down = expert_weight([layer.gate_up], False), expert_weight([layer.down], False)
+    x, grad = Rows(layer.x, shape.K), Rows(layer.grad_out, shape.K)
+    weights = layer.topk_weights
+    h_NH = torch.empty(shape.T * shape.K, 2 * shape.F, device=device, dtype=dtype)
+    a_NF = torch.empty(shape.T * shape.K, shape.F, device=device, dtype=dtype)
+    if device == "cuda":
+        h_NH.normal_()
+        a_NF.normal_()
+    mlp = Mlp(routing, weights, "silu", "concatenated", False, 0.0, 0.0)
+
+    def activation():
+        bias = (NO_BIAS, NO_BIAS)
+        return glu_forward(
+            x, gate_up.in_two_ways(), bias, weights, routing, "silu", "concatenated", False, 0.0, 0.0, True
+        )
+
+    def d_activation():
+        result = glu_backward(
+            grad, h_NH, down.transposed(), ((), (), ()), mlp, need_h=True, need_pre=False, need_a=True, need_s=True
+        )
+        return result.grad_h_NH, result.scaled_a_NF, result.grad_topk_weights_TK
+
+    def product(rows, weight):
+        return lambda: (gemm.grouped_gemm(rows, weight, NO_BIAS, routing, scatter=False, zero_unrouted=False),)
+
+    def reduction(left, right):
+        return lambda: (weight_grad(left, right, routing),)
+
+    return {
+        "gate_up": activation,
+        "down": product(Rows(a_NF, 0), down),
+        "d_activation": d_activation,
+        "d_x": product(Rows(h_NH, 0), gate_up.transposed()),
+        "d_down": reduction(grad, Rows(a_NF, 0)),
+        "d_gate_up": reduction(Rows(h_NH, 0), x),
+    }
+
+
+def tune(name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """One row per phase and candidate: its time and TFLOP/s, or why it was dropped."""
+    shape, rows = SHAPES[name], []
+    flops = {"gate_up": 2 / 3, "down": 1 / 3, "d_activation": 1 / 3, "d_x": 2 / 3, "d_down": 1 / 3, "d_gate_up": 2 / 3}
+    for phase, run in phases(shape, "cuda", dtype).items():
+        expected = run()
+        for config in candidates(PHASE_OPS[phase]):
+            row = {"shape": name, "phase": phase, "config": dataclasses.asdict(config)}
+            try:
+                with _selecting(config):
+                    error = max(_relative_rms(a, b) for a, b in zip(run(), expected, strict=True))
+                    if error > TOLERANCE:
+                        raise ArithmeticError(f"relative RMS error {error:.2g}")
+                    row["ms"] = median_ms(run, repeats=5, warmup=1)
+                    row["tflops"] = shape.forward_flops * flops[phase] / row["ms"] / 1e9
+            except (ArithmeticError, RuntimeError, TritonError) as error:
+                row["dropped"] = f"{type(error).__name__}: {error}"[:200]
+            rows.append(row)
+            print(
+                name,
+                phase,
+                _short(config),
+                f"{row.get('ms', 0):.3f} ms {row.get('tflops', 0):.0f}",
+                row.get("dropped", ""),
+                flush=True,
+            )
+    return rows
+
+
+def precompile(name: str, dtype: torch.dtype, workers: int) -> None:
+    """Fill Triton's disk cache with every candidate, before the GPU is used."""
+    jobs = [(name, phase, i) for phase, op in PHASE_OPS.items() for i in range(len(candidates(op)))]
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for failure in pool.map(_compile_candidate, jobs, [dtype] * len(jobs)):
+            if failure:
+                print(failure, flush=True)
+
+
+def _compile_candidate(job: tuple[str, str, int], dtype: torch.dtype) -> str | None:
+    name, phase, index = job
+    # The number of tokens isn't part of a compiled kernel: few keep the tensors small.
+    with offline.recorded((9, 0)) as launches:
+        run = phases(SHAPES[name]._replace(T=1024), "cpu", dtype)[phase]
+        config = candidates(PHASE_OPS[phase])[index]
+        with _selecting(config):
+            run()
+    try:
+        for launch in launches:
+            offline.compile_launch(launch)
+    except Exception as error:  # noqa: BLE001 - a candidate that doesn't compile is reported again when it is timed
+        return f"{job} {_short(config)}: {error!r}"[:300]
+    return None
+
+
+def _selecting(config: Config):
+    return mock.patch.object(
+        tuning, "select", lambda op, capability, shape, *rest: tuning.fit(config, shape, (9, 0), rest[0])
+    )
+
+
+def _relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def _short(config: Config) -> str:
+    default = Config(0, 0, 0)
+    changed = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(default, k) or k == "group_m"}
+    return " ".join(f"{k}={int(v)}" for k, v in changed.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    for name in arguments.shapes:
+        precompile(name, dtype, arguments.workers)
+    rows = [row for name in arguments.shapes for row in tune(name, dtype)]
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["shape"], row["phase"]
+        if "ms" in row and row["ms"] < best.get(key, {"ms": float("inf")})["ms"]:
+            best[key] = row
+    report.append("tune", rows, dtype=arguments.dtype)
+    report.print_table("fastest", [{**row, "config": json.dumps(row["config"])} for row in best.values()])
+
+
+if __name__ == "__main__":
+    main()
