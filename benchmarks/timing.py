@@ -11,8 +11,17 @@ def median_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5
     """Median milliseconds of one call, measured by CUDA events where there is a CUDA device."""
     for _ in range(warmup):
         function()
-    measure = _cuda_ms if torch.cuda.is_available() else _cpu_ms
+    measure = _cuda_ms if torch.cuda.is_available() else lambda f: 1e3 * seconds(f)
     return statistics.median(measure(function) for _ in range(repeats))
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call, until the device has finished."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def peak_gib(function: Callable[[], object]) -> float | None:
@@ -32,9 +41,3 @@ def _cuda_ms(function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
-
-
-def _cpu_ms(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
