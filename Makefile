@@ -23,9 +23,9 @@ PIP_INSTALL = -m pip install --quiet --constraint constraints.txt $(if $(TORCH_I
 
 # Threads that spin while they wait for each other make small matrix products many times slower on a busy machine.
 run bench: export OMP_WAIT_POLICY = passive
-test check test-gpu goldens matrix: export OMP_NUM_THREADS = 1
+test test-gpu goldens matrix: export OMP_NUM_THREADS = 1
 
-.PHONY: run test check test-gpu bench goldens matrix docs clean
+.PHONY: run test check format lint types layers spelling generated test-gpu bench goldens matrix docs clean
 
 run: $(TO_RUN)
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -36,13 +36,25 @@ test: $(TO_TEST)
 test-gpu: $(TO_TEST)
 	$(RUN) -m pytest -m gpu $(ARGS)
 
-check: $(TO_TEST)
+check: format lint types layers spelling generated
+
+format: $(TO_TEST)
 	$(RUN) -m ruff format --check .
+
+lint: $(TO_TEST)
 	$(RUN) -m ruff check .
+
+types: $(TO_TEST)
 	$(RUN) -m pyright --pythonpath $$($(RUN) -c "import sys; print(sys.executable)")
+
+layers: $(TO_TEST)
 	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+spelling: $(TO_TEST)
 	$(RUN) -m codespell_lib
-	$(RUN) docs/generate.py --check
+
+generated: $(TO_TEST)
+	$(RUN) -m docs.generate --check
 
 bench: $(TO_TEST)
 	$(RUN) -m benchmarks.kernels $(ARGS)
@@ -54,7 +66,7 @@ goldens: $(TO_TEST)
 	EXPECTTEST_ACCEPT=1 $(RUN) -m pytest -q -m "not gpu" -k golden $(ARGS)
 
 docs: $(TO_TEST)
-	$(RUN) docs/generate.py
+	$(RUN) -m docs.generate
 
 # The tests under each supported PyTorch, in an environment of its own; downloads gigabytes.
 matrix: $(addprefix .venv/matrix/,$(TORCH_VERSIONS))

@@ -1,21 +1,25 @@
 """Writes the parts of the documentation that repeat what the code or the benchmarks say.
 
-    python docs/generate.py            rewrites them
-    python docs/generate.py --check    fails where one is out of date
+    python -m docs.generate            rewrites them
+    python -m docs.generate --check    fails where one is out of date
 
-docs/forms.md       from the docstrings of fx_passes/forms/*.py
-docs/ops.md         between its markers: the schemas and docstrings of registrations/*.py
-README.md           between its markers: the last run of each benchmark in benchmarks/results/
-
-Sources are parsed, never imported: this needs nothing but Python.
+docs/forms.md       the docstring of each form
+docs/ops.md         between its markers: each operator's schema and what its reference says
+README.md           between its markers: the last run of each model in benchmarks/results/models.jsonl
 """
 
-import ast
+import inspect
 import json
 import sys
-from collections.abc import Iterator
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+import registrations
+from fx_passes.forms import FORMS
+from scatter_ops import reference
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- begin: {} (docs/generate.py) -->", "<!-- end: {} -->"
@@ -46,21 +50,26 @@ def pages() -> list[Page]:
 
 
 def forms_page() -> Page:
-    """One section a form: the docstring of its file."""
+    """One section a form, in the order in which they are tried."""
     sections = [
         "# Naive forms",
         "The ways of writing a Mixture-of-Experts layer that are recognised, one file of `fx_passes/forms/` each. The\n"
         "rules that a match must also satisfy before it is rewritten are in [invariants.md](invariants.md).",
     ]
-    for path, docstring in docstrings(ROOT / "fx_passes" / "forms"):
-        sections += [f"## {path.stem}", docstring]
+    for form in FORMS:
+        sections += [f"## {form.__name__.split('.')[-1]}", docstring(form)]
     return Page(ROOT / "docs" / "forms.md", "\n\n".join(sections) + "\n")
 
 
 def ops_page() -> Page:
     """The hand-written page with one section an op between its markers."""
     path = ROOT / "docs" / "ops.md"
-    sections = [f"### `{file.stem}`\n\n{docstring}" for file, docstring in docstrings(ROOT / "registrations")]
+    sections = []
+    for name in sorted(registrations.__all__):
+        if hasattr(torch.ops.scatter_moe, name):
+            schema = str(getattr(torch.ops.scatter_moe, name).default._schema)
+            documented = getattr(reference, name, None) or getattr(registrations, name)
+            sections.append(f"### `{name}`\n\n```\n{wrap(schema)}\n```\n\n{docstring(documented)}")
     return Page(path, between_markers(path.read_text(), "ops", "\n\n".join(sections)))
 
 
@@ -82,12 +91,16 @@ def models_table() -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(_models_caption(record) for record in last.values())
 
 
-def docstrings(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The docstring of each module of a package, without the package itself, in alphabetical order."""
-    for path in sorted(folder.glob("*.py")):
-        docstring = ast.get_docstring(ast.parse(path.read_text()))
-        if docstring and path.stem != "__init__":
-            yield path, docstring
+def docstring(documented: object) -> str:
+    text = inspect.getdoc(documented)
+    if text is None:
+        raise ValueError(f"{documented!r} has no docstring")
+    return text
+
+
+def wrap(schema: str) -> str:
+    """A schema in lines of readable length."""
+    return textwrap.fill(schema, width=110, subsequent_indent="    ", break_long_words=False)
 
 
 def between_markers(text: str, name: str, content: str) -> str:
