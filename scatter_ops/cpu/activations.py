@@ -35,27 +35,44 @@ def blocks(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def activate(gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
+def activate(
+    gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float, out: Tensor | None = None
+) -> Tensor:
+    """A, rounded to the dtype of `out` if it is given."""
     if activation == "clamped_swiglu":
         assert up is not None
         g = gate.clamp(max=limit)
-        return torch.sigmoid(alpha * g).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
+        return torch.mul(torch.sigmoid(alpha * g).mul_(g), up.clamp(-limit, limit).add_(1), out=out)
     value = _ACTIVATE[activation](gate)
-    return value if up is None else value.mul_(up)
+    if up is not None:
+        return torch.mul(value, up, out=out)
+    return value if out is None else out.copy_(value)
 
 
 def activate_backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A and the gradients of gate and up."""
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    out_gate: Tensor,
+    out_up: Tensor | None,
+) -> Tensor:
+    """Write the gradients of gate and up, given the gradient of A; returns A."""
     if activation == "clamped_swiglu":
         assert up is not None
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
         sigmoid = torch.sigmoid(alpha * g)
         value = g * sigmoid
-        slope = sigmoid.add_(value * alpha * (1 - sigmoid)).mul_(gate <= limit)
-        return value * u, (grad * u).mul_(slope), (grad * value).mul_(up.abs() <= limit)
+        slope = sigmoid.add_(alpha * value * (1 - sigmoid)).mul_(gate <= limit)
+        torch.mul(grad * u, slope, out=out_gate)
+        torch.mul(grad * value, up.abs() <= limit, out=out_up)
+        return value.mul_(u)
     value, backward = _ACTIVATE[activation](gate), _ACTIVATE_BACKWARD[activation]
     if up is None:
-        return value, backward(grad, gate), None
-    return value * up, backward(grad * up, gate), grad * value
+        out_gate.copy_(backward(grad, gate))
+        return value
+    torch.mul(grad, value, out=out_up)
+    out_gate.copy_(backward(grad * up, gate))
+    return value.mul_(up)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scatter_ops.activations import join, split
+from scatter_ops.activations import split
 from scatter_ops.cpu.activations import activate, activate_backward, blocks
 from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
 from scatter_ops.cpu.mlp_forward import PreActivation
@@ -94,19 +94,22 @@ def _through_activation(
         nothing = h_NH.new_empty(0)
         return scaled_a_NF, nothing, nothing, nothing
 
-    ds_N, dpre_NH = h_NH.new_empty(num_slots, dtype=pre.dtype), torch.empty_like(h_NH)
-    dh_NH = torch.empty_like(h_NH) if on_input else dpre_NH
+    ds_N, dh_NH = h_NH.new_empty(num_slots, dtype=pre.dtype), torch.empty_like(h_NH)
+    dpre_NH = torch.empty_like(h_NH) if on_input else dh_NH
     for block in blocks(h_NH):
         da, scale = da_NF[block].to(pre.dtype), pre.scale_N1[block]
-        scaled_da = da if on_input else da * scale
-        value, dgate, dup = activate_backward(scaled_da, *split(pre[block], layout), activation, alpha, limit)
-        dpre_NH[block] = dpre = join(dgate, dup, layout)
+        grad = da if on_input else da * scale
+        dpre = torch.empty_like(h_NH[block], dtype=pre.dtype) if on_input else dh_NH[block]
+        outs = split(dpre, layout)
+        value = activate_backward(grad, *split(pre[block], layout), activation, alpha, limit, *outs)
         if on_input:
+            scaled_a_NF[block] = value
             ds_N[block] = torch.linalg.vecdot(dpre, h_NH[block].to(pre.dtype))
-            dh_NH[block] = dpre.mul_(scale)
+            dpre_NH[block] = dpre
+            torch.mul(dpre, scale, out=dh_NH[block])
         else:
+            torch.mul(value, scale, out=scaled_a_NF[block])
             ds_N[block] = torch.linalg.vecdot(da, value)
-        scaled_a_NF[block] = value if on_input else value.mul_(scale)
     return scaled_a_NF, ds_N, dpre_NH, dh_NH
 
 

@@ -4,6 +4,7 @@ T tokens, K experts per token, N = T * K slots, E experts, D model width, F expe
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def mlp_forward(
     pre_activation = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, on_input)
     a_NF = x_TD.new_empty(order_N.numel(), down[0].shape[-2 if transposed else -1])
     for block in blocks(h_NH):
-        a_NF[block] = activate(*split(pre_activation[block], layout), activation, alpha, limit)
+        activate(*split(pre_activation[block], layout), activation, alpha, limit, out=a_NF[block])
     y_ND = grouped_linear(a_NF, down, offsets_E, down_bias, transposed)
     out_TD = combine(y_ND, None if on_input else topk_weights_TK, order_N, offsets_E, top_k, True, out_dtype)
     return out_TD, h_NH if save_h else h_NH.new_empty(0)
@@ -66,20 +67,20 @@ class PreActivation:
     ) -> None:
         """biases: those of gate_up and, where it is apart, of up."""
         self.h_NH, self.on_input, self.bias_NH = h_NH, on_input, None
+        self.topk_weights_TK, self.order_N = topk_weights_TK, order_N
         self.dtype = accumulation_dtype(h_NH.dtype)
-        self.scale_N1 = slot_weights(topk_weights_TK, order_N, self.dtype)
         if on_input and any(biases):
             no_bias = h_NH.new_zeros(offsets_E.numel(), h_NH.shape[1] // len(biases))
             stacked = [torch.stack(tuple(experts(bias, 1))) if bias else no_bias for bias in biases]
             self.bias_NH = expand([torch.cat(stacked, dim=1)], offsets_E, h_NH.shape[0])
+
+    @cached_property
+    def scale_N1(self) -> Tensor:
+        """The router weight of each grouped row."""
+        return self.topk_weights_TK.reshape(-1, 1).index_select(0, self.order_N).to(self.dtype)
 
     def __getitem__(self, block: slice) -> Tensor:
         pre = self.h_NH[block].to(self.dtype)
         if self.on_input:
             pre = pre * self.scale_N1[block]
         return pre if self.bias_NH is None else pre.add_(self.bias_NH[block])
-
-
-def slot_weights(topk_weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """The router weight of each grouped row."""
-    return topk_weights_TK.reshape(-1, 1).index_select(0, order_N).to(dtype)

@@ -4,6 +4,7 @@ T tokens, K experts per token, N = T * K slots, E experts, D model width.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +110,10 @@ def zero_sentinels(rows: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def zero_experts_but(hit: list[int], stacked: Tensor) -> Tensor:
-    """Zero what belongs to the experts without tokens, in place."""
-    if len(hit) < stacked.shape[0]:
-        missing = sorted(set(range(stacked.shape[0])).difference(hit))
-        stacked.index_fill_(0, torch.tensor(missing), 0)
+    """Zero what belongs to the experts without tokens, in place. hit: the others, ascending."""
+    for before, after in pairwise((-1, *hit, stacked.shape[0])):
+        if after > before + 1:
+            stacked[before + 1 : after].zero_()
     return stacked
 
 
