@@ -45,7 +45,7 @@ def mlp_backward(
     tokens_N = order_N // topk_weights_TK.shape[1]
     dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), offsets_E)
     biases = (gate_up_bias, up_bias) if separate else (gate_up_bias,)
-    pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, on_input)
+    pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, layout, on_input)
     if needs[7]:
         grads[7] = expand_backward(dy_ND if on_input else dy_ND * pre.scale_N1, offsets_E).to(x_TD.dtype)
     if not any(needs[:7]):
@@ -53,7 +53,7 @@ def mlp_backward(
 
     through_down = any(needs[:4]) or any(needs[5:7])
     da_NF = grouped_linear(dy_ND, down, offsets_E, [], not transposed) if through_down else None
-    scaled_a_NF, ds_N, dpre_NH, dh_NH = _through_activation(da_NF, pre, activation, layout, alpha, limit)
+    scaled_a_NF, ds_N, dpre_NH, dh_NH = _through_activation(da_NF, pre, activation, alpha, limit)
     if needs[4]:
         grads[4] = grouped_weight_grad(scaled_a_NF, dy_ND, offsets_E, transposed)
     if needs[1]:
@@ -78,7 +78,7 @@ def mlp_backward(
 
 
 def _through_activation(
-    da_NF: Tensor | None, pre: PreActivation, activation: str, layout: str, alpha: float, limit: float
+    da_NF: Tensor | None, pre: PreActivation, activation: str, alpha: float, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows of A that dW_down takes, dS without the bias' share, dpre and dh.
 
@@ -86,10 +86,10 @@ def _through_activation(
     """
     h_NH, on_input = pre.h_NH, pre.on_input
     num_slots, width = h_NH.shape
-    scaled_a_NF = h_NH.new_empty(num_slots, width if layout == "plain" else width // 2)
+    scaled_a_NF = h_NH.new_empty(num_slots, width if pre.layout == "plain" else width // 2)
     if da_NF is None:
         for block in blocks(h_NH):
-            value = activate(*split(pre[block], layout), activation, alpha, limit)
+            value = activate(*pre[block], activation, alpha, limit)
             scaled_a_NF[block] = value if on_input else value.mul_(pre.scale_N1[block])
         nothing = h_NH.new_empty(0)
         return scaled_a_NF, nothing, nothing, nothing
@@ -100,8 +100,8 @@ def _through_activation(
         da, scale = da_NF[block].to(pre.dtype), pre.scale_N1[block]
         grad = da if on_input else da * scale
         dpre = torch.empty_like(h_NH[block], dtype=pre.dtype) if on_input else dh_NH[block]
-        outs = split(dpre, layout)
-        value = activate_backward(grad, *split(pre[block], layout), activation, alpha, limit, *outs)
+        outs = split(dpre, pre.layout)
+        value = activate_backward(grad, *pre[block], activation, alpha, limit, *outs)
         if on_input:
             scaled_a_NF[block] = value
             ds_N[block] = torch.linalg.vecdot(dpre, h_NH[block].to(pre.dtype))

@@ -44,10 +44,10 @@ def mlp_forward(
     grouped_linear(rows_ND, gate_up, offsets_E, [] if on_input else gate_up_bias, transposed, out=h_NH[:, :width])
     if up:
         grouped_linear(rows_ND, up, offsets_E, [] if on_input else up_bias, transposed, out=h_NH[:, width:])
-    pre_activation = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, on_input)
+    pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, layout, on_input)
     a_NF = x_TD.new_empty(order_N.numel(), down[0].shape[-2 if transposed else -1])
     for block in blocks(h_NH):
-        activate(*split(pre_activation[block], layout), activation, alpha, limit, out=a_NF[block])
+        activate(*pre[block], activation, alpha, limit, out=a_NF[block])
     y_ND = grouped_linear(a_NF, down, offsets_E, down_bias, transposed)
     out_TD = combine(y_ND, None if on_input else topk_weights_TK, order_N, offsets_E, top_k, True, out_dtype)
     return out_TD, h_NH if save_h else h_NH.new_empty(0)
@@ -63,10 +63,11 @@ class PreActivation:
         order_N: Tensor,
         offsets_E: Tensor,
         biases: Sequence[Sequence[Tensor]],
+        layout: str,
         on_input: bool,
     ) -> None:
         """biases: those of gate_up and, where it is apart, of up."""
-        self.h_NH, self.on_input, self.bias_NH = h_NH, on_input, None
+        self.h_NH, self.layout, self.on_input, self.bias_NH = h_NH, layout, on_input, None
         self.topk_weights_TK, self.order_N = topk_weights_TK, order_N
         self.dtype = accumulation_dtype(h_NH.dtype)
         if on_input and any(biases):
@@ -79,8 +80,12 @@ class PreActivation:
         """The router weight of each grouped row."""
         return self.topk_weights_TK.reshape(-1, 1).index_select(0, self.order_N).to(self.dtype)
 
-    def __getitem__(self, block: slice) -> Tensor:
+    def __getitem__(self, block: slice) -> tuple[Tensor, Tensor | None]:
+        """Gate and up. PyTorch's activations take several times longer on strided rows than on dense ones."""
         pre = self.h_NH[block].to(self.dtype)
         if self.on_input:
             pre = pre * self.scale_N1[block]
-        return pre if self.bias_NH is None else pre.add_(self.bias_NH[block])
+        if self.bias_NH is not None:
+            pre.add_(self.bias_NH[block])
+        gate, up = split(pre, self.layout)
+        return gate.contiguous(), up
