@@ -21,11 +21,12 @@ from benchmarks.shapes import SHAPES, Shape, inputs, placeholders
 from benchmarks.timing import median_ms
 from scatter_ops import cuda, tuning
 from scatter_ops.cuda import grouped_gemm as gemm
+from scatter_ops.cuda.glu import Glu
+from scatter_ops.cuda.glu_backward import glu_backward, num_column_tiles, sum_partials
+from scatter_ops.cuda.glu_forward import glu_forward
 from scatter_ops.cuda.grouped_gemm import NO_BIAS, Routing, Rows
-from scatter_ops.cuda.mlp_backward import Mlp, glu_backward
-from scatter_ops.cuda.mlp_forward import glu_forward
 from scatter_ops.cuda.parameters import expert_weight
-from scatter_ops.cuda.weight_grad import weight_grad
+from scatter_ops.cuda.weight_grad import regrouped, weight_grad
 from scatter_ops.tuning import Config
 
 PHASE_OPS = {
@@ -38,7 +39,7 @@ PHASE_OPS = {
 }
 TOLERANCE = 2e-2  # relative RMS difference of two bf16 results of one product
 HOPPER = Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True)
-SMALL_TILE = Config(128, 128, 64, num_warps=8, num_stages=4, programs_per_sm=1, tma=True)
+TWO_A_MULTIPROCESSOR = Config(128, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2, tma=True)
 
 
 def variants(base: Config, **axes: Any) -> Iterator[Config]:
@@ -51,22 +52,25 @@ def variants(base: Config, **axes: Any) -> Iterator[Config]:
 def candidates(op: str) -> list[Config]:
     if op == "glu_backward":
         return [
-            *variants(SMALL_TILE, epilogue_parts=[2], flatten=[False, True], group_m=[1, 8]),
-            *variants(
-                SMALL_TILE, epilogue_parts=[4], num_warps=[4], num_stages=[3], programs_per_sm=[2], group_m=[1, 8]
-            ),
-            *variants(HOPPER, epilogue_parts=[4], flatten=[False, True], group_m=[1, 8]),
+            *variants(HOPPER, epilogue_parts=[4, 8], tma_out=[False, True], regroup=[False, True], group_m=[1]),
+            *variants(HOPPER, epilogue_parts=[8], regroup=[True], group_m=[4, 8]),
+            *variants(HOPPER, epilogue_parts=[8], tma_out=[False, True], regroup=[True], flatten=[True], group_m=[1]),
+            *variants(TWO_A_MULTIPROCESSOR, epilogue_parts=[4], tma_out=[False, True], regroup=[True], group_m=[1]),
         ]
     if op == "weight_grad":
         return [
-            *variants(HOPPER, regroup=[True], group_m=[1, 8], num_stages=[3]),
-            *variants(HOPPER, regroup=[False], group_m=[8], num_stages=[3]),
-            *variants(HOPPER, regroup=[False], tma=[False], group_m=[8], num_stages=[3]),
-            *variants(HOPPER, block_m=[256], block_n=[128], regroup=[True, False], group_m=[8]),
+            *variants(HOPPER, regroup=[True], group_m=[1, 8], tma_out=[False, True]),
+            *variants(HOPPER, regroup=[True], group_m=[8], tma_out=[False], num_stages=[4]),
+            *variants(HOPPER, regroup=[False], group_m=[8], tma_out=[False]),
+        ]
+    if op == "glu_forward":
+        return [
+            *variants(HOPPER, flatten=[False, True], tma_out=[False, True], group_m=[1, 8]),
+            *variants(HOPPER, flatten=[False, True], tma_out=[False], group_m=[8], num_stages=[4]),
         ]
     return [
-        *variants(HOPPER, flatten=[False, True], group_m=[1, 4, 8, 16]),
-        *variants(SMALL_TILE, num_warps=[4], num_stages=[3], programs_per_sm=[2], group_m=[8]),
+        *variants(HOPPER, flatten=[True], tma_out=[False, True], group_m=[1, 4, 8, 16]),
+        *variants(HOPPER, flatten=[False], tma_out=[False], group_m=[8], num_stages=[4]),
     ]
 
 
@@ -82,19 +86,18 @@ def phases(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callable[
     if device == "cuda":
         h_NH.normal_()
         a_NF.normal_()
-    mlp = Mlp(routing, weights, "silu", "concatenated", False, 0.0, 0.0)
+    glu = Glu(routing, weights, NO_BIAS, NO_BIAS, "silu", "concatenated", False, 0.0, 0.0)
 
     def activation():
-        bias = (NO_BIAS, NO_BIAS)
-        return glu_forward(
-            x, gate_up.in_two_ways(), bias, weights, routing, "silu", "concatenated", False, 0.0, 0.0, True
-        )
+        return glu_forward(x, gate_up.in_two_ways(), glu, save_h=True)
 
     def d_activation():
-        result = glu_backward(
-            grad, h_NH, down.transposed(), ((), (), ()), mlp, need_h=True, need_pre=False, need_a=True, need_s=True
-        )
-        return result.grad_h_NH, result.scaled_a_NF, result.grad_topk_weights_TK
+        # With the sort into grouped order that its config may ask for, which the weight gradient shares then.
+        config = gemm.select_config("glu_backward", h_NH, routing, shape.F, shape.D)
+        rows = regrouped(grad, routing) if config.regroup else grad
+        partials = num_column_tiles(h_NH, down.transposed(), glu)
+        result = glu_backward(rows, h_NH, down.transposed(), glu, True, False, True, partials)
+        return result.grad_h_NH, result.scaled_a_NF, sum_partials(result.partials, glu)
 
     def product(rows, weight):
         return lambda: (gemm.grouped_gemm(rows, weight, NO_BIAS, routing, scatter=False, zero_unrouted=False),)
@@ -169,7 +172,7 @@ def _compile_candidate(job: tuple[str, str, int], dtype: torch.dtype) -> str | N
 
 def _selecting(config: Config):
     return mock.patch.object(
-        tuning, "select", lambda op, capability, shape, *rest: tuning.fit(config, shape, (9, 0), rest[0])
+        tuning, "select", lambda op, capability, shape, *rest: tuning.fit(op, config, shape, (9, 0), rest[0])
     )
 
 

@@ -19,17 +19,11 @@ def dispatch_rows(x: Tensor, routing: Routing, divisor: int) -> Tensor:
     """[N, columns]: row i is x[order[i] // divisor], zero from offsets[-1] on."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     num_columns = x.shape[1]
+    assert x.shape[0] * divisor == routing.num_slots, "rows and slots disagree"
     out = torch.empty(routing.num_slots, num_columns, dtype=x.dtype, device=x.device)
     if out.numel():
-        dispatch_kernel[(routing.num_slots,)](
-            x,
-            out,
-            routing.order_N,
-            routing.offsets_E,
-            num_columns,
-            x.stride(0),
-            routing.num_experts,
-            divisor,
-            column_block(num_columns),
+        block = column_block(num_columns)
+        dispatch_kernel[(routing.num_slots // divisor, triton.cdiv(num_columns, block))](
+            x, out, routing.inverse_N, num_columns, x.stride(0), divisor, block
         )
     return out

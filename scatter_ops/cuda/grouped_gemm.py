@@ -135,7 +135,7 @@ def grouped_gemm(
     tiles = routing.schedule(config.block_m)
     x, w, options = product_options(rows, weight, config, config.block_n, n_ways=1)
     grid = grid_size(config, tiles.max_row_tiles * triton.cdiv(weight.n, config.block_n), out.device)
-    out_tma = not scatter and uses_tma(config, out.device) and tma_can_read(out)
+    out_tma = config.tma_out and not scatter and uses_tma(config, out.device) and tma_can_read(out)
     grouped_gemm_kernel[grid](
         x,
         w,

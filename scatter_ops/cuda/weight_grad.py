@@ -20,13 +20,13 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
         return out
     config = select_config("weight_grad", left.data, routing, p_size, q_size)
     if config.regroup:
-        left, right = (_regrouped(rows, routing) for rows in (left, right))
+        left, right = (regrouped(rows, routing) for rows in (left, right))
     block_p, block_q = min(config.block_m, max(32, triton.next_power_of_2(p_size))), config.block_n
     num_tiles = routing.num_experts * triton.cdiv(p_size, block_p) * triton.cdiv(q_size, block_q)
     left_tma, right_tma = (
         uses_tma(config, out.device) and rows.divisor == 0 and tma_can_read(rows.data) for rows in (left, right)
     )
-    out_tma = uses_tma(config, out.device) and tma_can_read(out[0])
+    out_tma = config.tma_out and uses_tma(config, out.device) and tma_can_read(out[0])
     weight_grad_kernel[grid_size(config, num_tiles, out.device)](
         create_ragged_descriptor(left.data, [config.block_k, block_p]) if left_tma else left.data,
         create_ragged_descriptor(right.data, [config.block_k, block_q]) if right_tma else right.data,
@@ -55,7 +55,7 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
     return out
 
 
-def _regrouped(rows: Rows, routing: Routing) -> Rows:
+def regrouped(rows: Rows, routing: Routing) -> Rows:
     """A grouped copy of gathered rows: one pass over memory that lets the reduction read them by TMA."""
     if rows.divisor == 0:
         return rows

@@ -25,43 +25,22 @@ def split_gate_up(tile, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, LAYOUT: tl
 
 @triton.jit
 def load_gate_up(
-    h,
-    rows,
-    valid,
-    first_row,
-    stride_h,
-    first_f,
-    f_size,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TMA: tl.constexpr,
+    h_ptr, rows, valid, stride_h, first_f, f_size, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """Gate and up in fp32; up is gate if plain. h is a pointer, or a descriptor ([rows, 2, F] if concatenated) if TMA."""
-    f = first_f + tl.arange(0, BLOCK_F)
-    mask = valid[:, None] & (f < f_size)[None, :]
+    """Gate and up; up is gate if plain."""
+    row_ptrs = h_ptr + rows[:, None] * stride_h
     if LAYOUT == "interleaved":
-        if TMA:
-            tile = h.load([first_row, 2 * first_f])
-        else:
-            columns = 2 * first_f + tl.arange(0, 2 * BLOCK_F)
-            in_range = valid[:, None] & (columns < 2 * f_size)[None, :]
-            tile = tl.load(h + rows[:, None] * stride_h + columns[None, :], mask=in_range, other=0.0)
-        gate, up = split_gate_up(tile, BLOCK_M, BLOCK_F, LAYOUT)
-    elif LAYOUT == "concatenated":
-        if TMA:
-            gate = h.load([first_row, 0, first_f]).reshape(BLOCK_M, BLOCK_F)
-            up = h.load([first_row, 1, first_f]).reshape(BLOCK_M, BLOCK_F)
-        else:
-            gate = tl.load(h + rows[:, None] * stride_h + f[None, :], mask=mask, other=0.0)
-            up = tl.load(h + rows[:, None] * stride_h + (f_size + f)[None, :], mask=mask, other=0.0)
+        columns = 2 * first_f + tl.arange(0, 2 * BLOCK_F)
+        h = tl.load(row_ptrs + columns[None, :], mask=valid[:, None] & (columns < 2 * f_size)[None, :], other=0.0)
+        gate, up = split_gate_up(h, BLOCK_M, BLOCK_F, LAYOUT)
     else:
-        if TMA:
-            gate = h.load([first_row, first_f])
-        else:
-            gate = tl.load(h + rows[:, None] * stride_h + f[None, :], mask=mask, other=0.0)
+        f = first_f + tl.arange(0, BLOCK_F)
+        mask = valid[:, None] & (f < f_size)[None, :]
+        gate = tl.load(row_ptrs + f[None, :], mask=mask, other=0.0)
         up = gate
-    return gate.to(tl.float32), up.to(tl.float32)
+        if LAYOUT != "plain":
+            up = tl.load(row_ptrs + (f_size + f)[None, :], mask=mask, other=0.0)
+    return gate, up
 
 
 @triton.jit

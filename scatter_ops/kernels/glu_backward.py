@@ -18,28 +18,40 @@ from scatter_ops.kernels.mainloop import load_bias, load_tile, multiply_tile, so
 
 
 @triton.jit
-def _split_columns(tile, SPLIT: tl.constexpr):
-    """The tile's columns in SPLIT (1, 2 or 4) equal parts, in order."""
-    BLOCK_M: tl.constexpr = tile.shape[0]
-    BLOCK_N: tl.constexpr = tile.shape[1]
-    if SPLIT == 1:
+def _halves(tile):
+    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def _quarters(tile):
+    left, right = _halves(tile)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _split_columns(tile, PARTS: tl.constexpr):
+    """The tile's columns in 1, 2, 4 or 8 equal parts, in order."""
+    if PARTS == 1:
         parts = (tile,)
+    elif PARTS == 2:
+        parts = _halves(tile)
+    elif PARTS == 4:
+        parts = _quarters(tile)
     else:
-        left, right = tl.split(tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
-        if SPLIT == 2:
-            parts = (left, right)
-        else:
-            first, second = tl.split(left.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1))
-            third, fourth = tl.split(right.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1))
-            parts = (first, second, third, fourth)
+        tl.static_assert(PARTS == 8, "parts: 1, 2, 4 or 8")
+        left, right = _halves(tile)
+        parts = _quarters(left) + _quarters(right)
     return parts
 
 
 @triton.jit
 def _differentiate_tile(
     grad_a,
+    gate_h,
+    up_h,
     scale,
-    h,
     gate_bias,
     up_bias,
     grad_h,
@@ -47,7 +59,6 @@ def _differentiate_tile(
     scaled_a,
     expert,
     row_index,
-    valid,
     first_row,
     end_row,
     alpha,
@@ -68,9 +79,8 @@ def _differentiate_tile(
 ):
     """Store a tile of dH, of dP and of sA, each unless None; return its part of dS, [BLOCK_M]."""
     GATED: tl.constexpr = LAYOUT != "plain"
-    gate_h, up_h = load_gate_up(
-        h, row_index, valid, first_row, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT, OUT_TMA
-    )
+    gate_h = gate_h.to(tl.float32)
+    up_h = up_h.to(tl.float32)
     if SCALE_INPUT:
         gate, up = add_gate_up_bias(
             gate_h * scale,
@@ -137,7 +147,6 @@ def _differentiate_tile(
 def glu_backward_kernel(
     grad_out,
     weight,
-    h,
     h_ptr,
     gate_bias,
     up_bias,
@@ -184,7 +193,7 @@ def glu_backward_kernel(
     """Outputs that are None aren't written. h and grad_h may be the same memory.
 
     The epilogue takes the tile in SPLIT parts, one after the other, for want of registers: BLOCK_F / SPLIT columns each.
-    h and the outputs are pointers, or descriptors (ragged for the outputs) of such parts if OUT_TMA.
+    The outputs are pointers, or ragged descriptors of such parts if OUT_TMA.
     """
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     PART: tl.constexpr = BLOCK_F // SPLIT
@@ -197,6 +206,9 @@ def glu_backward_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         valid = rows < end_row
         first_f = column_tile * BLOCK_F
+        row_index = rows.to(tl.int64)
+        slots = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int64)
+        scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
         grad_a = multiply_tile(
             grad_out,
             weight,
@@ -224,16 +236,21 @@ def glu_backward_kernel(
             BLOCK_K,
             PRECISION,
         )
-        row_index = rows.to(tl.int64)
-        slots = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int64)
-        scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
         grad_scale = tl.zeros([BLOCK_M], tl.float32)
         parts = _split_columns(grad_a, SPLIT)
+        gate_h, up_h = load_gate_up(h_ptr, row_index, valid, h_size, first_f, f_size, BLOCK_M, PART, LAYOUT)
         for part in tl.static_range(SPLIT):
+            gate_now = gate_h
+            up_now = up_h
+            if part + 1 < SPLIT:
+                # The next part's loads are under way while this part is worked on.
+                next_f = first_f + (part + 1) * PART
+                gate_h, up_h = load_gate_up(h_ptr, row_index, valid, h_size, next_f, f_size, BLOCK_M, PART, LAYOUT)
             grad_scale += _differentiate_tile(
                 parts[part],
+                gate_now,
+                up_now,
                 scale,
-                h,
                 gate_bias,
                 up_bias,
                 grad_h,
@@ -241,7 +258,6 @@ def glu_backward_kernel(
                 scaled_a,
                 expert,
                 row_index,
-                valid,
                 first_row,
                 end_row,
                 alpha,

@@ -33,25 +33,15 @@ def _weighted_row(
 
 
 @triton.jit
-def dispatch_kernel(
-    x_ptr,
-    out_ptr,
-    order_ptr,
-    offsets_ptr,
-    num_columns,
-    stride_x,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[row] = x[order[row] // TOP_K], zero from offsets[-1] on."""
-    row = tl.program_id(0).to(tl.int64)
-    routed = row < tl.load(offsets_ptr + NUM_EXPERTS - 1)
-    source = (tl.load(order_ptr + row) // TOP_K).to(tl.int64)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        values = tl.load(x_ptr + source * stride_x + columns, mask=routed & (columns < num_columns), other=0.0)
-        tl.store(out_ptr + row * num_columns + columns, values, mask=columns < num_columns)
+def dispatch_kernel(x_ptr, out_ptr, inverse_ptr, num_columns, stride_x, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[grouped row of slot] = x[slot // TOP_K], zero for sentinels. One program a token: its row is read once."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_range = columns < num_columns
+    values = tl.load(x_ptr + token * stride_x + columns, mask=in_range, other=0.0)
+    for k in range(TOP_K):
+        row, routed = _slot_row(inverse_ptr, token * TOP_K + k, True)
+        tl.store(out_ptr + row * num_columns + columns, tl.where(routed, values, 0.0).to(values.dtype), mask=in_range)
 
 
 @triton.jit

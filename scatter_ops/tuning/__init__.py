@@ -39,8 +39,8 @@ class Config:
     """Tile of the product, block_m x block_n, block_k deep; group_m row tiles share a column tile in the cache.
 
     programs_per_sm = 0 launches one program a tile, else the programs are persistent. flatten pipelines across tiles.
-    tma reads and writes by tensor descriptors where device and strides allow it. regroup copies gathered rows of a weight
-    gradient into grouped order first. epilogue_parts takes the epilogue of glu_backward in that many parts of the tile.
+    tma reads by tensor descriptors where device and strides allow it, and writes by them too if tma_out. regroup copies
+    gathered rows of a gradient into grouped order first. epilogue_parts takes the epilogue of glu_backward in that many parts of the tile.
     """
 
     block_m: int
@@ -52,6 +52,7 @@ class Config:
     programs_per_sm: int = 0
     flatten: bool = False
     tma: bool = False
+    tma_out: bool = True
     regroup: bool = False
     epilogue_parts: int = 1
 
@@ -68,16 +69,20 @@ def select(
     """Config of `op` (grouped_gemm, glu_forward, glu_backward, weight_grad); precision is that of float32 products."""
     for row in _rows(capability):
         if _matches(row, op, shape, dtype):
-            return fit(Config(**row["config"]), shape, capability, dtype)
-    return fit(_heuristic(op, capability, shape, dtype, precision), shape, capability, dtype)
+            return fit(op, Config(**row["config"]), shape, capability, dtype)
+    return fit(op, _heuristic(op, capability, shape, dtype, precision), shape, capability, dtype)
 
 
-def shared_memory_bytes(config: Config, dtype: torch.dtype) -> int:
-    """Buffers of the pipelined operands, an upper estimate of what a kernel allocates."""
-    return config.num_stages * (config.block_m + config.block_n) * config.block_k * dtype.itemsize + RESERVED_BYTES
+def shared_memory_bytes(op: str, config: Config, dtype: torch.dtype) -> int:
+    """Buffers of the pipelined operands, and of the tiles on their way out by TMA: an upper estimate."""
+    operands = config.num_stages * (config.block_m + config.block_n) * config.block_k
+    outputs = config.block_m * config.block_n if config.tma and config.tma_out else 0
+    if op == "glu_backward":
+        outputs = 2 * outputs // config.epilogue_parts
+    return (operands + outputs) * dtype.itemsize + RESERVED_BYTES
 
 
-def fit(config: Config, shape: ShapeClass, capability: tuple[int, int], dtype: torch.dtype) -> Config:
+def fit(op: str, config: Config, shape: ShapeClass, capability: tuple[int, int], dtype: torch.dtype) -> Config:
     """No tile much larger than the matrix, and no more stages than shared memory holds."""
     config = replace(
         config,
@@ -85,7 +90,7 @@ def fit(config: Config, shape: ShapeClass, capability: tuple[int, int], dtype: t
         block_k=min(config.block_k, max(16, _next_power_of_2(shape.k))),
     )
     limit = SHARED_MEMORY_KIB.get(capability, LEAST_SHARED_MEMORY_KIB) * 1024
-    while config.num_stages > 1 and shared_memory_bytes(config, dtype) > limit:
+    while config.num_stages > 1 and shared_memory_bytes(op, config, dtype) > limit:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
 

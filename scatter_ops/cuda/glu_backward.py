@@ -1,0 +1,158 @@
+"""Launch of the down GEMM's backward with the activation's derivative in its epilogue, and of what sums its partials.
+
+N slots, D model width, F expert width, H columns of h.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+
+from scatter_ops.cuda.glu import Glu
+from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
+from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
+from scatter_ops.kernels.glu_backward import bias_partials_kernel, glu_backward_kernel, sum_partials_kernel
+
+
+@dataclass(frozen=True)
+class GluGradients:
+    """None where nobody needs it.
+
+    grad_h: of h. grad_pre: of the pre-activation, which is h itself unless the router weight is on the input.
+    scaled_a: A, times the router weight if that is on the output. partials: [N, parts], the router weight's gradient in parts.
+    """
+
+    grad_h_NH: Tensor | None
+    grad_pre_NH: Tensor | None
+    scaled_a_NF: Tensor | None
+    partials: Tensor | None
+
+
+def glu_backward(
+    grad: Rows,
+    h_NH: Tensor,
+    down: ExpertWeight,
+    glu: Glu,
+    need_h: bool,
+    need_pre: bool,
+    need_a: bool,
+    num_partials: int,
+) -> GluGradients:
+    """grad: the gradient of y before the router weight. down: seen as [E, F, D]. num_partials: columns to leave room for."""
+    f_size, num_slots = down.n, glu.routing.num_slots
+    # The one place that decides where dH goes. The kernel reads h before it writes dH there, so h's own memory would do once h
+    # is no longer an input that callers may read again.
+    grad_h = torch.empty_like(h_NH) if need_h or (need_pre and not glu.on_input) else None
+    grad_pre = torch.empty_like(h_NH) if need_pre and glu.on_input else None
+    scaled_a = h_NH.new_empty(num_slots, f_size) if need_a else None
+    partials = h_NH.new_empty(num_slots, num_partials, dtype=torch.float32) if num_partials else None
+    if h_NH.numel():
+        _launch(grad, h_NH, down, glu, grad_h, grad_pre, scaled_a, partials)
+    return GluGradients(grad_h, grad_pre if glu.on_input else grad_h, scaled_a, partials)
+
+
+def num_column_tiles(h_NH: Tensor, down: ExpertWeight, glu: Glu) -> int:
+    """Partials of the router weight's gradient that glu_backward writes for each slot."""
+    return triton.cdiv(down.n, select_config("glu_backward", h_NH, glu.routing, down.n, down.k).block_n)
+
+
+def _launch(
+    grad: Rows,
+    h_NH: Tensor,
+    down: ExpertWeight,
+    glu: Glu,
+    grad_h: Tensor | None,
+    grad_pre: Tensor | None,
+    scaled_a: Tensor | None,
+    partials: Tensor | None,
+) -> None:
+    f_size, h_size, routing = down.n, h_NH.shape[1], glu.routing
+    config = select_config("glu_backward", h_NH, routing, f_size, down.k)
+    tiles = routing.schedule(config.block_m, with_inverse=True)
+    grad_out, w, options = product_options(grad, down, config, config.block_n, n_ways=1)
+    part = config.block_n // config.epilogue_parts
+    out_tma = config.tma_out and uses_tma(config, h_NH.device) and tma_can_read(h_NH[:, :f_size])
+
+    def tiles_of(like_h: Tensor | None) -> object:
+        return glu.tiles_of_h(like_h, config.block_m, part) if out_tma and like_h is not None else like_h
+
+    # Without a gradient of h or of the router weights nothing but the activation is needed: the product is empty then.
+    only_a = grad_h is None and grad_pre is None and partials is None
+    num_tiles = tiles.max_row_tiles * triton.cdiv(f_size, config.block_n)
+    glu_backward_kernel[grid_size(config, num_tiles, h_NH.device)](
+        grad_out,
+        w,
+        h_NH,
+        glu.gate_bias.data,
+        glu.up_bias.data,
+        glu.topk_weights,
+        tiles_of(grad_h),
+        tiles_of(grad_pre),
+        create_ragged_descriptor(scaled_a, [config.block_m, part]) if out_tma and scaled_a is not None else scaled_a,
+        partials,
+        routing.order_N,
+        routing.offsets_E,
+        tiles.tile_map,
+        glu.alpha,
+        glu.limit,
+        f_size,
+        h_size,
+        0 if only_a else down.k,
+        0 if partials is None else partials.shape[1],
+        grad.data.stride(0),
+        *down.strides,
+        *glu.bias_strides,
+        GRAD_DIVISOR=grad.divisor,
+        ACTIVATION=glu.activation,
+        LAYOUT=glu.h_layout,
+        SCALE_INPUT=glu.on_input,
+        BIAS=glu.gate_bias.kind,
+        OUT_TMA=out_tma,
+        SPLIT=config.epilogue_parts,
+        BLOCK_F=config.block_n,
+        **options,
+    )
+
+
+def add_bias_partials(partials: Tensor, grad_out: Rows, bias: ExpertBias, glu: Glu) -> None:
+    """Fill the last column of partials with <grad_out, down_bias>: the router weight multiplies the bias too."""
+    block_m = 16
+    tiles = glu.routing.schedule(block_m)
+    num_columns = grad_out.data.shape[1]
+    bias_partials_kernel[(tiles.max_row_tiles,)](
+        grad_out.data,
+        bias.data,
+        partials,
+        glu.routing.order_N,
+        glu.routing.offsets_E,
+        tiles.tile_map,
+        num_columns,
+        grad_out.data.stride(0),
+        bias.stride_e,
+        partials.shape[1],
+        partials.shape[1] - 1,
+        TOP_K=glu.top_k,
+        BIAS=bias.kind,
+        BLOCK_M=block_m,
+        BLOCK_D=min(256, max(16, triton.next_power_of_2(num_columns))),
+    )
+
+
+def sum_partials(partials: Tensor, glu: Glu) -> Tensor:
+    """Gradient of topk_weights [T, K]: the sum of each slot's partials; 0 for a sentinel."""
+    out_TK = torch.empty_like(glu.topk_weights)
+    num_slots, num_partials = partials.shape
+    if num_slots:
+        block = 128
+        sum_partials_kernel[(triton.cdiv(num_slots, block),)](
+            partials,
+            glu.routing.inverse_N,
+            out_TK,
+            num_slots,
+            num_partials,
+            block,
+            triton.next_power_of_2(num_partials),
+        )
+    return out_TK

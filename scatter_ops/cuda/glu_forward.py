@@ -1,0 +1,60 @@
+"""Launch of the gate-up GEMM with the activation in its epilogue."""
+
+import triton
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+
+from scatter_ops.cuda.glu import Glu
+from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
+from scatter_ops.cuda.parameters import ExpertWeight
+from scatter_ops.kernels.glu_forward import glu_forward_kernel
+
+
+def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tuple[Tensor, Tensor]:
+    """A [N, F] and the pre-activation h [N, H] ([0] unless save_h), both in grouped order."""
+    routing, h_size = glu.routing, weight.n * weight.ways
+    f_size = glu.f_size(h_size)
+    a_NF = rows.data.new_empty(routing.num_slots, f_size)
+    h = rows.data.new_empty((routing.num_slots, h_size) if save_h else 0)
+    if a_NF.numel() == 0:
+        return a_NF, h
+    config = select_config("glu_forward", rows.data, routing, h_size, weight.k)
+    tiles = routing.schedule(config.block_m, with_inverse=True)
+    x, w, options = product_options(rows, weight, config, config.block_n, n_ways=weight.ways)
+    block_f = glu.f_size(config.block_n)
+    # A tile of an interleaved h has twice the columns of the others: shared memory has no room for it on its way out.
+    roomy = glu.layout != "interleaved" or not save_h
+    out_tma = config.tma_out and roomy and uses_tma(config, a_NF.device) and tma_can_read(a_NF)
+    glu_forward_kernel[grid_size(config, tiles.max_row_tiles * triton.cdiv(f_size, block_f), a_NF.device)](
+        x,
+        w,
+        glu.gate_bias.data,
+        glu.up_bias.data,
+        glu.topk_weights,
+        create_ragged_descriptor(a_NF, [config.block_m, block_f]) if out_tma else a_NF,
+        glu.tiles_of_h(h, config.block_m, block_f) if out_tma and save_h else h,
+        h,
+        routing.order_N,
+        routing.offsets_E,
+        tiles.tile_map,
+        glu.alpha,
+        glu.limit,
+        routing.num_slots,
+        f_size,
+        h_size,
+        weight.k,
+        rows.data.stride(0),
+        *weight.strides,
+        *glu.bias_strides,
+        NUM_EXPERTS=routing.num_experts,
+        X_DIVISOR=rows.divisor,
+        ACTIVATION=glu.activation,
+        LAYOUT=glu.h_layout,
+        SCALE_INPUT=glu.on_input,
+        STORE_H=save_h,
+        BIAS=glu.gate_bias.kind,
+        OUT_TMA=out_tma,
+        BLOCK_F=block_f,
+        **options,
+    )
+    return a_NF, h
