@@ -18,7 +18,7 @@ import registrations  # noqa: F401  (the ops must exist before a graph names the
 from fx_passes import hook, pipeline
 from fx_passes.capture import Capture, Event
 from fx_passes.region import Rejection
-from fx_passes.report import current_report, source_line
+from fx_passes.report import current_report, record_rejections, source_line
 
 log = logging.getLogger("scatter_moe")
 
@@ -42,7 +42,7 @@ def backend(
     inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(capture))
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
     outcome = pipeline.run(gm)
-    _record_rejections(outcome.rejections)
+    record_rejections(outcome.rejections, capture.memory.reported if capture is not None else set())
     if capture is not None:
         _trace_again_if_assumed(capture, outcome)
     counters["scatter_moe"]["rewritten"] += len(outcome.regions)
@@ -54,27 +54,20 @@ def backend(
     return inner(gm, example_inputs)
 
 
-def _record_rejections(rejections: list[Rejection]) -> None:
-    counters["scatter_moe"]["rejected"] += len(rejections)
-    current_report().rejections.extend(rejections)
-    for rejection in rejections:
-        log.info("left as it is: %s", rejection)
-
-
 def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None:
     leftover = capture.leftover(outcome.erased_events, outcome.remaining_events)
     if not leftover:
         return
-    unexplained = [event for event in leftover if event.kind != "dynamic op"]
-    if unexplained and not outcome.rejections:
-        _record_rejections([_unrecognised(unexplained[0])])
+    explained = outcome.rejections or capture.memory.reported
+    telling = [event for event in leftover if event.kind != "dynamic op" or event.routed]
+    if telling and not explained:
+        record_rejections([_unrecognised(telling[-1])], capture.memory.reported)
     capture.trace_again_without(leftover[0])
 
 
 def _unrecognised(event: Event) -> Rejection:
-    filename, _, line = event.location.rpartition(":")
-    rule = "loop_changes_no_python_state" if event.failed else "loop_has_a_known_form"
-    return Rejection(rule, event.failed or f"{event.kind} that is part of no known form", source_line(filename, int(line)))
+    detail = f"{event.kind} that belongs to no form of a loop over experts"
+    return Rejection("loop_has_a_known_form", detail, source_line(*event.location))
 
 
 def _inner_compiler(mode: str | None, options: dict[str, Any], dynamic: bool | None) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ must be equal, operations the same, and where the copies differ it must be in an
 over a symbolic expert is the case of a single copy.
 
     Gathered        x[tokens]                    rows of a [T, ...] tensor
-    SlotGathered    weights[tokens, slots]       one value a row of a [T, K] tensor
+    SlotGathered    weights[tokens, slots]       one value a row of a [T, K] tensor, or table[tokens, e] of a [T, E] tensor
     PerExpert       an expert's parameter: a slice of one stacked tensor, or one of E tensors
     Shared          anything from outside the loop that is the same for all experts
     Op              an operation on these
@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from fx_passes.facts import Mask, Rows, fact
-from fx_passes.markers import Expert, expert_of, select_expert
+from fx_passes.markers import Expert, expert_of, index_with_expert, select_expert
 from fx_passes.ops import fake_tensor, op_name, varargs
 
 
@@ -35,11 +35,12 @@ class Gathered:
 
 @dataclass(frozen=True, eq=False)
 class SlotGathered:
-    """`trailing` dims of size one follow the row dim (`weights[tokens, slots, None]`)."""
+    """`trailing` dims of size one follow the row dim (`weights[tokens, slots, None]`). A `table` is indexed by expert, not by slot."""
 
     source: fx.Node
     node: fx.Node
     trailing: int
+    table: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,14 @@ class NotIsomorphic(Exception):
         super().__init__(detail)
         self.node = node
         self.detail = detail
+
+
+class UnknownOperation(Exception):
+    """An expert does something that no rule speaks of: a higher-order op, a custom op, a hook."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(str(node.target))
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -172,10 +181,12 @@ class _Unifier:
         for node in nodes:
             if node.op != first.op or node.target != first.target:
                 raise NotIsomorphic(node, f"one expert computes `{_show(first)}`, another `{_show(node)}`")
+        if op_name(first) is None:
+            raise UnknownOperation(first)
         args = self._structure(tuple(node.args for node in nodes), first)
         kwargs = self._structure(tuple(dict(node.kwargs) for node in nodes), first)
         rows = any(has_rows(value) for value in nested_values((args, kwargs)))
-        return _simplified(Op(op_name(first) or str(first.target), first, args, kwargs, rows))
+        return _simplified(Op(op_name(first) or "", first, args, kwargs, rows))
 
     def _structure(self, items: tuple[Any, ...], at: fx.Node) -> Any:
         """The same place of an argument list in all copies."""
@@ -200,20 +211,18 @@ class _Unifier:
 
     def _gathered(self, nodes: tuple[fx.Node, ...]) -> Gathered | SlotGathered | None:
         first = nodes[0]
-        if op_name(first) != "getitem" or any(op_name(node) != "getitem" for node in nodes):
+        if any(op_name(node) != "getitem" and node.target is not index_with_expert for node in nodes):
             return None
         source = first.args[0]
         if not isinstance(source, fx.Node) or any(node.args[0] is not source for node in nodes) or self._is_inner(source):
             return None
-        axes = {_gather_axes(node.args[1], mask) for node, mask in zip(nodes, self.masks, strict=True)}
-        if len(axes) != 1:
-            return None
-        kind = axes.pop()
+        axes = {_gather_axes(node, mask) for node, mask in zip(nodes, self.masks, strict=True)}
+        kind = axes.pop() if len(axes) == 1 else None
         if kind is None:
             return None
-        if "K" not in kind:
+        if kind in (("T",), ("1", "T")):
             return Gathered(source, first, leading=len(kind) - 1)
-        return SlotGathered(source, first, trailing=len(kind) - 2)
+        return SlotGathered(source, first, trailing=len(kind) - 2, table=kind[1] == "E")
 
     def _parameter(self, nodes: tuple[fx.Node, ...]) -> PerExpert | None:
         """`stacked[e]`, with `stacked` from outside the loop."""
@@ -243,8 +252,8 @@ def _simplified(op: Op) -> Value:
     result = fake_tensor(op.node)
     if isinstance(operand, Gathered) and operand.leading and op.name in ("reshape", "view", "squeeze"):
         before = fake_tensor(operand.node)
-        if before is not None and result is not None and before.shape[operand.leading :] == result.shape:
-            return replace(operand, leading=0)
+        if before is not None and result is not None and result.dim() >= 1 and before.shape[operand.leading + 1 :] == result.shape[1:]:
+            return replace(operand, leading=0, node=op.node)
     if isinstance(operand, PerExpert) and result is not None and result.dim() == 2 and _swaps_two_dims(op):
         return replace(operand, transposed=not operand.transposed)
     return op
@@ -265,21 +274,31 @@ def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
     return isinstance(expert, int) and index[0] == 0 and type(index[1]) is int and index[1] == expert
 
 
-def _gather_axes(index: Any, mask: Mask) -> tuple[str, ...] | None:
-    """("T",) for `x[tokens]`, ("1", "T") for `x[None, tokens]`, ("T", "K", "1") for `weights[tokens, slots, None]`; None for any other."""
+def _gather_axes(node: fx.Node, mask: Mask) -> tuple[str, ...] | None:
+    """What each item of the index is: ("T",) for `x[tokens]`, ("1", "T") for `x[None, tokens]`, ("T", "K", "1") for
+    `weights[tokens, slots, None]`, ("T", "E") for `table[tokens, e]`; None for any other."""
+    index = node.args[1]
     items = index if isinstance(index, tuple) else (index,)
     axes = []
     for item in items:
         rows = fact(item) if isinstance(item, fx.Node) else None
         if isinstance(rows, Rows) and rows.mask == mask:
             axes.append(rows.axis)
+        elif _is_expert(item, mask.expert):
+            axes.append("E")
         elif item is None:
             axes.append("1")
         elif item not in (slice(None), Ellipsis):
             return None
-    if axes in (["T"], ["1", "T"]) or (axes[:2] == ["T", "K"] and set(axes[2:]) <= {"1"}):
+    if axes in (["T"], ["1", "T"]) or (axes[:2] in (["T", "K"], ["T", "E"]) and set(axes[2:]) <= {"1"}):
         return tuple(axes)
     return None
+
+
+def _is_expert(item: Any, expert: Expert) -> bool:
+    if isinstance(item, fx.Node):
+        return expert_of(item) is not None and expert_of(item) is expert
+    return type(item) is int and item == expert
 
 
 def _show(node: fx.Node) -> str:

@@ -25,13 +25,17 @@ from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, ListVariable, SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import CompileContext
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fx_passes.emptiness import nonempty_truth
-from fx_passes.facts import Hit, Selection, fact
-from fx_passes.markers import current_expert, expert_of, mark_expert, select_expert
+from fx_passes.facts import Hit, Rows, Selection, fact
+from fx_passes.markers import current_expert, expert_of, index_list, index_with_expert, mark_expert, select_expert
 from fx_passes.ops import arg, op_name
 from fx_passes.python_state import Snapshot, difference, snapshot
+from fx_passes.region import Rejection
+from fx_passes.report import record_rejections, source_line
 
+_ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort", "scatter", "scatter_", "bincount", "histc"))
 _EVENTS = "scatter_moe_events"
 _STRAIGHT = frozenset(("NOP", "CACHE", "EXTENDED_ARG", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE", "NOT_TAKEN"))
 
@@ -51,6 +55,7 @@ class Memory:
 
     denied: set[int] = field(default_factory=set)
     unrolled: set[int] = field(default_factory=set)
+    reported: set[Rejection] = field(default_factory=set)
     errors: int = 0
 
     @classmethod
@@ -65,8 +70,9 @@ class Memory:
 class Event:
     number: int
     kind: str
-    location: str
-    failed: str | None = None
+    location: tuple[str, int]
+    routed: bool
+    failed: bool = False
 
 
 @dataclass
@@ -98,6 +104,8 @@ class Capture:
             "GET_ITER": self._get_iter,
             "FOR_ITER": self._for_iter,
             "BINARY_SUBSCR": self._subscript,
+            "LOAD_METHOD": self._index_list,
+            "LOAD_ATTR": self._index_list,
         }
 
     def step(self, tx: Any, original: Callable[[Any], bool]) -> bool:
@@ -133,7 +141,7 @@ class Capture:
 
     def trace_again_without(self, event: Event) -> None:
         self.memory.denied.add(event.number)
-        self._restart(f"{event.kind} at {event.location} was not part of a rewritten region")
+        self._restart(f"{event.kind} at {event.location[0]}:{event.location[1]} was not part of a rewritten region")
 
     def _restart(self, reason: str) -> None:
         self.output.root_tx.speculation_log.clear()
@@ -151,9 +159,20 @@ class Capture:
 
     def _event(self, tx: Any, kind: str) -> Event:
         frame = tx.frame_summary()
-        event = Event(len(self.events), kind, f"{frame.filename}:{frame.lineno}")
+        event = Event(len(self.events), kind, (frame.filename, frame.lineno or 0), self._has_routing())
         self.events.append(event)
         return event
+
+    def _reject(self, tx: Any, rule: str, detail: str) -> None:
+        """Says why a place that looks like part of an expert loop is left to Dynamo."""
+        if self._has_routing():
+            frame = tx.frame_summary()
+            rejection = Rejection(rule, detail, source_line(frame.filename, frame.lineno or 0))
+            record_rejections([rejection], self.memory.reported)
+
+    def _has_routing(self) -> bool:
+        """Whether the graph so far holds what a router computes: only then is a place worth a word."""
+        return any(op_name(node) in _ROUTING for node in self.output.graph.nodes)
 
     def _is_denied(self, event: Event) -> bool:
         return event.number in self.memory.denied
@@ -203,11 +222,12 @@ class Capture:
 
     def _get_iter(self, tx: Any, instruction: Any) -> bool:
         hit = tx.stack[-1].realize()
-        if not isinstance(hit, TensorVariable):
+        if not isinstance(hit, TensorVariable) or not _has_open_length(hit):
             return False
         classes = fact(hit.as_proxy().node)
         header = tx.instructions[tx.instruction_pointer + 1]
         if not isinstance(classes, Hit) or header.opname != "FOR_ITER":
+            self._reject(tx, "loop_is_over_the_hit_experts", "the loop runs over a tensor that is not known to list the experts with a token")
             return False
         event = self._event(tx, "hit loop")
         if self._is_denied(event):
@@ -245,7 +265,9 @@ class Capture:
         assert scope.before is not None
         changed = difference(scope.before, now)
         if changed.names:
-            scope.event.failed = f"running the loop body changes {', '.join(changed.names)}"
+            scope.event.failed = True
+            detail = f"running the loop body changes {', '.join(changed.names)}"
+            self._reject(scope.tx, "loop_changes_no_python_state", detail)
         if scope.expert is not None:
             scope.expert.meta["scatter_moe_carried"] = changed.carried
 
@@ -262,17 +284,21 @@ class Capture:
                 tx.stack[-1] = ConstantVariable.create(truth)
             return False
         truth = nonempty_truth(value, self._masks_of_symbol)
-        if truth is None:
+        header = self._skips_to_header(tx, instruction, truth) if truth is not None else None
+        if truth is None or header is None:
+            self._reject_branch(tx, value)
             return False
         event = self._event(tx, "empty branch")
-        header = self._skips_to_header(tx, instruction, truth)
-        if self._is_denied(event) or header is None:
-            self.memory.denied.add(event.number)
+        if self._is_denied(event):
             return False
         tx.stack[-1] = ConstantVariable.create(truth)
         size = len(tx.stack) - 2
         self._scopes.append(Scope(event, tx, header, size, snapshot(tx, header, size)))
         return False
+
+    def _reject_branch(self, tx: Any, value: Any) -> None:
+        if isinstance(value, TensorVariable) or _is_open(value.sym_num):
+            self._reject(tx, "guards_only_skip_empty_experts", "a branch on data does something other than to skip an expert without tokens")
 
     def _sentinel_truth(self, node: fx.Node) -> tuple[int | fx.Node, bool] | None:
         """`if e == num_experts`: known where the loop was unrolled, false by assumption where it was not (`e` is then no such class)."""
@@ -302,6 +328,25 @@ class Capture:
                 return None
             index = tx.indexof[current.target] if current.target is not None else index + 1
         return None
+
+    # -- lists of row positions -----------------------------------------------------------------------------------------------------------
+
+    def _index_list(self, tx: Any, instruction: Any) -> bool:
+        """`tokens.tolist()`: goes on with the tensor, which indexes as the list does."""
+        if instruction.argval != "tolist" or not tx.stack:
+            return False
+        indices = tx.stack[-1].realize()
+        if not isinstance(indices, TensorVariable) or not isinstance(fact(indices.as_proxy().node), Rows):
+            return False
+        after = _past_call_without_arguments(tx)
+        event = self._event(tx, "index list")
+        if after is None or self._is_denied(event):
+            return False
+        proxy = self.output.create_proxy("call_function", index_list, (indices.as_proxy(),), {})
+        tx.stack[-1] = wrap_fx_proxy(tx, proxy)
+        proxy.node.meta[_EVENTS] = (event.number,)
+        tx.instruction_pointer = after
+        return True
 
     # -- indexing by the expert ----------------------------------------------------------------------------------------------------------
 
@@ -341,6 +386,10 @@ class Capture:
             return False
         if not isinstance(expert, int) and all(_is_full_slice(other) for at, other in enumerate(index.items) if at != dim):
             return self._replace_subscript(tx, self._select(tx, container, item, dim, _rank(item) == 1))
+        if not isinstance(expert, int) and _rank(item) == 0:
+            args = (container.as_proxy(), index.as_proxy(), dim)
+            proxy = self.output.create_proxy("call_function", index_with_expert, args, {})
+            return self._replace_subscript(tx, wrap_fx_proxy(tx, proxy))
         return False
 
     def _select(self, tx: Any, container: Any, index: TensorVariable, dim: int, keepdim: bool) -> TensorVariable:
@@ -365,6 +414,16 @@ def _expert_of_variable(variable: Any) -> int | fx.Node | None:
     return expert_of(variable.as_proxy().node)
 
 
+def _has_open_length(variable: TensorVariable) -> bool:
+    value = variable.as_proxy().node.meta["example_value"]
+    return value.dim() > 0 and _is_open(value.shape[0])
+
+
+def _is_open(number: Any) -> bool:
+    """Whether a symbolic number depends on data."""
+    return isinstance(number, (torch.SymInt, torch.SymBool)) and bool(free_unbacked_symbols(number))
+
+
 def _rank(variable: TensorVariable) -> int:
     return variable.as_proxy().node.meta["example_value"].dim()
 
@@ -376,3 +435,12 @@ def _constant_slice(start: int) -> SliceVariable:
 def _is_full_slice(variable: Any) -> bool:
     variable = variable.realize()
     return isinstance(variable, SliceVariable) and all(item.is_python_constant() and item.as_python_constant() is None for item in variable.items)
+
+
+def _past_call_without_arguments(tx: Any) -> int | None:
+    """Where a method call without arguments that begins at the current instruction has ended."""
+    at = tx.instruction_pointer + 1
+    while tx.instructions[at].opname in ("PRECALL", "CACHE", "PUSH_NULL"):
+        at += 1
+    call = tx.instructions[at]
+    return at + 1 if call.opname == "CALL" and call.arg == 0 else None

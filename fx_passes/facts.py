@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.markers import Expert, expert_of, select_expert
+from fx_passes.markers import Expert, expert_of, index_list, select_expert
 from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, varargs
 
 Dims = tuple[str, ...]
@@ -100,6 +100,8 @@ def fact(node: Any) -> Fact | None:
 def _derive(node: fx.Node) -> Fact | None:
     if node.target is select_expert:
         return _select(fact(node.args[0]), node.args[2], expert_of(node.args[1]), keepdim=node.args[3])
+    if node.target is index_list:
+        return fact(node.args[0])
     rule = _RULES.get(op_name(node) or "")
     return rule(node) if rule else None
 
@@ -146,7 +148,7 @@ def _getitem(node: fx.Node) -> Fact | None:
         return _column(inner, index)
     if isinstance(inner, OneHot):
         return _index_one_hot(inner, index)
-    return None
+    return inner if isinstance(inner, Hit) and index == slice(None) else None
 
 
 def _column(selection: Selection, index: Any) -> Fact | None:

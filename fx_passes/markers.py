@@ -33,3 +33,13 @@ def mark_expert(node: fx.Node, expert: Expert) -> None:
 def expert_of(value: Any) -> Expert | None:
     """The expert that `value` (a node) stands for, or None."""
     return value.meta.get(_EXPERT) if isinstance(value, fx.Node) else None
+
+
+def index_with_expert(tensor: torch.Tensor, index: tuple[Any, ...], place: int) -> torch.Tensor:
+    """`tensor[index]`, where `index[place]` is the expert and other items are tensors of row positions."""
+    return tensor[(*index[:place], 0, *index[place + 1 :])]
+
+
+def index_list(indices: torch.Tensor) -> torch.Tensor:
+    """`indices.tolist()` where the list only serves as an index: the tensor does as well."""
+    return indices.clone()

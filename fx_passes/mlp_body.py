@@ -18,10 +18,10 @@ _CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
 
 @dataclass(frozen=True)
 class Weighted:
-    """The body with the router weight taken off: `weights` [T, K] (cast to `weights_dtype` first), or None."""
+    """The body with the router weight taken off."""
 
     core: Value
-    weights: fx.Node | None
+    weights: SlotGathered | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Linear:
 @dataclass(frozen=True)
 class Mlp:
     x: fx.Node
-    weights: fx.Node | None
+    weights: SlotGathered | None
     weight_on: str
     gate_up: Linear
     up: Linear | None
@@ -58,13 +58,13 @@ def without_router_weight(value: Value) -> Weighted:
     return Weighted(value, None)
 
 
-def router_weight(value: Any) -> fx.Node | None:
-    """The [T, K] tensor behind `weights[tokens, slots, None]`, where the factor is one value a row."""
+def router_weight(value: Any) -> SlotGathered | None:
+    """`weights[tokens, slots, None]`, where the factor is one value a row."""
     while isinstance(value, Op) and value.name in ("unsqueeze", "view", "reshape") and _is_column(value):
         value = value.args[0]
     if isinstance(value, SlotGathered):
         source = fake_tensor(value.source)
-        return value.source if source is not None and source.dim() == 2 else None
+        return value if source is not None and source.dim() == 2 else None
     return None
 
 

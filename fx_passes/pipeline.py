@@ -15,7 +15,7 @@ from fx_passes.ops import fake_tensor
 from fx_passes.region import Accumulation, MoERegion, Rejected, Rejection
 from fx_passes.report import GRADIENTS, RANGE, RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
-from fx_passes.verify import verify
+from fx_passes.verify import switches_grad_mode, verify
 
 log = logging.getLogger("scatter_moe")
 
@@ -44,7 +44,8 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     for accumulator, found in _candidates(gm.graph, outcome):
         changed |= _rewrite_candidate(accumulator, found, outcome)
     for node in gm.graph.nodes:
-        outcome.remaining_events.update(events_of(node))
+        if not switches_grad_mode(node):
+            outcome.remaining_events.update(events_of(node))
     if changed:
         gm.graph.lint()
         gm.recompile()

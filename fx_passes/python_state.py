@@ -7,13 +7,15 @@ Python sees afterwards. Two snapshots that are equal prove that.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
-from torch._dynamo.bytecode_analysis import livevars_analysis
 from torch._dynamo.variables.base import ValueMutationExisting, VariableTracker
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+
+from fx_passes.liveness import live_locals
 
 Snapshot = dict[str, Any]
 
@@ -22,8 +24,9 @@ _MAX_DEPTH = 8
 
 def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
     """Everything that code from instruction `at` of `tx` on, or its callers, can read. `stack_size` values of the stack count."""
-    live = livevars_analysis(tx.instructions, at)
+    live = live_locals(tx, at)
     state: Snapshot = {f"local {name}": _describe(tx.symbolic_locals[name]) for name in live if name in tx.symbolic_locals}
+    state["grad mode or autocast"] = _modes()
     state["stack"] = tuple(_describe(value) for value in tx.stack[:stack_size])
     caller = tx.parent
     while caller is not None:
@@ -67,13 +70,21 @@ def _side_effects(side_effects: Any) -> Snapshot:
     for key, value in side_effects.id_to_variable.items():
         mutation = value.mutation_type
         if isinstance(mutation, ValueMutationExisting) and mutation.is_modified:
-            state[f"content of {type(value).__name__} {key}"] = _describe(value.clone(source=None))
+            state[f"content of {type(value).__name__} {key}"] = _describe_content(value, 0)
     return state
 
 
+def _modes() -> tuple[Any, ...]:
+    devices = ("cpu", "cuda")
+    autocast = tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices)
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
 def _describe(value: VariableTracker, depth: int = 0) -> Any:
-    if value.source is not None:
-        return ("source", value.source)
+    return ("source", value.source) if value.source is not None else _describe_content(value, depth)
+
+
+def _describe_content(value: VariableTracker, depth: int) -> Any:
     if isinstance(value, LazyVariableTracker):
         value = value.unwrap()
     if isinstance(value, (TensorVariable, SymNodeVariable)):

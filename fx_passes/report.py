@@ -1,15 +1,19 @@
 """What the pass says about a graph: regions that it rewrote and candidates that it left alone."""
 
 import linecache
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from torch import fx
+from torch._dynamo.utils import counters
 
 from fx_passes.region import Rejection
+
+log = logging.getLogger("scatter_moe")
 
 GRADIENTS = "an expert without tokens gets a zero gradient where eager leaves None"
 RANGE = "ids outside 0..E-1 give zeros where one_hot raises"
@@ -55,6 +59,16 @@ def collecting() -> Iterator[Report]:
 def current_report() -> Report:
     """The report that is being collected, or one that nobody reads."""
     return _collecting.get() or Report()
+
+
+def record_rejections(rejections: Iterable[Rejection], seen: set[Rejection]) -> None:
+    """Counts and reports each candidate once, however often its frame is traced: `seen` holds those that were."""
+    for rejection in rejections:
+        if rejection not in seen:
+            seen.add(rejection)
+            counters["scatter_moe"]["rejected"] += 1
+            current_report().rejections.append(rejection)
+            log.info("left as it is: %s", rejection)
 
 
 def source_of(node: fx.Node | None) -> str:

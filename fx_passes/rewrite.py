@@ -53,8 +53,8 @@ class _Emitter:
         assert ids is not None and output is not None
         self.out_dtype = output.dtype
         self.top_k = int(ids.shape[1]) if ids.dim() == 2 else 1
-        ids_TK = region.ids_TK if ids.dim() == 2 else self._method("unsqueeze", region.ids_TK, -1)
-        routed = self._call(ops.route.default, ids_TK, region.num_experts)
+        self.ids_TK = region.ids_TK if ids.dim() == 2 else self._method("unsqueeze", region.ids_TK, -1)
+        routed = self._call(ops.route.default, self.ids_TK, region.num_experts)
         self.order_N = self._function(operator.getitem, routed, 0)
         self.offsets_E = self._function(operator.getitem, routed, 1)
         self._emitted: dict[int, fx.Node] = {}
@@ -64,13 +64,13 @@ class _Emitter:
         weights = [list(linear.weight.parameters) if linear is not None else [] for linear in linears]
         biases = [list(linear.bias.parameters) if linear is not None and linear.bias is not None else [] for linear in linears]
         settings = (mlp.activation, mlp.layout, mlp.gate_up.transposed, mlp.weight_on, mlp.alpha, mlp.limit, self.out_dtype)
-        topk_weights = mlp.weights if mlp.weights is not None else self._ones(mlp.x)
+        topk_weights = self._slots(mlp.weights) if mlp.weights is not None else self._ones(mlp.x)
         return self._call(ops.mlp.default, mlp.x, topk_weights, self.order_N, self.offsets_E, *weights, *biases, *settings)
 
     def general(self) -> fx.Node:
         weighted = without_router_weight(self.region.body.root)
         rows = self.emit(weighted.core)
-        weights = weighted.weights
+        weights = self._slots(weighted.weights) if weighted.weights is not None else None
         return self._call(ops.combine.default, rows, weights, self.order_N, self.offsets_E, self.top_k, True, self.out_dtype)
 
     def emit(self, value: Value) -> fx.Node:
@@ -124,11 +124,18 @@ class _Emitter:
         return rows
 
     def _gather_slots(self, value: SlotGathered) -> fx.Node:
-        flat = self._method("flatten", value.source, 0, 1)
+        flat = self._method("flatten", self._slots(value), 0, 1)
         rows = self._method("index_select", flat, 0, self.order_N)
         for _ in range(value.trailing):
             rows = self._method("unsqueeze", rows, -1)
         return rows
+
+    def _slots(self, value: SlotGathered) -> fx.Node:
+        """The [T, K] tensor of which `value` holds one entry a row."""
+        if not value.table:
+            return value.source
+        ids = self._method("clamp", self.ids_TK, 0, self.region.num_experts - 1)
+        return self._method("gather", value.source, 1, self._method("long", ids))
 
     def _linear(self, linear: Linear) -> fx.Node:
         gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading

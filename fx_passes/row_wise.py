@@ -3,12 +3,13 @@
 Every operation on rows must be known and must keep row i of its output a function of row i of its inputs. What isn't on a list here is refused.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, Value, children, has_rows, nested_values
+from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, Value, has_rows, nested_values
 from fx_passes.ops import fake_tensor, normalized_dim, varargs
 from fx_passes.region import Rejected
 
@@ -20,21 +21,20 @@ POINTWISE = frozenset(
 MATMUL = frozenset(("linear", "matmul", "mm"))
 NORMS = frozenset(("layer_norm", "rms_norm"))
 REDUCTIONS = frozenset(("softmax", "log_softmax", "sum", "mean", "amax", "amin", "norm", "var", "std", "logsumexp", "normalize", "cumsum", "cumprod"))
-ALONG_DIM = frozenset(("chunk", "split", "unbind", "cat", "stack", "concat", "narrow", "select", "unsqueeze", "squeeze"))
+ALONG_DIM = frozenset(("chunk", "split", "unbind", "cat", "stack", "concat", "narrow", "select", "unsqueeze", "squeeze", "glu"))
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
 PERMUTATIONS = frozenset(("transpose", "permute", "swapaxes", "swapdims"))
 
 _DIM_ARGUMENT = {"split": 2, "stack": 1, "cat": 1, "concat": 1, "chunk": 2, "norm": 2, "normalize": 2}
-_DIM_DEFAULT = {"chunk": 0, "split": 0, "unbind": 0, "cat": 0, "stack": 0, "concat": 0, "normalize": 1}
+_DIM_DEFAULT = {"chunk": 0, "split": 0, "unbind": 0, "cat": 0, "stack": 0, "concat": 0, "normalize": 1, "glu": -1}
 
 
 def check_rows(body: Body) -> None:
     """Raises Rejected at the first operation that may mix rows or isn't known."""
     for op in body.of(Op):
-        if op.has_rows:
-            _check(op)
-        elif any(isinstance(child, PerExpert) for child in children(op)):
-            raise _refused(op, f"`{op.name}` computes something from an expert's parameter alone")
+        if not op.has_rows:
+            raise _refused(op, f"`{op.name}` depends on the expert, but not as a parameter of its own")
+        _check(op)
 
 
 def _check(op: Op) -> None:
@@ -131,11 +131,11 @@ def _check_reshape(op: Op) -> None:
     before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
     if before is None or after is None or not _is_row_tensor(op.args[0]):
         raise _refused(op, f"`{op.name}` of something that is not rows")
-    if after.dim() == 0 or before.shape[0] is not after.shape[0] and str(before.shape[0]) != str(after.shape[0]):
-        raise _refused(op, f"`{op.name}` merges the row dim with another")
-    sizes = [size for size in after.shape[1:] if not isinstance(size, int)]
-    if sizes:
+    sizes = (*before.shape[1:], *after.shape[1:])
+    if after.dim() == 0 or not all(isinstance(size, int) for size in sizes):
         raise _refused(op, f"`{op.name}` to sizes that are not fixed")
+    if math.prod(before.shape[1:]) != math.prod(after.shape[1:]):
+        raise _refused(op, f"`{op.name}` merges the row dim with another")
 
 
 def _check_getitem(op: Op) -> None:

@@ -41,7 +41,8 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
     for value in region.body.of(Gathered):
         _require_size(value.source, ids.shape[:1], value.node)
     for value in region.body.of(SlotGathered):
-        _require_size(value.source, ids.shape, value.node)
+        sizes = torch.Size((*ids.shape[:1], region.num_experts)) if value.table else ids.shape
+        _require_size(value.source, sizes, value.node)
     _require_size(region.accumulator, ids.shape[:1], region.accumulator)
     accumulator = fake_tensor(region.accumulator)
     if accumulator is None or accumulator.dim() != 2 or accumulator.shape[1:] != _value_shape(region)[1:]:
@@ -105,7 +106,7 @@ def no_intermediate_escapes(region: MoERegion) -> None:
     for node in inside - needed:
         if not _is_dead_end(node, inside, {}):
             raise Rejected("no_intermediate_escapes", node, f"`{node.name}` is used outside the loop")
-    for node in needed:
+    for node in needed - {region.result}:
         for user in node.users:
             if user not in inside:
                 raise Rejected("no_intermediate_escapes", user, f"`{node.name}` is used outside the loop")
@@ -174,13 +175,25 @@ def _storage(node: fx.Node) -> fx.Node:
 
 
 def grad_mode_is_constant(region: MoERegion) -> None:
-    """Grad mode, inference mode and autocast don't change between the first differentiable node of the loop and its last addition."""
+    """All that is differentiable in the loop, its additions too, is recorded for backward, or none of it."""
+    enabled = torch.is_grad_enabled()
+    modes = set()
+    for node in region.graph.nodes:
+        if switches_grad_mode(node):
+            enabled = bool(node.args[0])
+        elif node in region.inner and _is_differentiable(node):
+            modes.add(enabled)
+        if len(modes) > 1:
+            raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the loop")
+
+
+def autocast_is_constant(region: MoERegion) -> None:
+    """Autocast doesn't change between the first differentiable node of the loop and its last addition."""
     order = _order(region.graph)
-    differentiable = [order[node] for node in region.inner if _is_differentiable(node)]
-    start, end = min(differentiable), order[region.result]
+    start = min(order[node] for node in region.inner if _is_differentiable(node))
     for node, place in order.items():
-        if start < place < end and node.op == "call_function" and _switches_mode(node):
-            raise Rejected("grad_mode_is_constant", node, "grad mode or autocast changes inside the loop")
+        if start < place < order[region.result] and _switches_autocast(node):
+            raise Rejected("autocast_is_constant", node, "autocast or inference mode changes inside the loop")
 
 
 def _is_differentiable(node: fx.Node) -> bool:
@@ -188,9 +201,13 @@ def _is_differentiable(node: fx.Node) -> bool:
     return tensor is not None and tensor.is_floating_point()
 
 
-def _switches_mode(node: fx.Node) -> bool:
+def switches_grad_mode(node: fx.Node) -> bool:
+    return node.target is torch._C._set_grad_enabled
+
+
+def _switches_autocast(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
-    return any(word in name for word in ("set_grad_enabled", "autocast", "inference_mode", "_set_deterministic", "multithreading"))
+    return node.op == "call_function" and any(word in name for word in ("autocast", "inference_mode"))
 
 
 def repeated_ids_are_counted(region: MoERegion) -> None:
@@ -266,6 +283,7 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     no_intermediate_escapes,
     nothing_is_written_inside,
     grad_mode_is_constant,
+    autocast_is_constant,
     repeated_ids_are_counted,
     body_is_row_wise,
 )

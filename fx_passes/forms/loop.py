@@ -3,7 +3,7 @@
 from torch import fx
 
 from fx_passes.accumulation import closure, expert_rows
-from fx_passes.body import NotIsomorphic, unify
+from fx_passes.body import NotIsomorphic, UnknownOperation, unify
 from fx_passes.facts import Hit, Mask, Selection, fact
 from fx_passes.markers import current_expert
 from fx_passes.region import Accumulation, MoERegion, Rejected
@@ -29,6 +29,8 @@ def region_of(
         body = unify([accumulation.value for accumulation in found], masks)
     except NotIsomorphic as reason:
         raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
+    except UnknownOperation as reason:
+        raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
     adds = frozenset(node for accumulation in found for node in accumulation.nodes)
     starts = (node for node in accumulator.graph.nodes if _starts_region(node, masks, symbol))
     inner = closure(starts, stops=frozenset(accumulation.result for accumulation in found)) | adds
