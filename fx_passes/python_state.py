@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.variables.base import ValueMutationExisting, VariableTracker
+from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import BaseListVariable
@@ -93,6 +94,6 @@ def _describe_content(value: VariableTracker, depth: int) -> Any:
         return (type(value).__name__, *(_describe(item, depth + 1) for item in value.items))
     if depth < _MAX_DEPTH and isinstance(value, ConstDictVariable):
         return ("dict", *((hash(key), _describe(item, depth + 1)) for key, item in value.items.items()))
-    if value.is_python_constant():
+    if isinstance(value, ConstantVariable):
         return ("constant", type(value).__name__, repr(value.as_python_constant()))
     return ("id", id(value))
