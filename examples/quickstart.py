@@ -188,8 +188,9 @@ def generate(model: nn.Module, prompt: bytes, length: int, size: Size, device: s
 
 def print_summary(runs: dict[str, Run]) -> None:
     eager = runs["eager"]
-    table = Table(title="Training", caption=f"Median step without the first {WARM_UP}; mean loss of the last 10.")
-    for column in ("", "first step, s", "step, ms", "speed-up", "loss", "max |loss - eager's|"):
+    caption = f"Median step after {WARM_UP}; mean loss of the last 10; largest difference to the eager run's loss."
+    table = Table(title="Training", caption=caption)
+    for column in ("", "first step, s", "step, ms", "speed-up", "loss", "difference"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for name, run in runs.items():
         loss = statistics.mean(run.losses[-10:])
