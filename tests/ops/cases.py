@@ -55,8 +55,11 @@ class Case:
         values = [f"{name}={value}" for name, value in (*self.options.items(), *self.sizes.items())]
         return "-".join([self.op, self.routing, self.parameters, *flags, *values]).replace(" ", "_")
 
-    def arguments(self, sizes: Sizes = Sizes(), dtype=torch.float64, device="cpu", seed: int = 0) -> tuple:
-        """Positional arguments of the operator."""
+    def arguments(
+        self, sizes: Sizes = Sizes(), dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0
+    ) -> tuple:
+        """Positional arguments of the operator; by default in the widest dtype that the device's kernels have."""
+        dtype = dtype or (torch.float64 if device == "cpu" else torch.float32)
         maker = Maker(self, replace(sizes, **self.sizes), dtype, device, torch.Generator().manual_seed(seed))
         return ARGUMENTS[self.op](maker)
 

@@ -132,7 +132,7 @@ def test_gradients_of_a_list_can_be_changed_in_place(device):
 def test_upstream_gradients_of_any_strides(case, upstream, device):
     arguments = case.arguments(SIZES, device=device)
     out = getattr(OPS, case.op)(*arguments)
-    dense = torch.randn(out.shape[::-1], dtype=torch.float64, device=device).t()
+    dense = torch.randn(out.shape[::-1], dtype=out.dtype, device=device).t()
     grad = dense[:1, :1].expand(out.shape) if upstream == "expanded" else dense
     inputs = differentiable_inputs(arguments)
     given = torch.autograd.grad(out, inputs, grad, retain_graph=True)
@@ -187,7 +187,7 @@ def test_h_is_not_differentiable(device):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_output_is_the_same(mode, device):
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
         arguments = MLP.arguments(SIZES, dtype, device)
         with mode():
             out = OPS.mlp(*arguments)

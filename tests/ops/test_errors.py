@@ -40,20 +40,20 @@ MISTAKES = [
     (
         LINEAR,
         1,
-        first(lambda w: w.float()),
+        first(lambda w: w.bfloat16()),
         TypeError,
-        "weight: got torch.float32, accepted is x's dtype torch.float64",
+        "weight: got torch.bfloat16, accepted is x's dtype torch.float32",
     ),
     (LINEAR, 1, first(lambda w: w[1:]), ValueError, "weight: got 3 experts, accepted is 4"),
     (LINEAR, 1, first(lambda w: w[None]), ValueError, "weight: got shape"),
     (LINEAR, 1, lambda w: w * 2, ValueError, "weight: got shape"),
     (LINEAR, 7, first(lambda b: b[:, 1:]), ValueError, "bias: got 2 columns, accepted is 3"),
     (LINEAR, 7, first(lambda b: b[1:]), ValueError, "bias: got 3 experts, accepted is 4"),
-    (LINEAR, 7, first(lambda b: b.float()), TypeError, "bias: got torch.float32"),
+    (LINEAR, 7, first(lambda b: b.bfloat16()), TypeError, "bias: got torch.bfloat16"),
     (LIST, 0, lambda x: x[1:], ValueError, "x: got 13 rows, accepted is 14"),
     (LIST, 1, lambda w: w[:-1], ValueError, "weight: got 3 experts, accepted is 4"),
     (LIST, 1, lambda w: [*w[:-1], w[-1][1:]], ValueError, r"weight\[3\]: got \(2, 5\)"),
-    (LIST, 1, lambda w: [*w[:-1], w[-1].float()], ValueError, r"weight\[3\]: got \(3, 5\) torch.float32"),
+    (LIST, 1, lambda w: [*w[:-1], w[-1].bfloat16()], ValueError, r"weight\[3\]: got \(3, 5\) torch.bfloat16"),
     (COMBINE, 0, lambda y: y[1:], ValueError, "y: got 13 rows, accepted is 14"),
     (COMBINE, 1, lambda w: w.long(), TypeError, "topk_weights: got torch.int64"),
     (COMBINE, 1, lambda w: w.t(), ValueError, "topk_weights: got 7 columns, accepted is 2"),
@@ -68,13 +68,13 @@ MISTAKES = [
     (
         MLP,
         5,
-        lambda _: [torch.zeros(4, 3, 5, dtype=torch.float64)],
+        lambda _: [torch.zeros(4, 3, 5)],
         ValueError,
         "up: got 1 tensors with layout 'concat",
     ),
     (MLP, 6, first(lambda w: w[:, 1:]), ValueError, "down: got 4 output width, accepted is 5"),
     (MLP, 9, first(lambda b: b[:, 1:]), ValueError, "down_bias: got 4 columns, accepted is 5"),
-    (MLP, 8, lambda _: [torch.zeros(4, 3, dtype=torch.float64)], ValueError, "up_bias: got 1 tensors"),
+    (MLP, 8, lambda _: [torch.zeros(4, 3)], ValueError, "up_bias: got 1 tensors"),
     (MLP, 10, lambda _: "swish", ValueError, "activation: got 'swish', accepted are silu, gelu"),
     (MLP, 11, lambda _: "packed", ValueError, "layout: got 'packed', accepted are plain"),
     (MLP, 13, lambda _: "both", ValueError, "weight_on: got 'both', accepted are output, input"),
@@ -96,7 +96,7 @@ MISTAKES = [
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 def test_message_names_the_argument(case, position, change, error, message, fake, device):
     with torch.no_grad():
-        arguments = list(case.arguments(device=device))
+        arguments = list(case.arguments(dtype=torch.float32, device=device))
         arguments[position] = change(arguments[position])
         arguments = map_tensors(lambda t: t.to(device), tuple(arguments))
         if not fake:

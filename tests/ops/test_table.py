@@ -12,6 +12,11 @@ from tests.ops.cases import CASES, OPS, Case, Sizes, differentiable_inputs, map_
 
 BILINEAR = ("dispatch", "parallel_linear", "combine", "expand")
 LARGER = Sizes(T=33, K=3, E=6, D=20, F=12)
+EXACT = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float64), ("cpu", torch.float32), pytest.param("cuda", torch.float32, marks=pytest.mark.gpu)],
+    ids=str,
+)
 
 
 def every(selected=lambda case: True):
@@ -34,9 +39,9 @@ def test_fake_has_the_metadata_of_the_result(case: Case, device: str):
 
 
 @every(lambda case: case.differentiable and case.parameters != "expanded")
-def test_gradients(case: Case, device: str):
-    """By finite differences; second derivatives too where the operator has them."""
-    arguments = case.arguments(Sizes(T=3, K=2, E=4, D=3, F=2), device=device)
+def test_gradients(case: Case):
+    """By finite differences, which need float64; second derivatives too where the operator has them."""
+    arguments = case.arguments(Sizes(T=3, K=2, E=4, D=3, F=2))
     inputs = [tensor for tensor in differentiable_inputs(arguments) if tensor.dtype == torch.float64]
     if not inputs or sum(tensor.numel() for tensor in inputs) == 0:
         return
@@ -53,7 +58,7 @@ def test_gradients(case: Case, device: str):
 
 
 @every(lambda case: hasattr(naive, case.op))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@EXACT
 def test_equals_the_naive_loop(case: Case, device: str, dtype: torch.dtype):
     """Outputs and all gradients against the loop in float64."""
     arguments = case.arguments(LARGER, dtype, device)
@@ -62,7 +67,7 @@ def test_equals_the_naive_loop(case: Case, device: str, dtype: torch.dtype):
 
 
 @every(lambda case: case.op in reference.__all__)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@EXACT
 def test_equals_the_reference(case: Case, device: str, dtype: torch.dtype):
     arguments = case.arguments(LARGER, dtype, device)
     with torch.no_grad():
