@@ -106,7 +106,7 @@ def python_state(module: nn.Module) -> dict[str, Any]:
         for name in HOOKS:
             state[f"{path}.{name}"] = len(getattr(child, name))
         state[f"{path}.training"] = child.training
-        state[f"{path}.class"] = type(child)
+        state[f"{path}.class"] = type(child).__name__
     return state
 
 

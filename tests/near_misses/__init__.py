@@ -1,6 +1,6 @@
 """Programs that look like Mixture-of-Experts loops and must be left exactly as they are."""
 
-from tests.near_misses import accumulators, bodies, escapes, experts, indices, modes
+from tests.near_misses import accumulators, bodies, escapes, experts, indices, iterations, modes
 from tests.near_misses.common import NearMiss
 
 NEAR_MISSES: tuple[NearMiss, ...] = (
@@ -10,6 +10,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *escapes.MISSES,
     *indices.MISSES,
     *modes.MISSES,
+    *iterations.MISSES,
 )
 
 __all__ = ["NEAR_MISSES", "NearMiss"]

@@ -130,7 +130,7 @@ class StackedBlock(nn.Module):
 CASES = (
     Case("stacked_sentinel", StackedBlock),
     Case("stacked_unnormalized", lambda: StackedBlock(normalize=False)),
-    Case("stacked_top_1", lambda: StackedBlock(top_k=1), top_k=1),
+    Case("stacked_top_1", lambda: StackedBlock(top_k=1, normalize=False), top_k=1),
     Case("stacked_top_all", lambda: StackedBlock(top_k=E), top_k=E),
     Case("stacked_no_sentinel", lambda: StackedBlock(StackedExpertsNoSentinel)),
     Case("stacked_range", lambda: StackedBlock(StackedRange)),
