@@ -20,8 +20,10 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from scatter_ops import tuning
 from scatter_ops.cuda import grouped_gemm
 
+_shape_class = tuning.shape_class
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -47,15 +49,20 @@ class Resources:
 
 
 @contextlib.contextmanager
-def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
+def recorded(capability: tuple[int, int], rows_per_expert: int | None = None) -> Iterator[list[Launch]]:
+    """rows_per_expert: choose configs for that many, so that the tensors may be small."""
     launches: list[Launch] = []
 
     def record(self, *args, grid, warmup, **kwargs):
         launches.append(Launch(self, args, kwargs, capability))
 
+    def shape_class(num_rows, num_experts, n, k):
+        return _shape_class(rows_per_expert or num_rows, 1 if rows_per_expert else num_experts, n, k)
+
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(grouped_gemm, "capability", lambda device: capability),
+        mock.patch.object(tuning, "shape_class", shape_class),
     ):
         yield launches
 

@@ -18,6 +18,10 @@ class Shape(NamedTuple):
     K: int
 
     @property
+    def rows_per_expert(self) -> int:
+        return -(-self.T * self.K // self.E)
+
+    @property
     def forward_flops(self) -> int:
         """Of a gated expert: gate, up and down."""
         return 2 * self.T * self.K * self.D * 3 * self.F
@@ -29,6 +33,8 @@ SHAPES = {
     "C": Shape(32768, 2048, 1024, 64, 8),
     "D": Shape(32768, 2048, 768, 128, 8),
     "E1": Shape(16384, 4096, 1024, 128, 8),
+    "decode": Shape(64, 2048, 768, 128, 8),
+    "decode256": Shape(256, 2048, 768, 128, 8),
     "E2": Shape(16384, 4096, 512, 128, 8),
 }
 

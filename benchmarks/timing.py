@@ -15,6 +15,17 @@ def median_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5
     return statistics.median(measure(function) for _ in range(repeats))
 
 
+def graph_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5) -> float:
+    """Median milliseconds of one call within a replayed CUDA graph of several: what the GPU alone takes."""
+    for _ in range(warmup):
+        function()
+    calls, graph = 10, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return median_ms(graph.replay, repeats, warmup) / calls
+
+
 def seconds(function: Callable[[], object]) -> float:
     """Seconds of one call, until the device has finished."""
     start = time.perf_counter()

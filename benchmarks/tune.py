@@ -18,7 +18,7 @@ from triton.runtime.errors import TritonError
 
 from benchmarks import offline, report
 from benchmarks.shapes import SHAPES, Shape, inputs, placeholders
-from benchmarks.timing import median_ms
+from benchmarks.timing import graph_ms, median_ms
 from scatter_ops import cuda, tuning
 from scatter_ops.cuda import grouped_gemm as gemm
 from scatter_ops.cuda.glu import Glu
@@ -37,6 +37,7 @@ PHASE_OPS = {
     "d_down": "weight_grad",
     "d_gate_up": "weight_grad",
 }
+FEW_ROWS = 128  # for each expert: fewer make kernels so short that only a CUDA graph times them
 TOLERANCE = 2e-2  # relative RMS difference of two bf16 results of one product
 HOPPER = Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True)
 TWO_A_MULTIPROCESSOR = Config(128, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2, tma=True)
@@ -49,7 +50,15 @@ def variants(base: Config, **axes: Any) -> Iterator[Config]:
     yield from configs
 
 
-def candidates(op: str) -> list[Config]:
+def candidates(op: str, rows_per_expert: int) -> list[Config]:
+    if rows_per_expert < FEW_ROWS:
+        block_m = max(16, 1 << (rows_per_expert - 1).bit_length())
+        base = Config(block_m, 128, 64, num_warps=4, num_stages=4, epilogue_parts=2)
+        return [
+            *variants(base, block_n=[64, 128], block_k=[64, 128], tma=[False, True], tma_out=[False]),
+            *variants(base, block_n=[128], block_k=[128], num_stages=[3], tma=[False, True], tma_out=[False]),
+            *variants(base, block_n=[64], block_k=[128], num_stages=[6], tma=[False, True], tma_out=[False]),
+        ]
     if op == "glu_backward":
         return [
             *variants(HOPPER, epilogue_parts=[4, 8], tma_out=[False, True], regroup=[False, True], group_m=[1]),
@@ -121,14 +130,15 @@ def tune(name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     flops = {"gate_up": 2 / 3, "down": 1 / 3, "d_activation": 1 / 3, "d_x": 2 / 3, "d_down": 1 / 3, "d_gate_up": 2 / 3}
     for phase, run in phases(shape, "cuda", dtype).items():
         expected = run()
-        for config in candidates(PHASE_OPS[phase]):
+        for config in candidates(PHASE_OPS[phase], shape.rows_per_expert):
             row = {"shape": name, "phase": phase, "config": dataclasses.asdict(config)}
             try:
                 with _selecting(config):
                     error = max(_relative_rms(a, b) for a, b in zip(run(), expected, strict=True))
                     if error > TOLERANCE:
                         raise ArithmeticError(f"relative RMS error {error:.2g}")
-                    row["ms"] = median_ms(run, repeats=5, warmup=1)
+                    timer = graph_ms if shape.rows_per_expert < FEW_ROWS else median_ms
+                    row["ms"] = timer(run, repeats=5, warmup=1)
                     row["tflops"] = shape.forward_flops * flops[phase] / row["ms"] / 1e9
             except (ArithmeticError, RuntimeError, TritonError) as error:
                 row["dropped"] = f"{type(error).__name__}: {error}"[:200]
@@ -146,7 +156,11 @@ def tune(name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 def precompile(name: str, dtype: torch.dtype, workers: int) -> None:
     """Fill Triton's disk cache with every candidate, before the GPU is used."""
-    jobs = [(name, phase, i) for phase, op in PHASE_OPS.items() for i in range(len(candidates(op)))]
+    jobs = [
+        (name, phase, i)
+        for phase, op in PHASE_OPS.items()
+        for i in range(len(candidates(op, SHAPES[name].rows_per_expert)))
+    ]
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         for failure in pool.map(_compile_candidate, jobs, [dtype] * len(jobs)):
@@ -159,7 +173,7 @@ def _compile_candidate(job: tuple[str, str, int], dtype: torch.dtype) -> str | N
     # The number of tokens isn't part of a compiled kernel: few keep the tensors small.
     with offline.recorded((9, 0)) as launches:
         run = phases(SHAPES[name]._replace(T=1024), "cpu", dtype)[phase]
-        config = candidates(PHASE_OPS[phase])[index]
+        config = candidates(PHASE_OPS[phase], SHAPES[name].rows_per_expert)[index]
         with _selecting(config):
             run()
     try:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from scatter_ops.cuda.device import on_its_device
+from scatter_ops.cuda.device import float64_by_reference, on_its_device
 from scatter_ops.cuda.grouped_gemm import Routing, Rows, grouped_gemm
 from scatter_ops.cuda.parameters import expert_bias, expert_weight
 from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
 
 
+@float64_by_reference
 @on_its_device
 def parallel_linear(
     x: Tensor,
@@ -30,6 +31,7 @@ def parallel_linear(
     )
 
 
+@float64_by_reference
 @on_its_device
 def parallel_linear_weight_grad(
     x: Tensor,
@@ -48,6 +50,7 @@ def parallel_linear_weight_grad(
     return weight_grad(left, right, Routing(order_N, offsets_E))
 
 
+@float64_by_reference
 @on_its_device
 def parallel_linear_bias_grad(grad: Tensor, order_N: Tensor, offsets_E: Tensor, grouped_out: bool) -> Tensor:
     """Gradient [E, out] of the biases."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scatter_ops.cuda.device import on_its_device
+from scatter_ops.cuda.device import float64_by_reference, on_its_device
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.glu_backward import (
     GluGradients,
@@ -23,6 +23,7 @@ from scatter_ops.cuda.rows import combine_rows
 from scatter_ops.cuda.weight_grad import grouped_sum, regrouped, weight_grad
 
 
+@float64_by_reference
 @on_its_device
 def mlp_backward(
     grad_out_TD: Tensor,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scatter_ops.cuda.device import on_its_device
+from scatter_ops.cuda.device import float64_by_reference, on_its_device
 from scatter_ops.cuda.glu import Glu, gate_up_weight
 from scatter_ops.cuda.glu_forward import glu_forward
 from scatter_ops.cuda.grouped_gemm import Routing, Rows, grouped_gemm
@@ -16,6 +16,7 @@ from scatter_ops.cuda.parameters import expert_bias, expert_weight
 from scatter_ops.cuda.rows import combine_rows
 
 
+@float64_by_reference
 @on_its_device
 def mlp_forward(
     x_TD: Tensor,

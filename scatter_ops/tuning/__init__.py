@@ -57,6 +57,9 @@ class Config:
     epilogue_parts: int = 1
 
 
+HOPPER = Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True)
+
+
 def shape_class(num_rows: int, num_experts: int, n: int, k: int) -> ShapeClass:
     average = -(-num_rows // num_experts)
     return ShapeClass(1 << max(0, average - 1).bit_length(), n, k)
@@ -89,26 +92,37 @@ def fit(op: str, config: Config, shape: ShapeClass, capability: tuple[int, int],
         block_n=min(config.block_n, max(32, _next_power_of_2(shape.n))),
         block_k=min(config.block_k, max(16, _next_power_of_2(shape.k))),
     )
-    limit = SHARED_MEMORY_KIB.get(capability, LEAST_SHARED_MEMORY_KIB) * 1024
-    while config.num_stages > 1 and shared_memory_bytes(op, config, dtype) > limit:
-        config = replace(config, num_stages=config.num_stages - 1)
+    config = replace(config, epilogue_parts=max(1, min(config.epilogue_parts, config.block_n // 16)))
+    limit = shared_memory_limit(capability)
+    while shared_memory_bytes(op, config, dtype) > limit:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.tma_out:
+            config = replace(config, tma_out=False)
+        elif config.num_stages > 1:
+            config = replace(config, num_stages=1)
+        else:
+            break
     return config
 
 
+def shared_memory_limit(capability: tuple[int, int]) -> int:
+    """Bytes that a block may use."""
+    return 1024 * SHARED_MEMORY_KIB.get(capability, LEAST_SHARED_MEMORY_KIB)
+
+
 def _heuristic(op: str, capability: tuple[int, int], shape: ShapeClass, dtype: torch.dtype, precision: str) -> Config:
-    block_m = min(128, max(16, shape.rows))
+    block_m = 128 if op == "weight_grad" else min(128, max(16, shape.rows))
     if dtype == torch.float32:
         wide = precision == "tf32" and block_m == 128
-        return Config(min(block_m, 64), 128 if wide else 64, 32 if wide else 16, num_warps=4, num_stages=3)
-    if op == "weight_grad":
-        block_m = 128
+        parts = 2 if op == "glu_backward" else 1
+        return Config(min(block_m, 64), 128 if wide else 64, 32 if wide else 16, num_warps=4, epilogue_parts=parts)
     if block_m < 128:
-        return Config(block_m, 128, 64, num_warps=4, num_stages=4 if capability >= (9, 0) else 3)
-    if capability < (9, 0):
+        return Config(block_m, 128, 64, num_warps=4, num_stages=4)
+    if shared_memory_limit(capability) < shared_memory_bytes(op, HOPPER, dtype) or capability < (9, 0):
         return Config(128, 128, 32, num_warps=8, num_stages=4, epilogue_parts=2)
-    if op == "glu_backward":
-        return Config(128, 128, 64, num_warps=8, num_stages=4, programs_per_sm=1, tma=True, epilogue_parts=2)
-    return Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True, flatten=True, regroup=True)
+    regroup = op in ("weight_grad", "glu_backward")
+    return replace(HOPPER, regroup=regroup, epilogue_parts=8 if op == "glu_backward" else 1)
 
 
 @functools.cache

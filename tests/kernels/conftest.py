@@ -1,0 +1,43 @@
+"""Triton's interpreter for the kernels, whatever else the session has imported."""
+
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+import scatter_ops
+
+pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError)
+
+RELOADED = ("scatter_ops.kernels", "scatter_ops.cuda", "triton")
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[ModuleType]:
+    """A second copy of scatter_ops.cuda whose kernels are interpreted on the CPU.
+
+    Triton decides between compiling and interpreting while modules are imported, its own library included: so both are
+    imported afresh with TRITON_INTERPRET=1, beside the copies that other tests use. bfloat16 products are wrong there.
+    """
+    before = _take_modules()
+    package = getattr(scatter_ops, "cuda", None)
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import scatter_ops.cuda as copy
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+        _take_modules()
+        sys.modules.update(before)
+        if package is None:
+            del scatter_ops.cuda
+        else:
+            scatter_ops.cuda = package
+    yield copy
+
+
+def _take_modules() -> dict[str, ModuleType]:
+    """Remove the modules that exist once for each mode; Triton's compiled library serves both."""
+    names = [name for name in sys.modules if name.startswith(RELOADED) and not name.startswith("triton._C")]
+    return {name: sys.modules.pop(name) for name in names}

@@ -1,0 +1,55 @@
+"""Kernels compile for each supported GPU family, without one, within its shared memory and without spilling in bulk."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError)
+
+from benchmarks import offline
+from scatter_ops import cuda, tuning
+
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0)]
+T, K, E, D, F = 64, 2, 8, 256, 512
+MAX_SPILL_BYTES = 256  # of a thread's stack: more than a few registers of an epilogue would mean a wrong tile
+
+
+def training_step(dtype: torch.dtype) -> None:
+    """One forward and backward with every kind of kernel in it; tensors that nobody reads."""
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype)
+
+    order, offsets = cuda.route(torch.empty(T, K, dtype=torch.int64), E)
+    options = ("silu", "concatenated", False, "output", 1.702, 7.0, None)
+    arguments = (empty(T, D), torch.empty(T, K), order, offsets, [empty(E, 2 * F, D)], [], [empty(E, D, F)], [], [], [])
+    _, h = cuda.mlp_forward(*arguments, *options, True)
+    cuda.mlp_backward(empty(T, D), h, *arguments, *options, [True, True, True, False, True, False, False, False])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [*((capability, torch.bfloat16) for capability in CAPABILITIES), ((8, 6), torch.float32)],
+    ids=str,
+)
+def test_kernels_fit(capability: tuple[int, int], dtype: torch.dtype):
+    # Many rows for each expert make for the largest tiles.
+    with offline.recorded(capability, rows_per_expert=4096) as launches:
+        training_step(dtype)
+    limit = 1024 * tuning.SHARED_MEMORY_KIB[capability]
+    for launch in launches:
+        found = offline.resources(offline.compile_launch(launch))
+        name = launch.kernel.__name__
+        assert found.shared <= limit, f"{name}: {found}"
+        assert found.stack <= MAX_SPILL_BYTES, f"{name}: {found}"
+
+
+def test_products_use_the_tensor_cores_of_hopper():
+    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+        training_step(torch.bfloat16)
+    products = {"glu_forward_kernel", "glu_backward_kernel", "grouped_gemm_kernel", "weight_grad_kernel"}
+    found = {launch.kernel.__name__: launch for launch in launches if launch.kernel.__name__ in products}
+    assert found.keys() == products
+    for name, launch in found.items():
+        resources = offline.resources(offline.compile_launch(launch))
+        assert resources.wgmma > 0, f"{name}: {resources}"
+        assert resources.tma > 0, f"{name}: {resources}"
