@@ -183,7 +183,8 @@ def generate(model: nn.Module, prompt: bytes, length: int, size: Size, device: s
         logits = model(input_ids=tokens[:, -size.sequence :]).logits[:, -1].float()
         next_byte = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)
         tokens = torch.cat([tokens, next_byte], dim=1)
-    return bytes(tokens[0].tolist()).decode(errors="replace")
+    text = bytes(tokens[0].tolist()).decode(errors="replace")
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
 
 
 def print_summary(runs: dict[str, Run]) -> None:
@@ -212,6 +213,7 @@ def save_picture(runs: dict[str, Run], title: str, path: Path) -> None:
     curves.legend()
     bars = times.bar(list(runs), [run.step_ms for run in runs.values()], color=["C0", "C1", "C2"])
     times.bar_label(bars, fmt="%.0f")
+    times.margins(y=0.1)
     times.set(ylabel="median step (ms)")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
