@@ -37,7 +37,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What the compiler reports: registers, bytes of stack (spills), bytes of shared memory, instructions in the PTX."""
+    """What the compiler reports: registers, bytes of stack (spills) and of shared memory, instructions in the PTX."""
 
     registers: int
     stack: int

@@ -1,9 +1,9 @@
-"""One expert MLP, forward and training step, against dense products of the same FLOPs: python -m benchmarks.training_step C D.
+"""One expert MLP against dense products of the same FLOPs: python -m benchmarks.training_step C D.
 
-The dense baseline is one [N, D] x [D, 3 F] product, and for the step its two gradients too. Ours goes from (x, topk_weights,
-topk_ids) to y, sort included, and back to the gradients of x, topk_weights and both weights. Dense and ours alternate; a ratio
-is dense time over ours within a round, the median over rounds is reported. A shape's results are checked against the reference
-first: nothing is printed for a shape that fails.
+The dense baseline is one [N, D] x [D, 3 F] product, and for the step its two gradients too. Ours goes from (x,
+topk_weights, topk_ids) to y, sort included, and back to the gradients of x, topk_weights and both weights. Dense and
+ours alternate; a ratio is dense time over ours within a round, the median over rounds is reported. A shape's results
+are checked against the reference first: nothing is printed for a shape that fails.
 """
 
 import argparse

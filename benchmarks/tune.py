@@ -1,7 +1,8 @@
-"""Time candidate configs of each GEMM phase of a layer and print, or write, the fastest: python -m benchmarks.tune C D.
+"""Time candidate configs of each GEMM phase of a layer and print the fastest: python -m benchmarks.tune C D.
 
-Every candidate's result is compared with that of the portable default before it is timed. Kernels are compiled beforehand,
-several at a time, without touching the GPU. With --write the winners become rows of scatter_ops/tuning/configs/sm_XY.json.
+Every candidate's result is compared with that of the portable default before it is timed. Kernels are compiled
+beforehand, several at a time, without touching the GPU. The winners are what rows of
+scatter_ops/tuning/configs/sm_XY.json are made of.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What launchers ask of the device: capability, number of multiprocessors, float32 precision, the right current device."""
+"""What launchers ask of the device: capability, multiprocessors, float32 precision, being the current one."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def float64_by_reference(function: Callable[P, R]) -> Callable[P, R]:
-    """These kernels multiply on tensor cores, which float64 (gradient checks) has no use for: the specification serves it."""
+    """float64 is for gradient checks, not for tensor cores: the specification serves it."""
 
     @functools.wraps(function)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""The launch that copies rows into grouped order; also what a weight gradient does to rows that it would rather not gather."""
+"""The launch that copies rows into grouped order, for dispatch and for GEMMs that would rather not gather."""
 
 import torch
 import triton

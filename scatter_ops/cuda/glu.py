@@ -16,7 +16,7 @@ from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight, expert_weight,
 
 @dataclass(frozen=True)
 class Glu:
-    """on_input: the router weight multiplies the expert's input, else its output. topk_weights is [T, K], contiguous."""
+    """on_input: the router weight multiplies the expert's input, else its output. topk_weights: [T, K], dense."""
 
     routing: Routing
     topk_weights: Tensor
@@ -45,7 +45,7 @@ class Glu:
         return h_size if self.layout == "plain" else h_size // 2
 
     def tiles_of_h(self, h_NH: Tensor, block_m: int, block_f: int) -> TensorDescriptor:
-        """Descriptor to store tiles of h, or of a tensor like it: [N, H], or [N, 2, F] where gate and up are side by side."""
+        """Descriptor to store tiles of h or its like: [N, H], or [N, 2, F] where gate and up are side by side."""
         if self.h_layout == "concatenated":
             return create_ragged_descriptor(h_NH.unflatten(1, (2, -1)), [block_m, 1, block_f])
         return create_ragged_descriptor(h_NH, [block_m, block_f if self.layout == "plain" else 2 * block_f])

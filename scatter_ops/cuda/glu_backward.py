@@ -21,7 +21,8 @@ class GluGradients:
     """None where nobody needs it.
 
     grad_h: of h. grad_pre: of the pre-activation, which is h itself unless the router weight is on the input.
-    scaled_a: A, times the router weight if that is on the output. partials: [N, parts], the router weight's gradient in parts.
+    scaled_a: A, times the router weight if that is on the output. partials: [N, parts], the router weight's gradient
+    in parts.
     """
 
     grad_h_NH: Tensor | None
@@ -40,10 +41,10 @@ def glu_backward(
     need_a: bool,
     num_partials: int,
 ) -> GluGradients:
-    """grad: the gradient of y before the router weight. down: seen as [E, F, D]. num_partials: columns to leave room for."""
+    """grad: of y before the router weight. down: seen as [E, F, D]. num_partials: columns to leave room for."""
     f_size, num_slots = down.n, glu.routing.num_slots
-    # The one place that decides where dH goes. The kernel reads h before it writes dH there, so h's own memory would do once h
-    # is no longer an input that callers may read again.
+    # The one place that decides where dH goes. The kernel reads h before it writes dH there, so h's own memory would
+    # do once h is no longer an input that callers may read again.
     grad_h = torch.empty_like(h_NH) if need_h or (need_pre and not glu.on_input) else None
     grad_pre = torch.empty_like(h_NH) if need_pre and glu.on_input else None
     scaled_a = h_NH.new_empty(num_slots, f_size) if need_a else None

@@ -1,4 +1,4 @@
-"""The internal grouped GEMM: operands of every kind to one kernel launch. Shared by linear, mlp_forward and mlp_backward."""
+"""The grouped GEMM inside linear, mlp_forward and mlp_backward: operands of every kind to one launch."""
 
 from dataclasses import dataclass
 from typing import Any

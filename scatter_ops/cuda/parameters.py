@@ -1,8 +1,8 @@
 """Per-expert parameters as kernels see them: one strided stack, or an array of base pointers.
 
-Equally spaced tensors of equal strides (the unbound views of one stack, or experts allocated together) are read as one strided
-tensor. Anything else goes through an int64 array of pointers on the device, made once for each tuple of pointers.
-E experts; a weight is [E, ways, n, k] with n its columns in the output and k the reduction.
+Equally spaced tensors of equal strides (the unbound views of one stack, or experts allocated together) are read as
+one strided tensor. Anything else goes through an int64 array of pointers on the device, made once for each tuple of
+pointers. E experts; a weight is [E, ways, n, k] with n its columns in the output and k the reduction.
 """
 
 import itertools
@@ -21,7 +21,7 @@ _captured: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """A weight [E, ways, n, k]; data is a tensor at its start, or int64 base pointers ([ways * E] or [E]) if is_list."""
+    """A weight [E, ways, n, k]; data is a tensor at its start, or base pointers ([ways * E] or [E]) if is_list."""
 
     data: Tensor
     is_list: bool
@@ -123,7 +123,7 @@ def _pointer_array(pointers: Sequence[int], like: Tensor) -> Tensor:
     if array is None:
         if capturing:
             raise RuntimeError(
-                "per-expert weights met for the first time in a CUDA graph capture: run the model once before capturing it"
+                "per-expert weights met first in a CUDA graph capture: run the model once before capturing it"
             )
         if len(_arrays) >= MAX_CACHED_ARRAYS:
             _drop_arrays(like)

@@ -15,7 +15,7 @@ SORT_BLOCK = 1024
 
 @on_its_device
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """order [N] and offsets [E], both int32. Source: counting sort in blocks, one launch up to 1024 slots, three above."""
+    """order [N] and offsets [E], both int32. A counting sort: one launch up to 1024 slots, three above."""
     ids = topk_ids_TK.contiguous()
     num_slots = ids.numel()
     order_N = torch.empty(num_slots, dtype=torch.int32, device=ids.device)

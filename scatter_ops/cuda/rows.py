@@ -1,4 +1,4 @@
-"""dispatch, combine, expand and their gradients on CUDA. T tokens, K experts per token, N = T * K slots, E experts, D width."""
+"""dispatch, combine, expand and their gradients. T tokens, K experts per token, N = T * K slots, E experts, D width."""
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Gate and up of a tile: split out of a product, loaded from h, stored to h, and their biases.
 
-LAYOUT is the column order of h: "plain" (gate only), "concatenated" (all gate columns, then all up columns; a tile of the product
-likewise) or "interleaved" (gate_0, up_0, gate_1, up_1, ...). The separate layout is stored as concatenated.
+LAYOUT is the column order of h: "plain" (gate only), "concatenated" (all gate columns, then all up columns; a tile of
+the product likewise) or "interleaved" (gate_0, up_0, gate_1, up_1, ...). The separate layout is stored as
+concatenated.
 """
 
 import triton

@@ -1,6 +1,7 @@
 """Second half of the expert MLP, backward: gradient of A by a GEMM, activation's derivative in its epilogue.
 
-With s the router weight and dA' = grad_out[token of rows] @ W_down (before s), in fp32, and A recomputed from the stored h:
+With s the router weight and dA' = grad_out[token of rows] @ W_down (before s), in fp32, and A recomputed from the
+stored h:
 
     weights on the output: dS = <dA', A>     dA = s dA'     dH = dA * act'      sA = s A (operand of dW_down)
     weights on the input:  dS = <dP, h>      dP = dA' * act'(s h + b)   dH = s dP   sA = A        (P the pre-activation)
@@ -192,8 +193,8 @@ def glu_backward_kernel(
 ):
     """Outputs that are None aren't written. h and grad_h may be the same memory.
 
-    The epilogue takes the tile in SPLIT parts, one after the other, for want of registers: BLOCK_F / SPLIT columns each.
-    The outputs are pointers, or ragged descriptors of such parts if OUT_TMA.
+    The epilogue takes the tile in SPLIT parts, one after the other, for want of registers: BLOCK_F / SPLIT columns
+    each. The outputs are pointers, or ragged descriptors of such parts if OUT_TMA.
     """
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     PART: tl.constexpr = BLOCK_F // SPLIT

@@ -1,12 +1,12 @@
 """What every grouped GEMM kernel shares: tile order, row indices, and the product of one tile.
 
-A tile is BLOCK_M rows of one expert by BLOCK_N columns. Its left operand is `x`, rows read in place or gathered by index; its
-right operand is the expert's weight, seen as [ways, n, k]: two ways are the gate and up halves of a weight, either side by
-side in the columns of one tile (N_WAYS) or one after the other along the reduction (K_WAYS).
+A tile is BLOCK_M rows of one expert by BLOCK_N columns. Its left operand is `x`, rows read in place or gathered by
+index; its right operand is the expert's weight, seen as [ways, n, k]: two ways are the gate and up halves of a
+weight, either side by side in the columns of one tile (N_WAYS) or one after the other along the reduction (K_WAYS).
 
-WEIGHT says what `weight` is: "strided" (a stacked tensor), "list" (an int64 array of base pointers, [ways, E] or [E]) or "tma"
-(a host-made tensor descriptor [E, ways, n, k], [E, k, ways, n] if N_MAJOR). X_TMA: `x` is a descriptor [rows, k].
-Legend: N slots, E experts.
+WEIGHT says what `weight` is: "strided" (a stacked tensor), "list" (an int64 array of base pointers, [ways, E] or [E])
+or "tma" (a host-made tensor descriptor [E, ways, n, k], [E, k, ways, n] if N_MAJOR). X_TMA: `x` is a descriptor
+[rows, k]. Legend: N slots, E experts.
 """
 
 import triton
@@ -147,7 +147,7 @@ def multiply_tile(
 def store_tile(
     out, tile, rows, first_row, end_row, first_column, n_size, stride, TMA: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Store a tile to rows (int64, of a pointer) or to the rows from first_row on (of a ragged descriptor), up to end_row."""
+    """Store a tile up to end_row: to rows (int64, of a pointer) or from first_row on (of a ragged descriptor)."""
     if TMA:
         store_rows(out, tile, first_row, end_row, first_column)
     else:

@@ -1,8 +1,9 @@
 """Tiles of a few consecutive rows of a [rows, columns] tensor by TMA, clipped where an expert's rows end.
 
-The descriptor comes from triton.tools.ragged_tma.create_ragged_descriptor, which explains the two leading coordinates: the row
-coordinate is chosen so that `end_row` lies on the descriptor's bound, and the other two bring the address back to `first_row`.
-Loads beyond end_row give zeros, stores beyond it are dropped by the hardware: no masks, and no other expert's rows are touched.
+The descriptor comes from triton.tools.ragged_tma.create_ragged_descriptor, which explains the two leading
+coordinates: the row coordinate is chosen so that `end_row` lies on the descriptor's bound, and the other two bring
+the address back to `first_row`. Loads beyond end_row give zeros, stores beyond it are dropped by the hardware: no
+masks, and no other expert's rows are touched.
 """
 
 import triton

@@ -84,7 +84,7 @@ def combine_kernel(
     GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[token] = sum over k of topk_weights[token, k] * y[row of slot]; without weights if topk_weights_ptr is None."""
+    """out[token] = sum over k of topk_weights[token, k] (1 if the pointer is None) * y[row of slot]."""
     ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

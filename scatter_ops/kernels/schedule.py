@@ -44,7 +44,7 @@ def schedule_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first NUM_EXPERTS programs write one expert's tiles each, the others BLOCK entries of inverse each (unless None)."""
+    """The first NUM_EXPERTS programs write an expert's tiles each, the others BLOCK entries of inverse (if any)."""
     program = tl.program_id(0)
     if program < NUM_EXPERTS:
         _write_tiles(offsets_ptr, tile_map_ptr, program, NUM_EXPERTS, BINS, BLOCK_M)

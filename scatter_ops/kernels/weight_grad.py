@@ -52,7 +52,7 @@ def _load_operand(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """[BLOCK_ROWS, BLOCK] with zeros beyond the expert's rows (clipped by hardware if TMA) and beyond the last column."""
+    """[BLOCK_ROWS, BLOCK], zero beyond the expert's rows (clipped by hardware if TMA) and the last column."""
     if TMA:
         tile = load_rows(operand, first, end, first_column, BLOCK_ROWS, BLOCK)
     else:

@@ -1,12 +1,13 @@
 """Which tile sizes a kernel runs with: shipped JSON rows per device family, a heuristic where no row fits.
 
-A row of configs/sm_XY.json (plain JSON, the first that matches wins; absent keys match everything; ranges are inclusive):
+A row of configs/sm_XY.json (plain JSON, the first that matches wins; absent keys match everything; ranges are
+inclusive):
 
     {"op": "glu_forward", "dtypes": ["bfloat16"], "rows": [128, 4096], "n": [0, 8192], "k": [0, 8192],
      "config": {"block_m": 128, "block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 3}}
 
-`rows` is the average number of rows per expert rounded up to a power of two: a new number of tokens seldom means another
-config, so nothing is tuned or compiled anew.
+`rows` is the average number of rows per expert rounded up to a power of two: a new number of tokens seldom means
+another config, so nothing is tuned or compiled anew.
 """
 
 import functools
@@ -39,8 +40,9 @@ class Config:
     """Tile of the product, block_m x block_n, block_k deep; group_m row tiles share a column tile in the cache.
 
     programs_per_sm = 0 launches one program a tile, else the programs are persistent. flatten pipelines across tiles.
-    tma reads by tensor descriptors where device and strides allow it, and writes by them too if tma_out. regroup copies
-    gathered rows of a gradient into grouped order first. epilogue_parts takes the epilogue of glu_backward in that many parts of the tile.
+    tma reads by tensor descriptors where device and strides allow it, and writes by them too if tma_out. regroup
+    copies gathered rows of a gradient into grouped order first. epilogue_parts takes the epilogue of glu_backward in
+    that many parts of the tile.
     """
 
     block_m: int

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -15,7 +14,7 @@ RELOADED = ("scatter_ops.kernels", "scatter_ops.cuda", "triton")
 
 
 @pytest.fixture(scope="session")
-def interpreted() -> Iterator[ModuleType]:
+def interpreted() -> ModuleType:
     """A second copy of scatter_ops.cuda whose kernels are interpreted on the CPU.
 
     Triton decides between compiling and interpreting while modules are imported, its own library included: so both are
@@ -34,7 +33,7 @@ def interpreted() -> Iterator[ModuleType]:
             del scatter_ops.cuda
         else:
             scatter_ops.cuda = package
-    yield copy
+    return copy
 
 
 def _take_modules() -> dict[str, ModuleType]:

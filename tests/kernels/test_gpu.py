@@ -4,6 +4,7 @@ T tokens, K experts per token, N = T * K slots, E experts, D model width, F expe
 """
 
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from scatter_ops import reference
 from tests.numerics import MIN_SEEDS, Sample, assert_low_precision
 
 pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError)
+
+from triton.runtime.jit import JITFunction
 
 from scatter_ops import cuda
 
@@ -100,9 +103,6 @@ def test_results_repeat_bitwise():
 
 
 def test_a_new_number_of_tokens_compiles_nothing():
-    from triton.runtime.jit import JITFunction
-    from unittest import mock
-
     step(layer(T=2048))
     with mock.patch.object(JITFunction, "_do_compile", side_effect=AssertionError("compiled")):
         for num_tokens in (2047, 1999, 1025):
@@ -112,7 +112,7 @@ def test_a_new_number_of_tokens_compiles_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_tiles_of_every_size(tokens: int, dtype: torch.dtype, poisoned_memory):
-    """Few and many rows for each expert take other tiles; the specification in the same dtype rounds at least as often."""
+    """Few and many rows for each expert take other tiles; the rule holds for all of them."""
     samples = []
     for seed in range(MIN_SEEDS):
         inputs = layer(T=tokens, E=4, D=512, F=320, dtype=dtype, seed=seed)

@@ -1,4 +1,4 @@
-"""The kernels themselves against the specification, interpreted on the CPU: float32 and float16, small and awkward sizes.
+"""The kernels, interpreted on the CPU, against the specification: float32 and float16, awkward sizes.
 
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width.
 """
@@ -52,7 +52,7 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 
 def assert_close(ours, expected, dtype: torch.dtype) -> None:
-    """float32 by the rule; a float16 result may round the other way, and so may the operands of the product before it."""
+    """float32 by the rule; a float16 result may round the other way, and so may operands of the product before."""
     ours, expected = dict(enumerate(ours)), dict(enumerate(expected))
     if dtype == torch.float32:
         assert_exact(ours, expected)
@@ -172,7 +172,7 @@ def test_few_tokens(cuda, num_tokens: int):
 
 
 def test_any_strides(cuda, routing):
-    """Weights that are dense in no dimension, or shared by all experts, and rows that are columns of something wider."""
+    """Weights dense in no dimension, or shared by all experts; rows that are columns of something wider."""
     x = normal(T, 2 * D)[:, ::2]
     for weight in (
         normal(E, 2 * F, 2 * D)[:, ::2, ::2],
