@@ -39,7 +39,7 @@ def _accumulation(node: fx.Node) -> Accumulation | None:
     name = op_name(node)
     if name in ("index_add", "index_add_"):
         return _index_add(node)
-    if name in ("setitem", "__setitem__"):
+    if name == "setitem":
         return _add_by_index(node)
     return None
 

@@ -38,8 +38,14 @@ def backend(
         RuntimeError: for an option that Inductor doesn't know.
         ValueError: for `mode` or options together with an inner backend other than Inductor.
     """
+    inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(hook.current_capture()))
+    rewrite_graph(gm)
+    return inner(gm, example_inputs)
+
+
+def rewrite_graph(gm: fx.GraphModule) -> None:
+    """Rewrites `gm` in place and counts what was done; asks Dynamo to trace the frame again where an assumption did not hold."""
     capture = hook.current_capture()
-    inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(capture))
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
     outcome = pipeline.run(gm)
     record_rejections(outcome.rejections, capture.memory.reported if capture is not None else set())
@@ -51,7 +57,6 @@ def backend(
     report.graphs += 1
     if outcome.regions and before:
         log.debug("graph before the rewrite:\n%s\ngraph after it:\n%s", before, gm.print_readable(print_output=False))
-    return inner(gm, example_inputs)
 
 
 def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None:
@@ -113,4 +118,4 @@ def _find(compiler_fn: Any, test: Callable[[Any], bool]) -> Any:
 
 def install() -> None:
     """Extends Dynamo for frames of this backend. Safe to call again."""
-    hook.install(is_ours)
+    hook.install(is_ours, rewrite_graph)

@@ -27,9 +27,9 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fx_passes.emptiness import nonempty_truth
+from fx_passes.emptiness import nonempty_question
 from fx_passes.facts import Hit, Rows, Selection, fact
-from fx_passes.markers import current_expert, expert_of, index_list, index_with_expert, mark_expert, select_expert
+from fx_passes.markers import Expert, current_expert, expert_of, index_list, index_with_expert, mark_expert, select_expert
 from fx_passes.ops import arg, op_name
 from fx_passes.python_state import Snapshot, difference, snapshot
 from fx_passes.region import Rejection
@@ -37,6 +37,7 @@ from fx_passes.report import record_rejections, source_line
 
 _ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort", "scatter", "scatter_", "bincount", "histc"))
 _EVENTS = "scatter_moe_events"
+_GUARDS = "scatter_moe_guards"
 _STRAIGHT = frozenset(("NOP", "CACHE", "EXTENDED_ARG", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE", "NOT_TAKEN"))
 
 
@@ -47,6 +48,11 @@ class TraceAgain(TensorifyScalarRestartAnalysis):
 def events_of(node: fx.Node) -> tuple[int, ...]:
     """Numbers of the events under which `node` was traced."""
     return node.meta.get(_EVENTS, ())
+
+
+def guards_of(node: fx.Node) -> tuple[tuple[fx.Node, Expert], ...]:
+    """(ids, expert) for each assumption "this expert has a token" under which `node` was traced."""
+    return node.meta.get(_GUARDS, ())
 
 
 @dataclass
@@ -77,15 +83,23 @@ class Event:
 
 @dataclass
 class Scope:
-    """A stretch of the trace that rests on one event: up to the next visit of the loop header `header` in `tx`."""
+    """A stretch of the trace that rests on one event: up to the next visit of the loop header `header` in `tx`.
+
+    `guard` is what is assumed in it: (ids, expert), that the expert has a token. `loop_over` are the ids of a hit loop.
+    """
 
     event: Event
     tx: Any
     header: Any
     stack_size: int
     before: Snapshot | None
-    expert: fx.Node | None = None
-    closes: bool = True
+    guard: tuple[fx.Node, Expert] | None = None
+    loop_over: fx.Node | None = None
+
+    @property
+    def symbol(self) -> fx.Node | None:
+        """The symbolic expert of a hit loop that is captured as one iteration."""
+        return self.guard[1] if self.loop_over is not None and self.guard is not None and isinstance(self.guard[1], fx.Node) else None
 
 
 class Capture:
@@ -198,6 +212,7 @@ class Capture:
         if numbers:
             for node in nodes:
                 node.meta[_EVENTS] = tuple(dict.fromkeys((*events_of(node), *numbers)))
+                node.meta[_GUARDS] = tuple(scope.guard for scope in self._scopes if scope.guard is not None)
 
     def _new_nodes(self, graph: fx.Graph) -> list[fx.Node]:
         last = self._last_node.get(graph)
@@ -236,8 +251,7 @@ class Capture:
         experts = range(classes.num_classes) if unrolled else (None,)
         items = [self._iteration_expert(tx, hit, expert) for expert in experts]
         tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
-        symbol = None if unrolled else items[0].as_proxy().node
-        self._scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, symbol, closes=False))
+        self._scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes.ids))
         return False
 
     def _iteration_expert(self, tx: Any, hit: TensorVariable, expert: int | None) -> TensorVariable:
@@ -252,14 +266,22 @@ class Capture:
             now = snapshot(tx, instruction, scope.stack_size)
             if scope.before is not None:
                 self._compare(scope, now)
-            if scope.closes or (scope.before is not None and self._is_exhausted(tx)):
-                self._scopes.remove(scope)
             scope.before = now
+            if scope.loop_over is None:
+                self._scopes.remove(scope)
+            else:
+                self._next_iteration(scope)
         return False
 
-    def _is_exhausted(self, tx: Any) -> bool:
-        iterator = tx.stack[-1].realize()
-        return iterator.index >= len(iterator.items)
+    def _next_iteration(self, scope: Scope) -> None:
+        iterator = scope.tx.stack[-1].realize()
+        assert scope.loop_over is not None
+        if iterator.index >= len(iterator.items):
+            self._scopes.remove(scope)
+            return
+        expert = _expert_of_variable(iterator.items[iterator.index])
+        assert expert is not None
+        scope.guard = (scope.loop_over, expert)
 
     def _compare(self, scope: Scope, now: Snapshot) -> None:
         assert scope.before is not None
@@ -268,8 +290,8 @@ class Capture:
             scope.event.failed = True
             detail = f"running the loop body changes {', '.join(changed.names)}"
             self._reject(scope.tx, "loop_changes_no_python_state", detail)
-        if scope.expert is not None:
-            scope.expert.meta["scatter_moe_carried"] = changed.carried
+        if scope.symbol is not None:
+            scope.symbol.meta["scatter_moe_carried"] = changed.carried
 
     # -- branches ------------------------------------------------------------------------------------------------------------------------
 
@@ -283,17 +305,18 @@ class Capture:
             if type(expert) is int or self._skips_to_header(tx, instruction, truth):
                 tx.stack[-1] = ConstantVariable.create(truth)
             return False
-        truth = nonempty_truth(value, self._masks_of_symbol)
-        header = self._skips_to_header(tx, instruction, truth) if truth is not None else None
-        if truth is None or header is None:
+        question = nonempty_question(value, self._masks_of_symbol)
+        header = self._skips_to_header(tx, instruction, question.truth) if question is not None else None
+        if question is None or header is None:
             self._reject_branch(tx, value)
             return False
         event = self._event(tx, "empty branch")
         if self._is_denied(event):
             return False
-        tx.stack[-1] = ConstantVariable.create(truth)
+        tx.stack[-1] = ConstantVariable.create(question.truth)
         size = len(tx.stack) - 2
-        self._scopes.append(Scope(event, tx, header, size, snapshot(tx, header, size)))
+        guard = (question.mask.ids, question.mask.expert)
+        self._scopes.append(Scope(event, tx, header, size, snapshot(tx, header, size), guard))
         return False
 
     def _reject_branch(self, tx: Any, value: Any) -> None:
@@ -403,7 +426,7 @@ class Capture:
         return True
 
     def _unroll_loop_of(self, expert: fx.Node) -> None:
-        scope = next(scope for scope in self._scopes if scope.expert is expert)
+        scope = next(scope for scope in self._scopes if scope.symbol is expert)
         self.memory.unrolled.add(scope.event.number)
         self._restart("the experts are modules of their own: one iteration per expert")
 

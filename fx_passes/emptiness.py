@@ -1,5 +1,6 @@
 """Branches that ask whether an expert has any token: `mask.any()`, `mask.sum() == 0`, `idx.numel() > 0`, `idx.shape[0] == 0`, `len(idx)`."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -13,37 +14,45 @@ from fx_passes.ops import arg, op_name
 _SAMPLES = (1, 2, 3, 1000, 10**9)
 
 
-def nonempty_truth(value: TensorVariable | SymNodeVariable, mask_of_symbol: dict[Any, Mask]) -> bool | None:
-    """The truth of `value` when the expert has a token; None where `value` does not ask exactly that."""
+@dataclass(frozen=True)
+class Question:
+    """A branch on whether the expert of `mask` has a token; `truth` is what it evaluates to when it has."""
+
+    mask: Mask
+    truth: bool
+
+
+def nonempty_question(value: TensorVariable | SymNodeVariable, mask_of_symbol: dict[Any, Mask]) -> Question | None:
+    """What `value` asks; None where it asks anything else."""
     if isinstance(value, TensorVariable):
-        return _tensor_truth(value.as_proxy().node)
-    return _symbol_truth(value.sym_num, mask_of_symbol)
+        return _tensor_question(value.as_proxy().node)
+    return _symbol_question(value.sym_num, mask_of_symbol)
 
 
-def _tensor_truth(node: fx.Node) -> bool | None:
-    if isinstance(fact(node), Any_):
-        return True
+def _tensor_question(node: fx.Node) -> Question | None:
+    counted = fact(node)
+    if isinstance(counted, Any_):
+        return Question(counted.mask, True)
     name = op_name(node)
-    if name in ("eq", "gt", "ne", "greater") and isinstance(fact(node.args[0]), Any_) and arg(node, 1, "other") == 0:
-        return name != "eq"
+    counted = fact(node.args[0]) if name in ("eq", "gt", "ne", "greater") else None
+    if isinstance(counted, Any_) and arg(node, 1, "other") == 0:
+        return Question(counted.mask, name != "eq")
     return None
 
 
-def _symbol_truth(number: Any, mask_of_symbol: dict[Any, Mask]) -> bool | None:
+def _symbol_question(number: Any, mask_of_symbol: dict[Any, Mask]) -> Question | None:
     """A comparison that is linear in the one symbol splits the naturals at one place: sampling shows whether that is between 0 and 1."""
     if not isinstance(number, (torch.SymBool, torch.SymInt)):
         return None
     expression = number.node.expr
     symbols = expression.free_symbols
-    if len(symbols) != 1:
-        return None
-    (symbol,) = symbols
+    symbol = next(iter(symbols)) if len(symbols) == 1 else None
     if symbol not in mask_of_symbol or not _is_linear(expression, symbol):
         return None
     truths = {bool(expression.subs(symbol, sample)) for sample in _SAMPLES}
     empty = bool(expression.subs(symbol, 0))
     if len(truths) == 1 and empty not in truths:
-        return truths.pop()
+        return Question(mask_of_symbol[symbol], truths.pop())
     return None
 
 

@@ -1,7 +1,8 @@
 """The one place where Dynamo is extended.
 
-Dynamo traces a frame instruction by instruction in `InstructionTranslatorBase.step`. The wrapper below leaves every frame alone whose compiler is
-not our backend. Where the symbol is missing (another PyTorch), `install` says so once and naive loops that Dynamo cannot trace stay eager.
+Dynamo traces a frame instruction by instruction in `InstructionTranslatorBase.step` and hands the graph over in `OutputGraph.call_user_compiler`.
+The wrappers below leave every frame alone whose compiler is not our backend and that holds no prepared model. Where a symbol is missing (another
+PyTorch), `install` says so once: then naive loops that Dynamo cannot trace by itself stay eager, and `prepare` has no effect.
 """
 
 import functools
@@ -9,33 +10,60 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch._dynamo import symbolic_convert
+from torch._dynamo import output_graph, symbolic_convert
 
 from fx_passes.capture import Capture
+from fx_passes.prepared import holds_prepared
 
 log = logging.getLogger("scatter_moe")
 
 _CAPTURE = "scatter_moe_capture"
+_ORIGINAL = "scatter_moe_original"
 
 
-def install(is_ours: Callable[[Any], bool]) -> bool:
-    """Wrap Dynamo's `step` once. `is_ours(compiler_fn)` tells whether a frame is traced for our backend."""
+def install(is_ours: Callable[[Any], bool], rewrite: Callable[[Any], Any]) -> bool:
+    """Extends Dynamo once.
+
+    Args:
+        is_ours: tells whether a compiler function is our backend, which rewrites by itself.
+        rewrite: rewrites a graph in place; used for prepared models under other backends.
+
+    Returns:
+        Whether this PyTorch has what is extended.
+    """
     translator = getattr(symbolic_convert, "InstructionTranslatorBase", None)
-    original = getattr(translator, "step", None)
-    if translator is None or original is None:
-        log.warning("this PyTorch has no InstructionTranslatorBase.step: loops over hit experts stay as they are; range loops are still rewritten")
+    graph = getattr(output_graph, "OutputGraph", None)
+    if not hasattr(translator, "step") or not hasattr(graph, "call_user_compiler"):
+        log.warning("this PyTorch's Dynamo can't be extended: loops that it does not trace by itself stay as they are")
         return False
-    if hasattr(original, "scatter_moe_original"):
-        return True
+    if not hasattr(translator.step, _ORIGINAL):  # pyright: ignore[reportOptionalMemberAccess]
+        _extend_step(translator, is_ours)
+        _extend_call_user_compiler(graph, is_ours, rewrite)
+    return True
+
+
+def _extend_step(translator: Any, is_ours: Callable[[Any], bool]) -> None:
+    original = translator.step
 
     @functools.wraps(original)
     def step(self: Any) -> bool:
-        capture = _capture_of(self.output, is_ours)
+        capture = _capture_of(self, is_ours)
         return original(self) if capture is None else capture.step(self, original)
 
-    step.scatter_moe_original = original  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(step, _ORIGINAL, original)
     translator.step = step
-    return True
+
+
+def _extend_call_user_compiler(graph: Any, is_ours: Callable[[Any], bool], rewrite: Callable[[Any], Any]) -> None:
+    original = graph.call_user_compiler
+
+    @functools.wraps(original)
+    def call_user_compiler(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, _CAPTURE, None) is not None and not is_ours(self.compiler_fn):
+            rewrite(gm)
+        return original(self, gm, *args, **kwargs)
+
+    graph.call_user_compiler = call_user_compiler
 
 
 def current_capture() -> Capture | None:
@@ -44,7 +72,9 @@ def current_capture() -> Capture | None:
     return getattr(tx.output, _CAPTURE, None) if tx is not None else None
 
 
-def _capture_of(output: Any, is_ours: Callable[[Any], bool]) -> Capture | None:
+def _capture_of(tx: Any, is_ours: Callable[[Any], bool]) -> Capture | None:
+    output = tx.output
     if not hasattr(output, _CAPTURE):
-        setattr(output, _CAPTURE, Capture(output) if is_ours(output.compiler_fn) else None)
+        wanted = is_ours(output.compiler_fn) or holds_prepared(tx.f_locals.values())
+        setattr(output, _CAPTURE, Capture(output) if wanted else None)
     return getattr(output, _CAPTURE)

@@ -26,13 +26,17 @@ def _public_functions() -> dict[Callable[..., Any], str]:
     return names
 
 
+_OPERATOR_METHODS = frozenset(
+    f"__{name}__" for name in "add sub mul truediv matmul eq ne gt ge lt le getitem setitem neg pow iadd isub imul itruediv".split()
+)
 _FUNCTION_NAMES = _public_functions()
 
 
 def op_name(node: fx.Node) -> str | None:
     """`"linear"`, `"getitem"`, `"index_add_"`, ...; None where `node` is not an operation known by name."""
     if node.op == "call_method":
-        return str(node.target)
+        name = str(node.target)
+        return name[2:-2] if name in _OPERATOR_METHODS else name
     if node.op == "call_function":
         try:
             return _FUNCTION_NAMES.get(node.target)  # pyright: ignore[reportArgumentType]
@@ -79,9 +83,9 @@ def is_inplace(node: fx.Node) -> bool:
     name = op_name(node)
     if name is None:
         return False
-    if node.op == "call_function" and name in INPLACE_OPERATORS:
+    if name in INPLACE_OPERATORS:
         return True
-    return name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+    return (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
 
 
 INPLACE_OPERATORS = frozenset(

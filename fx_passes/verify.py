@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_passes.body import Gathered, PerExpert, SlotGathered
+from fx_passes.capture import guards_of
 from fx_passes.facts import fact
 from fx_passes.ops import arg, example, fake_tensor, is_inplace, op_name
 from fx_passes.region import MoERegion, Rejected
@@ -252,6 +253,14 @@ def _keeps_rows(node: fx.Node) -> bool:
     return before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
 
 
+def guards_are_of_the_same_expert(region: MoERegion) -> None:
+    """What runs only if an expert has a token is that expert's own work."""
+    for accumulation, mask in zip(region.accumulations, region.masks, strict=True):
+        for node in accumulation.nodes:
+            if any(ids is not mask.ids or expert != mask.expert for ids, expert in guards_of(node)):
+                raise Rejected("guards_are_of_the_same_expert", node, "an expert's work depends on whether another expert has a token")
+
+
 def carried_tensors_are_the_output(region: MoERegion) -> None:
     """Where one iteration stands for all, the only tensor that an iteration hands to the next is the output."""
     if region.symbol is None:
@@ -279,6 +288,7 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     experts_have_their_own_parameters,
     accumulator_starts_as_zeros,
     accumulator_is_not_read_inside,
+    guards_are_of_the_same_expert,
     carried_tensors_are_the_output,
     no_intermediate_escapes,
     nothing_is_written_inside,
