@@ -3,7 +3,7 @@
 N slots, D model width, F expert width, H columns of h.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,7 @@ from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
 from scatter_ops.kernels.glu_backward import bias_partials_kernel, glu_backward_kernel, sum_partials_kernel
 
 
-@dataclass(frozen=True)
-class GluGradients:
+class GluGradients(NamedTuple):
     """None where nobody needs it.
 
     grad_h: of h. grad_pre: of the pre-activation, which is h itself unless the router weight is on the input.

@@ -59,27 +59,28 @@ def mlp_backward(
     if not any(needs[:7]):
         return tuple(grads)
 
-    first, grad_rows = _activation_gradients(grad_out, h, down, down_bias, transposed, glu, needs)
-    if first.partials is not None:
-        grads[1] = sum_partials(first.partials, glu)
-    if first.scaled_a_NF is not None:
-        grads[4] = _oriented_weight_grad(grad_rows, Rows(first.scaled_a_NF, 0), routing, transposed)
-    del grad_rows
+    gradients, grad_rows = _activation_gradients(grad_out, h, down, down_bias, transposed, glu, needs)
+    grad_h_NH, grad_pre_NH, scaled_a_NF, partials = gradients
+    if partials is not None:
+        grads[1] = sum_partials(partials, glu)
+    if scaled_a_NF is not None:
+        grads[4] = _oriented_weight_grad(grad_rows, Rows(scaled_a_NF, 0), routing, transposed)
+    del gradients, grad_rows, scaled_a_NF  # their memory serves what follows
     for i in (5, 6):
         if needs[i]:
-            assert first.grad_pre_NH is not None
-            half = _projections(first.grad_pre_NH, layout)[i - 5]
+            assert grad_pre_NH is not None
+            half = _projections(grad_pre_NH, layout)[i - 5]
             grads[i] = grouped_sum(Rows(half, 0), None, routing, x_TD.dtype)
-    if first.grad_h_NH is None:
+    if grad_h_NH is None:
         return tuple(grads)
     for i in (2, 3):
         if needs[i]:
-            half = _projections(first.grad_h_NH, layout)[i - 2]
+            half = _projections(grad_h_NH, layout)[i - 2]
             grads[i] = _oriented_weight_grad(Rows(half, 0), Rows(x_TD, glu.top_k), routing, transposed)
     if needs[0]:
         separate = layout == "separate"
         weight = separate_weight(gate_up, up, transposed) if separate else expert_weight(gate_up, transposed)
-        grads[0] = _grad_x(first.grad_h_NH, weight, glu)
+        grads[0] = _grad_x(grad_h_NH, weight, glu)
     return tuple(grads)
 
 
