@@ -82,12 +82,13 @@ def _through_activation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows of A that dW_down takes, dS without the bias' share, dpre and dh.
 
-    da_NF is the gradient of A before the router weight; without it only the first result is computed.
+    da_NF is the gradient of A before the router weight, and is overwritten by the first result; without it nothing but
+    that is computed.
     """
     h_NH, on_input = pre.h_NH, pre.on_input
     num_slots, width = h_NH.shape
-    scaled_a_NF = h_NH.new_empty(num_slots, width if pre.layout == "plain" else width // 2)
     if da_NF is None:
+        scaled_a_NF = h_NH.new_empty(num_slots, width if pre.layout == "plain" else width // 2)
         for block in blocks(h_NH):
             value = activate(*pre[block], activation, alpha, limit)
             scaled_a_NF[block] = value if on_input else value.mul_(pre.scale_N1[block])
@@ -103,14 +104,14 @@ def _through_activation(
         outs = split(dpre, pre.layout)
         value = activate_backward(grad, *pre[block], activation, alpha, limit, *outs)
         if on_input:
-            scaled_a_NF[block] = value
             ds_N[block] = torch.linalg.vecdot(dpre, h_NH[block].to(pre.dtype))
             dpre_NH[block] = dpre
             torch.mul(dpre, scale, out=dh_NH[block])
+            da_NF[block] = value
         else:
-            torch.mul(value, scale, out=scaled_a_NF[block])
             ds_N[block] = torch.linalg.vecdot(da, value)
-    return scaled_a_NF, ds_N, dpre_NH, dh_NH
+            torch.mul(value, scale, out=da_NF[block])
+    return da_NF, ds_N, dpre_NH, dh_NH
 
 
 def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], offsets_E: Tensor) -> None:
