@@ -16,7 +16,7 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
-from fx_passes.liveness import live_locals
+from fx_passes.capture.liveness import live_locals
 
 Snapshot = dict[str, Any]
 

@@ -1,0 +1,78 @@
+"""`if mask.any():`, `if tokens.numel() == 0: continue`, `if e == num_experts: continue`."""
+
+from typing import Any
+
+from torch import fx
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+
+from fx_passes.capture.emptiness import nonempty_question
+from fx_passes.capture.events import Scope
+from fx_passes.capture.python_state import snapshot
+from fx_passes.capture.variables import is_open
+from fx_passes.markers import Expert, expert_of
+from fx_passes.ops import arg, op_name
+
+_STRAIGHT = frozenset(("NOP", "CACHE", "EXTENDED_ARG", "NOT_TAKEN"))
+_STRAIGHT_JUMPS = frozenset(("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE"))
+
+
+def jump(capture: Any, tx: Any, instruction: Any) -> bool:
+    """A branch on data: its side with a token is taken where the other side does nothing."""
+    value = tx.stack[-1].realize()
+    if not isinstance(value, (TensorVariable, SymNodeVariable)) or not isinstance(value.proxy, fx.Proxy):
+        return False
+    sentinel = _sentinel(value.as_proxy().node)
+    if sentinel is not None:
+        expert, truth = sentinel
+        if isinstance(expert, int) or _skips_to_header(tx, instruction, truth):
+            tx.stack[-1] = ConstantVariable.create(truth)
+        return False
+    question = nonempty_question(value, capture.masks_of_symbol)
+    header = _skips_to_header(tx, instruction, question.truth) if question is not None else None
+    if question is None or header is None:
+        if isinstance(value, TensorVariable) or is_open(value.sym_num):
+            detail = "a branch on data does something other than to skip an expert without tokens"
+            capture.reject(tx, "guards_only_skip_empty_experts", detail)
+        return False
+    event = capture.event(tx, "empty branch")
+    if capture.is_denied(event):
+        return False
+    tx.stack[-1] = ConstantVariable.create(question.truth)
+    size = len(tx.stack) - 2
+    guard = (question.mask.ids, question.mask.expert)
+    capture.scopes.append(Scope(event, tx, header, size, snapshot(tx, header, size), guard))
+    return False
+
+
+def _sentinel(node: fx.Node) -> tuple[Expert, bool] | None:
+    """`if e == num_experts`: known where the loop was unrolled, false by assumption where it was not (`e` is then no such class)."""
+    name = op_name(node)
+    if name not in ("eq", "ne", "ge"):
+        return None
+    expert, other = expert_of(node.args[0]), arg(node, 1, "other")
+    if expert is None or type(other) is not int:
+        return None
+    if isinstance(expert, int):
+        return expert, {"eq": expert == other, "ne": expert != other, "ge": expert >= other}[name]
+    excluded = expert.meta.setdefault("scatter_moe_excluded", {})
+    excluded[other] = "ge" if name == "ge" else "eq"
+    return expert, name == "ne"
+
+
+def _skips_to_header(tx: Any, instruction: Any, truth: bool) -> Any | None:
+    """The header of the innermost loop, where the side that is not taken goes to it without doing anything."""
+    jumps_on_true = "IF_TRUE" in instruction.opname
+    skipped = tx.instructions[tx.instruction_pointer + 1] if truth == jumps_on_true else instruction.target
+    index = tx.indexof[skipped]
+    for _ in range(len(tx.instructions)):
+        current = tx.instructions[index]
+        if current.opname == "FOR_ITER":
+            return current
+        if current.opname in _STRAIGHT_JUMPS:
+            index = tx.indexof[current.target]
+        elif current.opname in _STRAIGHT:
+            index += 1
+        else:
+            return None
+    return None

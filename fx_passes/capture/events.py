@@ -1,0 +1,89 @@
+"""Events, the stretches of a trace that rest on them, and what restarts of one frame hand on to each other."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._guards import CompileContext
+
+from fx_passes.capture.python_state import Snapshot
+from fx_passes.markers import Expert
+from fx_passes.region import Rejection
+
+_EVENTS = "scatter_moe_events"
+_GUARDS = "scatter_moe_guards"
+
+Guard = tuple[fx.Node, Expert]
+"""(ids, expert): the assumption that the expert has a token."""
+
+
+class TraceAgain(TensorifyScalarRestartAnalysis):
+    """Restarts the analysis of the frame. Dynamo lets only this class of restart pass through a backend."""
+
+
+@dataclass
+class Event:
+    """A place where tracing went on under an assumption. `routed`: a router came before it in the graph."""
+
+    number: int
+    kind: str
+    location: tuple[str, int]
+    routed: bool
+    failed: bool = False
+
+
+@dataclass
+class Scope:
+    """A stretch of the trace that rests on one event: up to the next visit of the loop header `header` in `tx`.
+
+    `guard` is what is assumed in it. `loop_over` are the ids of a hit loop. `before` is Python's state when the stretch began.
+    """
+
+    event: Event
+    tx: Any
+    header: Any
+    stack_size: int
+    before: Snapshot | None
+    guard: Guard | None = None
+    loop_over: fx.Node | None = None
+
+    @property
+    def symbol(self) -> fx.Node | None:
+        """The symbolic expert of a hit loop that is captured as one iteration."""
+        if self.loop_over is None or self.guard is None:
+            return None
+        return self.guard[1] if isinstance(self.guard[1], fx.Node) else None
+
+
+@dataclass
+class Memory:
+    """What is known of a frame from earlier attempts: events that must not be assumed, hit loops to unroll, what was reported."""
+
+    denied: set[int] = field(default_factory=set)
+    unrolled: set[int] = field(default_factory=set)
+    reported: set[Rejection] = field(default_factory=set)
+    errors: int = 0
+
+    @classmethod
+    def of_current_frame(cls) -> "Memory":
+        context = CompileContext.get()
+        if not hasattr(context, "scatter_moe"):
+            context.scatter_moe = cls()  # pyright: ignore[reportAttributeAccessIssue]
+        return context.scatter_moe  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def events_of(node: fx.Node) -> tuple[int, ...]:
+    """Numbers of the events under which `node` was traced."""
+    return node.meta.get(_EVENTS, ())
+
+
+def guards_of(node: fx.Node) -> tuple[Guard, ...]:
+    """The assumptions under which `node` was traced."""
+    return node.meta.get(_GUARDS, ())
+
+
+def tag(node: fx.Node, numbers: tuple[int, ...], guards: tuple[Guard, ...]) -> None:
+    """Marks `node` as traced under these events and assumptions."""
+    node.meta[_EVENTS] = tuple(dict.fromkeys((*events_of(node), *numbers)))
+    node.meta[_GUARDS] = guards

@@ -1,0 +1,101 @@
+"""Indexing by the expert of the iteration, and lists of row positions that only serve as an index."""
+
+from typing import Any
+
+from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.lists import BaseListVariable, SliceVariable, TupleVariable
+from torch._dynamo.variables.tensor import TensorVariable
+
+from fx_passes.capture.events import tag
+from fx_passes.capture.variables import expert_of_variable, is_full_slice, rank_of
+from fx_passes.facts import Rows, fact
+from fx_passes.markers import Expert, index_list as index_list_marker, index_with_expert, mark_expert, select_expert
+
+
+def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
+    """`container[index]` where one of them is the expert of the iteration."""
+    container, index = tx.stack[-2].realize(), tx.stack[-1].realize()
+    if isinstance(index, BaseListVariable):
+        return _by_tuple(capture, tx, container, index)
+    expert = expert_of_variable(index)
+    if expert is not None:
+        return _by_expert(capture, tx, container, index, expert)
+    expert = expert_of_variable(container)
+    if expert is not None and index.is_python_constant() and index.as_python_constant() in (0, -1):
+        result = wrap_fx_proxy(tx, container.as_proxy()[0])
+        mark_expert(result.as_proxy().node, expert)
+        return _finish(tx, result)
+    return False
+
+
+def _by_expert(capture: Any, tx: Any, container: Any, index: TensorVariable, expert: Expert) -> bool:
+    keepdim = rank_of(index) == 1
+    if isinstance(expert, int):
+        is_slice = keepdim and isinstance(container, TensorVariable)
+        tx.stack[-1] = _constant_slice(expert) if is_slice else ConstantVariable.create(expert)
+        return False
+    if not isinstance(container, TensorVariable):
+        loop = next(scope for scope in capture.scopes if scope.symbol is expert)
+        capture.trace_again_unrolled(loop.event)
+    return _finish(tx, _call(capture, tx, select_expert, container.as_proxy(), index.as_proxy(), 0, keepdim))
+
+
+def _by_tuple(capture: Any, tx: Any, container: Any, index: BaseListVariable) -> bool:
+    items = [item.realize() for item in index.items]
+    marked = [place for place, item in enumerate(items) if expert_of_variable(item) is not None]
+    if len(marked) != 1 or not isinstance(container, TensorVariable):
+        return False
+    place = marked[0]
+    expert, rank = expert_of_variable(items[place]), rank_of(items[place])
+    if isinstance(expert, int):
+        if rank == 0:
+            tx.stack[-1] = TupleVariable([*items[:place], ConstantVariable.create(expert), *items[place + 1 :]])
+        return False
+    if all(is_full_slice(item) for at, item in enumerate(items) if at != place):
+        selected = _call(capture, tx, select_expert, container.as_proxy(), items[place].as_proxy(), place, rank == 1)
+        return _finish(tx, selected)
+    if rank == 0:
+        return _finish(tx, _call(capture, tx, index_with_expert, container.as_proxy(), index.as_proxy(), place))
+    return False
+
+
+def index_list(capture: Any, tx: Any, instruction: Any) -> bool:
+    """`tokens.tolist()`: goes on with the tensor, which indexes as the list does."""
+    if instruction.argval != "tolist" or not tx.stack:
+        return False
+    indices = tx.stack[-1].realize()
+    if not isinstance(indices, TensorVariable) or not isinstance(fact(indices.as_proxy().node), Rows):
+        return False
+    after = _past_call_without_arguments(tx)
+    event = capture.event(tx, "index list")
+    if after is None or capture.is_denied(event):
+        return False
+    tx.stack[-1] = _call(capture, tx, index_list_marker, indices.as_proxy())
+    tag(tx.stack[-1].as_proxy().node, (event.number,), ())
+    tx.instruction_pointer = after
+    return True
+
+
+def _call(capture: Any, tx: Any, target: Any, *args: Any) -> TensorVariable:
+    return wrap_fx_proxy(tx, capture.output.create_proxy("call_function", target, args, {}))
+
+
+def _finish(tx: Any, result: Any) -> bool:
+    tx.popn(2)
+    tx.push(result)
+    tx.instruction_pointer += 1
+    return True
+
+
+def _constant_slice(start: int) -> SliceVariable:
+    return SliceVariable([ConstantVariable.create(value) for value in (start, start + 1, None)])
+
+
+def _past_call_without_arguments(tx: Any) -> int | None:
+    """Where a method call without arguments that begins at the current instruction has ended."""
+    at = tx.instruction_pointer + 1
+    while tx.instructions[at].opname in ("PRECALL", "CACHE", "PUSH_NULL"):
+        at += 1
+    call = tx.instructions[at]
+    return at + 1 if call.opname == "CALL" and call.arg == 0 else None

@@ -1,0 +1,76 @@
+"""`for e in hit:` where `hit` lists the experts that have a token."""
+
+from typing import Any
+
+from torch._dynamo.variables.base import ValueMutationNew
+from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.lists import ListVariable
+from torch._dynamo.variables.tensor import TensorVariable
+
+from fx_passes.capture.events import Scope
+from fx_passes.capture.python_state import Snapshot, difference, snapshot
+from fx_passes.capture.variables import expert_of_variable, has_open_length
+from fx_passes.facts import Hit, fact
+from fx_passes.markers import current_expert, mark_expert
+
+
+def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
+    """The loop begins: what it runs over becomes a list of one symbolic expert, or of all experts."""
+    hit = tx.stack[-1].realize()
+    if not isinstance(hit, TensorVariable) or not has_open_length(hit):
+        return False
+    classes = fact(hit.as_proxy().node)
+    header = tx.instructions[tx.instruction_pointer + 1]
+    if not isinstance(classes, Hit) or header.opname != "FOR_ITER":
+        detail = "the loop runs over a tensor that is not known to list the experts with a token"
+        capture.reject(tx, "loop_is_over_the_hit_experts", detail)
+        return False
+    event = capture.event(tx, "hit loop")
+    if capture.is_denied(event):
+        return False
+    experts = range(classes.num_classes) if event.number in capture.memory.unrolled else (None,)
+    items = [_iteration_expert(capture, tx, hit, expert) for expert in experts]
+    tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
+    capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes.ids))
+    return False
+
+
+def _iteration_expert(capture: Any, tx: Any, hit: TensorVariable, expert: int | None) -> TensorVariable:
+    proxy = capture.output.create_proxy("call_function", current_expert, (hit.as_proxy(),), {})
+    variable = wrap_fx_proxy(tx, proxy)
+    mark_expert(proxy.node, proxy.node if expert is None else expert)
+    return variable
+
+
+def for_iter(capture: Any, tx: Any, instruction: Any) -> bool:
+    """Back at a loop header: what was assumed since must have left Python's state as it was."""
+    for scope in [scope for scope in capture.scopes if scope.tx is tx and scope.header is instruction]:
+        now = snapshot(tx, instruction, scope.stack_size)
+        if scope.before is not None:
+            _compare(capture, scope, scope.before, now)
+        scope.before = now
+        if scope.loop_over is None:
+            capture.scopes.remove(scope)
+        else:
+            _next_iteration(capture, scope)
+    return False
+
+
+def _next_iteration(capture: Any, scope: Scope) -> None:
+    iterator = scope.tx.stack[-1].realize()
+    if iterator.index >= len(iterator.items):
+        capture.scopes.remove(scope)
+        return
+    expert = expert_of_variable(iterator.items[iterator.index])
+    assert expert is not None and scope.loop_over is not None
+    scope.guard = (scope.loop_over, expert)
+
+
+def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> None:
+    changed = difference(before, now)
+    if changed.names:
+        scope.event.failed = True
+        detail = f"running the loop body changes {', '.join(changed.names)}"
+        capture.reject(scope.tx, "loop_changes_no_python_state", detail)
+    if scope.symbol is not None:
+        scope.symbol.meta["scatter_moe_carried"] = changed.carried

@@ -1,0 +1,160 @@
+"""One attempt to trace one frame: numbers its events, marks their nodes, and restarts where an assumption did not hold."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import RestartAnalysis
+
+from fx_passes.capture import branches, indexing, loops
+from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
+from fx_passes.facts import Mask, Selection, fact
+from fx_passes.ops import op_name
+from fx_passes.region import Rejection
+from fx_passes.report import record_rejections, source_line
+
+_ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort", "scatter", "scatter_", "bincount", "histc"))
+
+Handler = Callable[["Capture", Any, Any], bool]
+"""Looks at (capture, tx, instruction) before the instruction runs; True where it did the instruction's work itself."""
+
+_HANDLERS: dict[str, Handler] = {
+    "GET_ITER": loops.get_iter,
+    "FOR_ITER": loops.for_iter,
+    "BINARY_SUBSCR": indexing.subscript,
+    "LOAD_METHOD": indexing.index_list,
+    "LOAD_ATTR": indexing.index_list,
+}
+
+
+class Capture:
+    """The events of one attempt at tracing one frame."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+        self.memory = Memory.of_current_frame()
+        self.events: list[Event] = []
+        self.scopes: list[Scope] = []
+        self.masks_of_symbol: dict[Any, Mask] = {}
+        self._last_node: dict[fx.Graph, fx.Node | None] = {}
+        self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
+        self._unbacked_seen = output.shape_env.unbacked_symint_counter
+
+    def step(self, tx: Any, original: Callable[[Any], bool]) -> bool:
+        """One instruction of `tx`, with what Dynamo cannot do replaced by an assumption."""
+        pointer = tx.instruction_pointer
+        if pointer is None:
+            return original(tx)
+        instruction = tx.instructions[pointer]
+        handler = _handler(instruction.opname)
+        if handler is not None and handler(self, tx, instruction):
+            self._tag_new_nodes(tx)
+            return True
+        self._allow_dynamic_op()
+        try:
+            return original(tx)
+        except RestartAnalysis:
+            raise
+        except Exception as error:
+            self._trace_again_without_assumptions(tx, error)
+            raise
+        finally:
+            self._tag_new_nodes(tx)
+
+    def event(self, tx: Any, kind: str) -> Event:
+        """The next event, at the current line of `tx`."""
+        frame = tx.frame_summary()
+        event = Event(len(self.events), kind, (frame.filename, frame.lineno or 0), self._has_routing())
+        self.events.append(event)
+        return event
+
+    def is_denied(self, event: Event) -> bool:
+        return event.number in self.memory.denied
+
+    def reject(self, tx: Any, rule: str, detail: str) -> None:
+        """Says why a place that looks like part of an expert loop is left to Dynamo."""
+        if self._has_routing():
+            frame = tx.frame_summary()
+            rejection = Rejection(rule, detail, source_line(frame.filename, frame.lineno or 0))
+            record_rejections([rejection], self.memory.reported)
+
+    def leftover(self, erased: set[int], remaining: set[int]) -> list[Event]:
+        """Events that the rewrite did not dissolve."""
+        live = [event for event in self.events if not self.is_denied(event)]
+        return [event for event in live if event.failed or event.number not in erased or event.number in remaining]
+
+    def trace_again_without(self, event: Event) -> None:
+        """Restarts the frame; what stood at `event` is then left to Dynamo."""
+        self.memory.denied.add(event.number)
+        self._restart(f"{event.kind} at {event.location[0]}:{event.location[1]} was not part of a rewritten region")
+
+    def trace_again_unrolled(self, loop: Event) -> None:
+        """Restarts the frame; the hit loop `loop` then has one iteration an expert."""
+        self.memory.unrolled.add(loop.number)
+        self._restart("the experts are modules of their own: one iteration per expert")
+
+    def _restart(self, reason: str) -> None:
+        self.output.root_tx.speculation_log.clear()
+        raise TraceAgain(restart_reason=f"scatter_moe: {reason}")
+
+    def _trace_again_without_assumptions(self, tx: Any, error: Exception) -> None:
+        """Under an assumption tracing failed where Dynamo alone may not: first the last assumption is dropped, then all."""
+        live = [event for event in self.events if not self.is_denied(event)]
+        if tx.parent is not None or not live:
+            return
+        self.memory.errors += 1
+        dropped = live[-1:] if self.memory.errors == 1 else live
+        self.memory.denied.update(event.number for event in dropped)
+        self._restart(f"{type(error).__name__} while tracing: {error}")
+
+    def _has_routing(self) -> bool:
+        """Whether the graph so far holds what a router computes: only then is a place worth a word."""
+        return any(op_name(node) in _ROUTING for node in self.output.graph.nodes)
+
+    def _allow_dynamic_op(self) -> None:
+        allowed = self._stock_allows_dynamic or len(self.events) not in self.memory.denied
+        shape_env = self.output.shape_env
+        if shape_env.allow_dynamic_output_shape_ops != allowed:
+            shape_env.settings = dataclasses.replace(shape_env.settings, allow_dynamic_output_shape_ops=allowed)
+
+    def _tag_new_nodes(self, tx: Any) -> None:
+        nodes = self._new_nodes(self.output.current_tracer.graph)
+        counter = self.output.shape_env.unbacked_symint_counter
+        numbers = tuple(scope.event.number for scope in self.scopes)
+        if counter != self._unbacked_seen:
+            self._unbacked_seen = counter
+            if not self._stock_allows_dynamic:
+                numbers = (*numbers, self.event(tx, "dynamic op").number)
+            for node in nodes:
+                self._note_selection(node)
+        if numbers:
+            guards = tuple(scope.guard for scope in self.scopes if scope.guard is not None)
+            for node in nodes:
+                tag(node, numbers, guards)
+
+    def _new_nodes(self, graph: fx.Graph) -> list[fx.Node]:
+        last = self._last_node.get(graph)
+        nodes = []
+        node = graph._root.prev
+        while node is not last and node is not graph._root:
+            nodes.append(node)
+            node = node.prev
+        self._last_node[graph] = graph._root.prev
+        return nodes
+
+    def _note_selection(self, node: fx.Node) -> None:
+        selection = fact(node)
+        if not isinstance(selection, Selection):
+            return
+        value = node.meta["example_value"]
+        length = (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
+        if isinstance(length, torch.SymInt):
+            self.masks_of_symbol[length.node.expr] = selection.mask
+
+
+def _handler(opname: str) -> Handler | None:
+    if "JUMP" in opname and "IF" in opname:
+        return branches.jump
+    return _HANDLERS.get(opname)
