@@ -21,7 +21,7 @@ def mlp_backward_fake(
 ) -> tuple[Tensor, ...]:
     parameters, needs = rest[:6], rest[-1]
     num_experts = offsets.shape[0]
-    shapes = [grad_out.shape, topk_weights.shape]
+    shapes: list[tuple[int, ...]] = [grad_out.shape, topk_weights.shape]
     for parameter, dims in zip(parameters, (2, 2, 2, 1, 1, 1), strict=True):
         shapes.append((num_experts, *parameter[0].shape[-dims:]) if parameter else (0,))
     dtypes = [x.dtype, topk_weights.dtype] + [x.dtype] * 6

@@ -48,7 +48,7 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns out [T, D] and h [N, H] in grouped order and the parameters' column order; h is [0] unless save_h."""
     routing = (order_N, offsets_E, topk_weights_TK.shape[1])
-    on_input, biases = weight_on == "input", (gate_up_bias, up_bias) if up else (gate_up_bias,)
+    on_input = weight_on == "input"
     h_NH = parallel_linear(x_TD, gate_up, *routing, False, True, [] if on_input else gate_up_bias, transposed)
     if layout == "separate":
         h_up = parallel_linear(x_TD, up, *routing, False, True, [] if on_input else up_bias, transposed)
@@ -57,7 +57,7 @@ def mlp_forward(
     pre_NH = h_NH.to(dtype)
     if on_input:
         scale_N1 = slot_weights(topk_weights_TK, order_N, True).to(dtype)
-        pre_NH = _pre_activation(pre_NH, scale_N1, offsets_E, biases)
+        pre_NH = _pre_activation(pre_NH, scale_N1, offsets_E, (gate_up_bias, up_bias), layout)
     a_NF = activate(*split(pre_NH, layout), activation, alpha, limit).to(x_TD.dtype)
     y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed)
     out_TD = combine(y_ND, None if on_input else topk_weights_TK, *routing, True, out_dtype)
@@ -95,8 +95,6 @@ def mlp_backward(
     """
     dtype, on_input = accumulation_dtype(x_TD.dtype), weight_on == "input"
     routing = (order_N, offsets_E, topk_weights_TK.shape[1])
-    biases = (gate_up_bias, up_bias) if up else (gate_up_bias,)
-    need_x, need_topk_weights, need_weight, need_down, need_bias = needs[0], needs[1], needs[2:4], needs[4], needs[5:7]
     scale_N1 = slot_weights(topk_weights_TK, order_N, True).to(dtype)
     grad_y_ND = dispatch(grad_out_TD.to(dtype), *routing) * (1 if on_input else scale_N1)
     grads = [grad_y_ND.new_empty(0) for _ in needs]
@@ -106,40 +104,54 @@ def mlp_backward(
         return _round(grads, x_TD, topk_weights_TK)
 
     h_NH = h_NH.to(dtype)
-    pre_NH = _pre_activation(h_NH, scale_N1, offsets_E, biases) if on_input else h_NH
+    pre_NH = _pre_activation(h_NH, scale_N1, offsets_E, (gate_up_bias, up_bias), layout) if on_input else h_NH
     a_NF = activate(*split(pre_NH, layout), activation, alpha, limit).to(x_TD.dtype).to(dtype)
-    if need_topk_weights and not on_input:
+    if needs[1] and not on_input:
         y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed)
         grads[1] = combine_backward(grad_out_TD, y_ND, topk_weights_TK, *routing, True, False, True)[1]
-    if need_down:
+    if needs[4]:
         grads[4] = parallel_linear_weight_grad(a_NF, grad_y_ND, *routing, True, True, transposed)
 
     grad_a_NF = parallel_linear(grad_y_ND, down, *routing, True, True, [], not transposed)
     grad_pre_NH = join(*activate_backward(grad_a_NF, *split(pre_NH, layout), activation, alpha, limit), layout)
     grad_h_NH = scale_N1 * grad_pre_NH if on_input else grad_pre_NH
-    if need_topk_weights and on_input:
+    if needs[1] and on_input:
         grad_s_N1 = (grad_pre_NH * h_NH).sum(1, keepdim=True)
         grads[1] = slot_order(grad_s_N1, order_N, offsets_E).view_as(topk_weights_TK)
-    for i, grad in enumerate(_projections(grad_h_NH, layout)):
-        if need_weight[i]:
-            grads[2 + i] = parallel_linear_weight_grad(x_TD.to(dtype), grad, *routing, False, True, transposed)
-    for i, grad in enumerate(_projections(grad_pre_NH, layout)):
-        if need_bias[i]:
-            grads[5 + i] = expand_backward(grad, offsets_E)
-    if need_x:
-        pairs = zip(_projections(grad_h_NH, layout), (gate_up, up), strict=False)
-        grad_rows = [parallel_linear(grad, w, *routing, True, True, [], not transposed) for grad, w in pairs]
-        grads[0] = combine(sum(grad_rows[1:], grad_rows[0]), None, *routing, True)
+    pairs = zip(_projections(grad_h_NH, layout), _projections(grad_pre_NH, layout), strict=True)
+    for i, (grad_h, grad_pre) in enumerate(pairs):
+        if needs[2 + i]:
+            grads[2 + i] = parallel_linear_weight_grad(x_TD.to(dtype), grad_h, *routing, False, True, transposed)
+        if needs[5 + i]:
+            grads[5 + i] = expand_backward(grad_pre, offsets_E)
+    if needs[0]:
+        grads[0] = _x_grad(grad_h_NH, (gate_up, up), layout, routing, transposed)
     return _round(grads, x_TD, topk_weights_TK)
 
 
-def _pre_activation(h_NH: Tensor, scale_N1: Tensor, offsets_E: Tensor, biases: Sequence[Sequence[Tensor]]) -> Tensor:
-    """s h + b, where the router weight is on the input. biases: those of gate_up and, where it is apart, of up."""
+def _x_grad(
+    grad_h_NH: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    layout: str,
+    routing: tuple[Tensor, Tensor, int],
+    transposed: bool,
+) -> Tensor:
+    """The sum over the projections and over each token's slots of dh W."""
+    pairs = zip(_projections(grad_h_NH, layout), weights, strict=False)
+    rows = [parallel_linear(grad, w, *routing, True, True, [], not transposed) for grad, w in pairs]
+    return combine(sum(rows[1:], rows[0]), None, *routing, True)
+
+
+def _pre_activation(
+    h_NH: Tensor, scale_N1: Tensor, offsets_E: Tensor, biases: Sequence[Sequence[Tensor]], layout: str
+) -> Tensor:
+    """s h + b, where the router weight is on the input. biases: those of gate_up and of up, where it is apart."""
     pre_NH = scale_N1 * h_NH
     if not any(biases):
         return pre_NH
-    no_bias = pre_NH.new_zeros(offsets_E.numel(), h_NH.shape[1] // len(biases))
-    stacked = [torch.stack(tuple(experts(bias, 1))).to(pre_NH.dtype) if bias else no_bias for bias in biases]
+    parts = biases if layout == "separate" else biases[:1]
+    no_bias = pre_NH.new_zeros(offsets_E.numel(), h_NH.shape[1] // len(parts))
+    stacked = [torch.stack(tuple(experts(bias, 1))).to(pre_NH.dtype) if bias else no_bias for bias in parts]
     return pre_NH + expand([torch.cat(stacked, dim=1)], offsets_E, h_NH.shape[0])
 
 
