@@ -45,7 +45,9 @@ def _accumulation(node: fx.Node) -> Accumulation | None:
 
 
 def _index_add(node: fx.Node) -> Accumulation | None:
-    accumulator, dim, tokens, value = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index", "source")))
+    accumulator, dim, tokens, value = (
+        arg(node, at, name) for at, name in enumerate(("input", "dim", "index", "source"))
+    )
     if expert_rows(tokens) is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
         return None
     if dim != 0 or arg(node, 4, "alpha", 1) != 1:
@@ -60,13 +62,22 @@ def _add_by_index(node: fx.Node) -> Accumulation | None:
     operands = total.args if op_name(total) in ("add", "iadd", "add_") and not total.kwargs else ()
     reads = [operand for operand in operands[:2] if _reads(operand, accumulator, index)]
     if len(reads) != 1 or len(operands) != 2:
-        raise Rejected("accumulation_is_a_plain_sum", node, "`out[tokens] = ...` assigns something other than `out[tokens] + value`")
+        raise Rejected(
+            "accumulation_is_a_plain_sum",
+            node,
+            "`out[tokens] = ...` assigns something other than `out[tokens] + value`",
+        )
     value = operands[1] if operands[0] is reads[0] else operands[0]
     return Accumulation(accumulator, index, value, (reads[0], total, node), node, counts_duplicates=False)
 
 
 def _reads(operand: Any, accumulator: fx.Node, index: fx.Node) -> bool:
-    return isinstance(operand, fx.Node) and op_name(operand) == "getitem" and operand.args[0] is accumulator and operand.args[1] is index
+    return (
+        isinstance(operand, fx.Node)
+        and op_name(operand) == "getitem"
+        and operand.args[0] is accumulator
+        and operand.args[1] is index
+    )
 
 
 def closure(starts: Iterator[fx.Node], stops: frozenset[fx.Node]) -> frozenset[fx.Node]:

@@ -1,8 +1,8 @@
 """The Dynamo backend `"scatter_moe"`: rewrite what is proven, then hand the graph to an inner compiler.
 
-    torch.compile(model, backend="scatter_moe")                                            Inductor
-    torch.compile(model, backend="scatter_moe", mode="max-autotune")                       Inductor in that mode
-    torch.compile(model, backend="scatter_moe", options={"inner_backend": "aot_eager"})    another compiler
+torch.compile(model, backend="scatter_moe")                                            Inductor
+torch.compile(model, backend="scatter_moe", mode="max-autotune")                       Inductor in that mode
+torch.compile(model, backend="scatter_moe", options={"inner_backend": "aot_eager"})    another compiler
 """
 
 import logging
@@ -80,7 +80,9 @@ def _inner_compiler(mode: str | None, options: dict[str, Any], dynamic: bool | N
     if name == "inductor":
         return torch._TorchCompileInductorWrapper(mode, options, dynamic)
     if mode not in (None, "default") or options:
-        raise ValueError(f"inner_backend={name!r} takes no mode and no options, got mode={mode!r} and options {sorted(options)}")
+        raise ValueError(
+            f"inner_backend={name!r} takes no mode and no options, got mode={mode!r} and options {sorted(options)}"
+        )
     return lookup_backend(name)
 
 
@@ -111,7 +113,9 @@ def _find(compiler_fn: Any, test: Callable[[Any], bool]) -> Any:
         if test(compiler_fn):
             return compiler_fn
         names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "backend_compile_fn")
-        compiler_fn = next((getattr(compiler_fn, name) for name in names if getattr(compiler_fn, name, None) is not None), None)
+        compiler_fn = next(
+            (getattr(compiler_fn, name) for name in names if getattr(compiler_fn, name, None) is not None), None
+        )
         seen += 1
     return None
 

@@ -206,7 +206,9 @@ class _Unifier:
                 raise NotIsomorphic(at, f"the keyword arguments of `{_show(at)}` differ between experts")
             return {key: self._structure(tuple(item[key] for item in items), at) for key in first}
         if any(item != first for item in items):
-            raise NotIsomorphic(at, f"a constant of `{_show(at)}` differs between experts: {sorted(set(map(str, items)))}")
+            raise NotIsomorphic(
+                at, f"a constant of `{_show(at)}` differs between experts: {sorted(set(map(str, items)))}"
+            )
         return first
 
     def _gathered(self, nodes: tuple[fx.Node, ...]) -> Gathered | SlotGathered | None:
@@ -214,7 +216,11 @@ class _Unifier:
         if any(op_name(node) != "getitem" and node.target is not index_with_expert for node in nodes):
             return None
         source = first.args[0]
-        if not isinstance(source, fx.Node) or any(node.args[0] is not source for node in nodes) or self._is_inner(source):
+        if (
+            not isinstance(source, fx.Node)
+            or any(node.args[0] is not source for node in nodes)
+            or self._is_inner(source)
+        ):
             return None
         axes = {_gather_axes(node, mask) for node, mask in zip(nodes, self.masks, strict=True)}
         kind = axes.pop() if len(axes) == 1 else None
@@ -252,7 +258,12 @@ def _simplified(op: Op) -> Value:
     result = fake_tensor(op.node)
     if isinstance(operand, Gathered) and operand.leading and op.name in ("reshape", "view", "squeeze"):
         before = fake_tensor(operand.node)
-        if before is not None and result is not None and result.dim() >= 1 and before.shape[operand.leading + 1 :] == result.shape[1:]:
+        if (
+            before is not None
+            and result is not None
+            and result.dim() >= 1
+            and before.shape[operand.leading + 1 :] == result.shape[1:]
+        ):
             return replace(operand, leading=0, node=op.node)
     if isinstance(operand, PerExpert) and result is not None and result.dim() == 2 and _swaps_two_dims(op):
         return replace(operand, transposed=not operand.transposed)
@@ -261,7 +272,11 @@ def _simplified(op: Op) -> Value:
 
 def _swaps_two_dims(op: Op) -> bool:
     if op.name in ("t", "transpose", "permute", "swapaxes", "swapdims"):
-        return op.name == "t" or {dim % 2 for dim in varargs(op.node, 1, "dims")} == {0, 1} and varargs(op.node, 1, "dims") != (0, 1)
+        return (
+            op.name == "t"
+            or {dim % 2 for dim in varargs(op.node, 1, "dims")} == {0, 1}
+            and varargs(op.node, 1, "dims") != (0, 1)
+        )
     return op.name == "getattr" and op.node.args[1] in ("T", "mT")
 
 

@@ -171,9 +171,19 @@ def _half(value: Any) -> tuple[Any, str]:
     source, index = value.args
     if isinstance(source, Op) and source.name == "chunk" and source.args[1:2] == (2,) and index in (0, 1):
         dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
-        return (source.args[0], ("first", "second")[index]) if dim in (-1, 1) and _rank(source.args[0]) == 2 else (None, "")
+        return (
+            (source.args[0], ("first", "second")[index])
+            if dim in (-1, 1) and _rank(source.args[0]) == 2
+            else (None, "")
+        )
     width = fake_tensor(getattr(source, "node", None))
-    if not isinstance(index, tuple) or width is None or len(index) != 2 or not isinstance(index[1], slice) or width.dim() != 2:
+    if (
+        not isinstance(index, tuple)
+        or width is None
+        or len(index) != 2
+        or not isinstance(index[1], slice)
+        or width.dim() != 2
+    ):
         return None, ""
     if index[0] is not Ellipsis and index[0] != slice(None):
         return None, ""
@@ -190,7 +200,11 @@ def _match_clamped(value: Value) -> tuple[str, str, Linear, Linear | None, dict[
     for shifted, glu in (factors, factors[::-1]) if factors is not None else ():
         plus_one = _binary(shifted, ("add",))
         gate_and_sigmoid = _binary(glu, ("mul",))
-        if plus_one is None or gate_and_sigmoid is None or 1 not in (plus_one[1:] if not isinstance(plus_one[1], Op) else plus_one[:1]):
+        if (
+            plus_one is None
+            or gate_and_sigmoid is None
+            or 1 not in (plus_one[1:] if not isinstance(plus_one[1], Op) else plus_one[:1])
+        ):
             continue
         up = plus_one[0] if isinstance(plus_one[0], Op) else plus_one[1]
         gate, sigmoid = gate_and_sigmoid
@@ -262,7 +276,11 @@ def _is_column(op: Op) -> bool:
     before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
     if before is None or after is None or not isinstance(op.args[0], (SlotGathered, Op)):
         return False
-    return after.dim() == 2 and after.shape[1] == 1 and (before.dim() == 1 or tuple(map(str, before.shape)) == tuple(map(str, after.shape)))
+    return (
+        after.dim() == 2
+        and after.shape[1] == 1
+        and (before.dim() == 1 or tuple(map(str, before.shape)) == tuple(map(str, after.shape)))
+    )
 
 
 def _rank(value: Any) -> int | None:

@@ -27,7 +27,8 @@ def _public_functions() -> dict[Callable[..., Any], str]:
 
 
 _OPERATOR_METHODS = frozenset(
-    f"__{name}__" for name in "add sub mul truediv matmul eq ne gt ge lt le getitem setitem neg pow iadd isub imul itruediv".split()
+    f"__{name}__"
+    for name in "add sub mul truediv matmul eq ne gt ge lt le getitem setitem neg pow iadd isub imul itruediv".split()
 )
 _FUNCTION_NAMES = _public_functions()
 
@@ -89,5 +90,20 @@ def is_inplace(node: fx.Node) -> bool:
 
 
 INPLACE_OPERATORS = frozenset(
-    ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem")
+    (
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "ilshift",
+        "irshift",
+        "imatmul",
+        "setitem",
+    )
 )

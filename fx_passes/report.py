@@ -88,4 +88,7 @@ def module_path_of(node: fx.Node | None) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    return re.sub(r"\.?_?(modules|_modules)\[['\"]?(\w+)['\"]?\]", r".\2", str(path)).removeprefix("L['self']").lstrip(".") or "(root)"
+    return (
+        re.sub(r"\.?_?(modules|_modules)\[['\"]?(\w+)['\"]?\]", r".\2", str(path)).removeprefix("L['self']").lstrip(".")
+        or "(root)"
+    )

@@ -39,7 +39,9 @@ def rewrite(region: MoERegion) -> Rewritten:
     output.meta["example_value"] = region.accumulator.meta["example_value"]
     _redirect_users(region, output)
     erased = _erase(region)
-    return Rewritten("mlp" if mlp is not None else "parallel_linear", mlp.activation if mlp is not None else "any", erased)
+    return Rewritten(
+        "mlp" if mlp is not None else "parallel_linear", mlp.activation if mlp is not None else "any", erased
+    )
 
 
 class _Emitter:
@@ -62,16 +64,30 @@ class _Emitter:
     def mlp(self, mlp: Mlp) -> fx.Node:
         linears = (mlp.gate_up, mlp.up, mlp.down)
         weights = [list(linear.weight.parameters) if linear is not None else [] for linear in linears]
-        biases = [list(linear.bias.parameters) if linear is not None and linear.bias is not None else [] for linear in linears]
-        settings = (mlp.activation, mlp.layout, mlp.gate_up.transposed, mlp.weight_on, mlp.alpha, mlp.limit, self.out_dtype)
+        biases = [
+            list(linear.bias.parameters) if linear is not None and linear.bias is not None else [] for linear in linears
+        ]
+        settings = (
+            mlp.activation,
+            mlp.layout,
+            mlp.gate_up.transposed,
+            mlp.weight_on,
+            mlp.alpha,
+            mlp.limit,
+            self.out_dtype,
+        )
         topk_weights = self._slots(mlp.weights) if mlp.weights is not None else self._ones(mlp.x)
-        return self._call(ops.mlp.default, mlp.x, topk_weights, self.order_N, self.offsets_E, *weights, *biases, *settings)
+        return self._call(
+            ops.mlp.default, mlp.x, topk_weights, self.order_N, self.offsets_E, *weights, *biases, *settings
+        )
 
     def general(self) -> fx.Node:
         weighted = without_router_weight(self.region.body.root)
         rows = self.emit(weighted.core)
         weights = self._slots(weighted.weights) if weighted.weights is not None else None
-        return self._call(ops.combine.default, rows, weights, self.order_N, self.offsets_E, self.top_k, True, self.out_dtype)
+        return self._call(
+            ops.combine.default, rows, weights, self.order_N, self.offsets_E, self.top_k, True, self.out_dtype
+        )
 
     def emit(self, value: Value) -> fx.Node:
         """The node that holds `value` for all grouped rows."""
@@ -144,11 +160,17 @@ class _Emitter:
         top_k = self.top_k if gathers else 1
         weight = list(linear.weight.parameters)
         layout = (top_k, not gathers, True)
-        return self._call(ops.parallel_linear.default, rows, weight, self.order_N, self.offsets_E, *layout, bias, linear.transposed)
+        return self._call(
+            ops.parallel_linear.default, rows, weight, self.order_N, self.offsets_E, *layout, bias, linear.transposed
+        )
 
     def _norm(self, op: Op) -> fx.Node:
         """A norm whose scale and shift are the expert's own: normalise, then scale in fp32 and round once."""
-        names = ("input", "normalized_shape", "weight", "bias", "eps") if op.name == "layer_norm" else ("input", "normalized_shape", "weight", "eps")
+        names = (
+            ("input", "normalized_shape", "weight", "bias", "eps")
+            if op.name == "layer_norm"
+            else ("input", "normalized_shape", "weight", "eps")
+        )
         given = dict(zip(names, op.args, strict=False)) | op.kwargs
         if not any(isinstance(given.get(name), PerExpert) for name in ("weight", "bias")):
             return self._replay(op)
@@ -187,10 +209,6 @@ class _Emitter:
         return node
 
 
-
-
-
-
 def _rank(value: Op) -> int:
     tensor = fake_tensor(value.node)
     return tensor.dim() if tensor is not None else 2
@@ -226,5 +244,3 @@ def _erase(region: MoERegion) -> frozenset[int]:
             events.update(events_of(node))
             region.graph.erase_node(node)
     return frozenset(events)
-
-

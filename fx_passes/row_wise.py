@@ -20,8 +20,26 @@ POINTWISE = frozenset(
 )
 MATMUL = frozenset(("linear", "matmul", "mm"))
 NORMS = frozenset(("layer_norm", "rms_norm"))
-REDUCTIONS = frozenset(("softmax", "log_softmax", "sum", "mean", "amax", "amin", "norm", "var", "std", "logsumexp", "normalize", "cumsum", "cumprod"))
-ALONG_DIM = frozenset(("chunk", "split", "unbind", "cat", "stack", "concat", "narrow", "select", "unsqueeze", "squeeze", "glu"))
+REDUCTIONS = frozenset(
+    (
+        "softmax",
+        "log_softmax",
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "norm",
+        "var",
+        "std",
+        "logsumexp",
+        "normalize",
+        "cumsum",
+        "cumprod",
+    )
+)
+ALONG_DIM = frozenset(
+    ("chunk", "split", "unbind", "cat", "stack", "concat", "narrow", "select", "unsqueeze", "squeeze", "glu")
+)
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
 PERMUTATIONS = frozenset(("transpose", "permute", "swapaxes", "swapdims"))
 
@@ -109,7 +127,9 @@ def _check_dims(op: Op) -> None:
     """The dims that the operation works along must be given and must not be the row dim."""
     operand = next((value for value in nested_values(op.args) if _is_row_tensor(value)), None)
     operand_rank = rank(operand) if operand is not None else None
-    if operand_rank is None or any(has_rows(value) and not _is_row_tensor(value) for value in nested_values((op.args, op.kwargs))):
+    if operand_rank is None or any(
+        has_rows(value) and not _is_row_tensor(value) for value in nested_values((op.args, op.kwargs))
+    ):
         raise _refused(op, f"`{op.name}` of something that is not rows")
     position = _DIM_ARGUMENT.get(op.name, 1)
     dims = op.args[position] if len(op.args) > position else op.kwargs.get("dim", _DIM_DEFAULT.get(op.name))

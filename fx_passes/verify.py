@@ -47,7 +47,11 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
     _require_size(region.accumulator, ids.shape[:1], region.accumulator)
     accumulator = fake_tensor(region.accumulator)
     if accumulator is None or accumulator.dim() != 2 or accumulator.shape[1:] != _value_shape(region)[1:]:
-        raise Rejected("rows_belong_to_tokens", region.accumulator, "the output is not of shape [tokens, width of the experts' rows]")
+        raise Rejected(
+            "rows_belong_to_tokens",
+            region.accumulator,
+            "the output is not of shape [tokens, width of the experts' rows]",
+        )
 
 
 def _value_shape(region: MoERegion) -> torch.Size:
@@ -57,7 +61,11 @@ def _value_shape(region: MoERegion) -> torch.Size:
 
 def _require_size(node: fx.Node, sizes: torch.Size, at: fx.Node) -> None:
     tensor = fake_tensor(node)
-    if tensor is None or tensor.dim() < len(sizes) or not all(_is_same(a, b) for a, b in zip(tensor.shape, sizes, strict=False)):
+    if (
+        tensor is None
+        or tensor.dim() < len(sizes)
+        or not all(_is_same(a, b) for a, b in zip(tensor.shape, sizes, strict=False))
+    ):
         shape = None if tensor is None else tuple(tensor.shape)
         raise Rejected("rows_belong_to_tokens", at, f"`{node.name}` has shape {shape}, the ids have {tuple(sizes)}")
 
@@ -71,12 +79,24 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
     for parameter in region.body.of(PerExpert):
         tensors = [fake_tensor(node) for node in parameter.parameters]
         if any(tensor is None or is_traceable_wrapper_subclass(tensor) for tensor in tensors):
-            raise Rejected("experts_have_their_own_parameters", parameter.node, "an expert's parameter is a tensor subclass")
-        described = {(tensor.shape, tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors if tensor is not None}
+            raise Rejected(
+                "experts_have_their_own_parameters", parameter.node, "an expert's parameter is a tensor subclass"
+            )
+        described = {
+            (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors if tensor is not None
+        }
         if len(described) != 1:
-            raise Rejected("experts_have_their_own_parameters", parameter.node, "the experts' parameters differ in shape, dtype, device or layout")
+            raise Rejected(
+                "experts_have_their_own_parameters",
+                parameter.node,
+                "the experts' parameters differ in shape, dtype, device or layout",
+            )
         if parameter.stacked is not None and not _is_same(tensors[0].shape[0], region.num_experts):  # pyright: ignore[reportOptionalMemberAccess]
-            raise Rejected("every_expert_is_covered", parameter.node, f"weights of another number of experts than the {region.num_experts} of the loop")
+            raise Rejected(
+                "every_expert_is_covered",
+                parameter.node,
+                f"weights of another number of experts than the {region.num_experts} of the loop",
+            )
         if parameter.tensors and len(set(parameter.tensors)) != len(parameter.tensors):
             raise Rejected("experts_have_their_own_parameters", parameter.node, "two experts share a parameter")
 
@@ -85,7 +105,9 @@ def accumulator_starts_as_zeros(region: MoERegion) -> None:
     if op_name(region.accumulator) not in _ZEROS:
         raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the loop does not add to fresh zeros")
     if region.accumulator.kwargs.get("requires_grad", False):
-        raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the output is a leaf that requires gradients")
+        raise Rejected(
+            "accumulator_starts_as_zeros", region.accumulator, "the output is a leaf that requires gradients"
+        )
 
 
 def accumulator_is_not_read_inside(region: MoERegion) -> None:
@@ -117,7 +139,12 @@ def _ancestors(region: MoERegion, inside: set[fx.Node]) -> set[fx.Node]:
     """Nodes of the loop that the accumulations need."""
     seen: set[fx.Node] = set()
     stack = [node for accumulation in region.accumulations for node in accumulation.nodes if node is not region.result]
-    stack += [source for accumulation in region.accumulations for node in accumulation.nodes for source in node.all_input_nodes]
+    stack += [
+        source
+        for accumulation in region.accumulations
+        for node in accumulation.nodes
+        for source in node.all_input_nodes
+    ]
     while stack:
         node = stack.pop()
         if node in inside and node not in seen:
@@ -145,14 +172,18 @@ def nothing_is_written_inside(region: MoERegion) -> None:
         if first < place < order[region.result] and node not in own and is_inplace(node):
             target = _storage(node)
             if target in read or target in region.inner:
-                raise Rejected("nothing_is_written_inside", node, f"`{op_name(node)}` writes to something that the loop reads")
+                raise Rejected(
+                    "nothing_is_written_inside", node, f"`{op_name(node)}` writes to something that the loop reads"
+                )
 
 
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield region.ids_TK
     yield from _routing_nodes(region)
     for node in region.inner:
-        yield from (source for source in node.all_input_nodes if source not in region.inner and source is not region.accumulator)
+        yield from (
+            source for source in node.all_input_nodes if source not in region.inner and source is not region.accumulator
+        )
 
 
 def _routing_nodes(region: MoERegion) -> set[fx.Node]:
@@ -216,7 +247,11 @@ def repeated_ids_are_counted(region: MoERegion) -> None:
     if all(accumulation.counts_duplicates for accumulation in region.accumulations) or _single_choice(region.ids_TK):
         return
     if not ids_are_distinct(region.ids_TK):
-        raise Rejected("repeated_ids_are_counted", region.anchor, "`+=` at repeated tokens adds once, and the ids of a token may repeat")
+        raise Rejected(
+            "repeated_ids_are_counted",
+            region.anchor,
+            "`+=` at repeated tokens adds once, and the ids of a token may repeat",
+        )
 
 
 def _single_choice(ids: fx.Node) -> bool:
@@ -250,7 +285,9 @@ def _keeps_rows(node: fx.Node) -> bool:
     before, after = fake_tensor(node.args[0]), fake_tensor(node)
     if op_name(node) in ("to", "long", "int"):
         return after is not None and after.dtype in (torch.int32, torch.int64)
-    return before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
+    return (
+        before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
+    )
 
 
 def guards_are_of_the_same_expert(region: MoERegion) -> None:
@@ -258,7 +295,11 @@ def guards_are_of_the_same_expert(region: MoERegion) -> None:
     for accumulation, mask in zip(region.accumulations, region.masks, strict=True):
         for node in accumulation.nodes:
             if any(ids is not mask.ids or expert != mask.expert for ids, expert in guards_of(node)):
-                raise Rejected("guards_are_of_the_same_expert", node, "an expert's work depends on whether another expert has a token")
+                raise Rejected(
+                    "guards_are_of_the_same_expert",
+                    node,
+                    "an expert's work depends on whether another expert has a token",
+                )
 
 
 def carried_tensors_are_the_output(region: MoERegion) -> None:
@@ -267,7 +308,9 @@ def carried_tensors_are_the_output(region: MoERegion) -> None:
         return
     for before, after in region.symbol.meta.get("scatter_moe_carried", ()):
         if before is not region.accumulations[0].accumulator or after is not region.result:
-            raise Rejected("carried_tensors_are_the_output", after, f"`{after.name}` is handed from one iteration to the next")
+            raise Rejected(
+                "carried_tensors_are_the_output", after, f"`{after.name}` is handed from one iteration to the next"
+            )
 
 
 def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
@@ -279,7 +322,6 @@ def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
 
 def _order(graph: fx.Graph) -> dict[fx.Node, int]:
     return {node: place for place, node in enumerate(graph.nodes)}
-
 
 
 RULES: tuple[Callable[[MoERegion], None], ...] = (

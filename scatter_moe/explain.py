@@ -27,7 +27,9 @@ class Explanation:
         self.graphs = report.graphs
 
     def __str__(self) -> str:
-        lines = [f"scatter_moe: {len(self.regions)} rewritten, {len(self.rejections)} left as they are, {self.graphs} graphs"]
+        lines = [
+            f"scatter_moe: {len(self.regions)} rewritten, {len(self.rejections)} left as they are, {self.graphs} graphs"
+        ]
         lines += _table([_row(region) for region in self.regions]) if self.regions else []
         for deviation in dict.fromkeys(deviation for region in self.regions for deviation in region.deviations):
             lines.append(f"  deviation: {deviation}")
@@ -55,9 +57,20 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
 def _row(region: RegionReport) -> tuple[str, ...]:
     source = region.source.rsplit("/", 1)[-1]
-    return (region.module_path, region.form, str(region.num_experts), str(region.top_k), region.activation, region.op, source)
+    return (
+        region.module_path,
+        region.form,
+        str(region.num_experts),
+        str(region.top_k),
+        region.activation,
+        region.op,
+        source,
+    )
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in [_HEADERS, *rows]) for column in range(len(_HEADERS))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [_HEADERS, *rows]]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [_HEADERS, *rows]
+    ]

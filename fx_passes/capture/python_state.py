@@ -26,7 +26,9 @@ _MAX_DEPTH = 8
 def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
     """Everything that code from instruction `at` of `tx` on, or its callers, can read. `stack_size` values of the stack count."""
     live = live_locals(tx, at)
-    state: Snapshot = {f"local {name}": _describe(tx.symbolic_locals[name]) for name in live if name in tx.symbolic_locals}
+    state: Snapshot = {
+        f"local {name}": _describe(tx.symbolic_locals[name]) for name in live if name in tx.symbolic_locals
+    }
     state["grad mode or autocast"] = _modes()
     state["stack"] = tuple(_describe(value) for value in tx.stack[:stack_size])
     caller = tx.parent

@@ -25,10 +25,14 @@ def match(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion | None:
     if isinstance(symbol, int):
         return None
     if len(found) != 1:
-        raise Rejected("every_expert_is_covered", found[0].result, "the loop adds to its output more than once an iteration")
+        raise Rejected(
+            "every_expert_is_covered", found[0].result, "the loop adds to its output more than once an iteration"
+        )
     hit = fact(symbol.args[0])
     if not isinstance(hit, Hit) or hit.ids is not masks[0].ids:
-        raise Rejected("every_expert_is_covered", symbol, "the list of hit experts was made from other ids than the mask")
+        raise Rejected(
+            "every_expert_is_covered", symbol, "the list of hit experts was made from other ids than the mask"
+        )
     classes = [c for c in range(hit.num_classes) if not _is_excluded(c, symbol)]
     if classes != list(range(len(classes))):
         raise Rejected("every_expert_is_covered", symbol, "the loop skips an expert that is not the last")

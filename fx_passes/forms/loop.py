@@ -17,12 +17,19 @@ def masks_of(found: list[Accumulation]) -> tuple[Mask, ...]:
         assert rows is not None
         masks.append(rows.mask)
     if len({mask.ids for mask in masks}) != 1:
-        raise Rejected("one_routing_selects_all_rows", found[0].result, "the experts select their tokens by different ids")
+        raise Rejected(
+            "one_routing_selects_all_rows", found[0].result, "the experts select their tokens by different ids"
+        )
     return tuple(masks)
 
 
 def region_of(
-    form: str, accumulator: fx.Node, found: list[Accumulation], masks: tuple[Mask, ...], num_experts: int, symbol: fx.Node | None
+    form: str,
+    accumulator: fx.Node,
+    found: list[Accumulation],
+    masks: tuple[Mask, ...],
+    num_experts: int,
+    symbol: fx.Node | None,
 ) -> MoERegion:
     """Raises Rejected where the experts' bodies are not the same computation."""
     try:

@@ -23,7 +23,11 @@ def match(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion | None:
     if len(numbers) != len(experts):
         return None
     if sorted(numbers) != list(range(len(numbers))):
-        raise Rejected("every_expert_is_covered", found[0].result, f"the loop runs over {_brief(numbers)}, not over 0..E-1, each once")
+        raise Rejected(
+            "every_expert_is_covered",
+            found[0].result,
+            f"the loop runs over {_brief(numbers)}, not over 0..E-1, each once",
+        )
     return region_of(NAME, accumulator, found, masks, len(numbers), symbol=None)
 
 

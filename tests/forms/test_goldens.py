@@ -1,0 +1,270 @@
+"""The graph that each form is rewritten to, pinned. `make goldens` accepts a change; read the diff before committing it."""
+
+import pytest
+import torch
+
+expecttest = pytest.importorskip("expecttest", reason="goldens are pinned with expecttest, which is not installed here")
+
+from tests.forms.graph_text import rewritten_graph  # noqa: E402
+from tests.zoo import ZOO, hidden_states  # noqa: E402
+
+CASES = {case.name: case for case in ZOO}
+
+
+class Goldens(expecttest.TestCase):
+    maxDiff = None
+
+    def setUp(self):
+        torch._dynamo.reset()
+
+    def golden(self, name: str) -> str:
+        return rewritten_graph(CASES[name].make(), hidden_states())
+
+    def test_range_loop(self):
+        self.assertExpectedInline(
+            self.golden("mixtral_445"),
+            """\
+v14 = .view(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = scatter_moe.route(v19, 4)
+v24 = getitem(v23, 0)
+v25 = getitem(v23, 1)
+v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v27 = .reshape(v26, 2, 12, 16)
+return (v27, v15)""",
+        )
+
+    def test_range_loop_with_guard(self):
+        self.assertExpectedInline(
+            self.golden("any_guard"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = eq(v19, 0)
+v24 = .any(v23)
+v25 = eq(v19, 1)
+v26 = .any(v25)
+v27 = eq(v19, 2)
+v28 = .any(v27)
+v29 = eq(v19, 3)
+v30 = .any(v29)
+v31 = scatter_moe.route(v19, 4)
+v32 = getitem(v31, 0)
+v33 = getitem(v31, 1)
+v34 = scatter_moe.mlp(v14, v22, v32, v33, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v35 = .view_as(v34, hidden_states)
+return (v35)""",
+        )
+
+    def test_range_loop_over_stacked_weights(self):
+        self.assertExpectedInline(
+            self.golden("stacked_range"),
+            """\
+v4 = .view(hidden_states, -1, 16)
+v5 = .reshape(v4, -1, 16)
+v6 = linear(v5, gate_weight)
+v7 = softmax(v6, dtype=torch.float32, dim=-1)
+v8 = topk(v7, 2, dim=-1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = .sum(v9, dim=-1, keepdim=True)
+v12 = itruediv(v9, v11)
+v13 = .to(v12, torch.float32)
+v14 = scatter_moe.route(v10, 4)
+v15 = getitem(v14, 0)
+v16 = getitem(v14, 1)
+v17 = scatter_moe.mlp(v4, v13, v15, v16, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, False, output, 1.702, 7.0, torch.float32)
+v18 = .reshape(v17, (2, 12, 16))
+return (v18)""",
+        )
+
+    def test_range_loop_plus_equals(self):
+        self.assertExpectedInline(
+            self.golden("plus_equals"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = scatter_moe.route(v19, 4)
+v24 = getitem(v23, 0)
+v25 = getitem(v23, 1)
+v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v27 = .view_as(v26, hidden_states)
+return (v27)""",
+        )
+
+    def test_range_loop_of_any_body(self):
+        self.assertExpectedInline(
+            self.golden("range_layer_norm_first"),
+            """\
+v26 = .reshape(hidden_states, -1, 16)
+v27 = linear(v26, gate_weight, None)
+v28 = softmax(v27, dim=1, dtype=torch.float32)
+v29 = topk(v28, 2, dim=-1)
+v30 = getitem(v29, 0)
+v31 = getitem(v29, 1)
+v32 = .sum(v30, dim=-1, keepdim=True)
+v33 = itruediv(v30, v32)
+v34 = .to(v33, torch.float32)
+v35 = scatter_moe.route(v31, 4)
+v36 = getitem(v35, 0)
+v37 = getitem(v35, 1)
+v38 = scatter_moe.dispatch(v26, v36, v37, 2)
+v39 = layer_norm(v38, (16), eps=1e-05)
+v40 = .size(v36, 0)
+v41 = scatter_moe.expand([experts_0_0_weight, experts_1_0_weight, experts_2_0_weight, experts_3_0_weight], v37, v40)
+v42 = .mul(v39, v41)
+v43 = .size(v36, 0)
+v44 = scatter_moe.expand([experts_0_0_bias, experts_1_0_bias, experts_2_0_bias, experts_3_0_bias], v37, v43)
+v45 = .add(v42, v44)
+v46 = .to(v45, torch.float32)
+v47 = scatter_moe.parallel_linear(v46, [experts_0_1_weight, experts_1_1_weight, experts_2_1_weight, experts_3_1_weight], v36, v37, 1, True, True, [experts_0_1_bias, experts_1_1_bias, experts_2_1_bias, experts_3_1_bias], False)
+v48 = silu(v47, inplace=False)
+v49 = scatter_moe.parallel_linear(v48, [experts_0_3_weight, experts_1_3_weight, experts_2_3_weight, experts_3_3_weight], v36, v37, 1, True, True, [experts_0_3_bias, experts_1_3_bias, experts_2_3_bias, experts_3_3_bias], False)
+v50 = scatter_moe.combine(v49, v34, v36, v37, 2, True, torch.float32)
+v51 = .view_as(v50, hidden_states)
+return (v51)""",
+        )
+
+    def test_hit_loop(self):
+        self.assertExpectedInline(
+            self.golden("stacked_sentinel"),
+            """\
+v4 = .view(hidden_states, -1, 16)
+v5 = .reshape(v4, -1, 16)
+v6 = linear(v5, gate_weight)
+v7 = softmax(v6, dtype=torch.float32, dim=-1)
+v8 = topk(v7, 2, dim=-1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = .sum(v9, dim=-1, keepdim=True)
+v12 = itruediv(v9, v11)
+v13 = .to(v12, torch.float32)
+v14 = _set_grad_enabled(False)
+v15 = _set_grad_enabled(True)
+v16 = scatter_moe.route(v10, 4)
+v17 = getitem(v16, 0)
+v18 = getitem(v16, 1)
+v19 = scatter_moe.mlp(v4, v13, v17, v18, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, False, output, 1.702, 7.0, torch.float32)
+v20 = .reshape(v19, (2, 12, 16))
+return (v20)""",
+        )
+
+    def test_hit_loop_over_modules(self):
+        self.assertExpectedInline(
+            self.golden("mixtral_451"),
+            """\
+v14 = .view(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = one_hot(v19, num_classes=4)
+v24 = .permute(v23, 2, 1, 0)
+v25 = .sum(v24, dim=(-1, -2))
+v26 = greater(v25, 0)
+v27 = .nonzero(v26)
+v28 = aten.sym_size.int(v27, 0)
+v29 = ge(v28, 0)
+v30 = aten._assert_scalar(v29, Runtime assertion failed for expression u0 >= 0 on node 'ge')
+v31 = le(v28, 4)
+v32 = aten._assert_scalar(v31, Runtime assertion failed for expression u0 <= 4 on node 'le')
+v33 = scatter_moe.route(v19, 4)
+v34 = getitem(v33, 0)
+v35 = getitem(v33, 1)
+v36 = scatter_moe.mlp(v14, v22, v34, v35, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v37 = .reshape(v36, 2, 12, 16)
+return (v37, v15)""",
+        )
+
+    def test_hit_loop_gpt_oss(self):
+        self.assertExpectedInline(
+            self.golden("gpt_oss_5"),
+            """\
+v7 = .reshape(hidden_states, -1, 16)
+v8 = linear(v7, weight, bias)
+v9 = topk(v8, 2, dim=-1)
+v10 = getitem(v9, 0)
+v11 = getitem(v9, 1)
+v12 = softmax(v10, dim=1, dtype=torch.float32)
+v13 = _set_grad_enabled(False)
+v14 = _set_grad_enabled(True)
+v15 = scatter_moe.route(v11, 4)
+v16 = getitem(v15, 0)
+v17 = getitem(v15, 1)
+v18 = scatter_moe.mlp(v7, v12, v16, v17, [experts_gate_up_proj], [], [experts_down_proj], [experts_gate_up_proj_bias], [], [experts_down_proj_bias], clamped_swiglu, interleaved, True, output, 1.702, 1.5, torch.float32)
+v19 = .reshape(v18, (2, 12, 16))
+return (v19, v12)""",
+        )
+
+    def test_hit_loop_with_weight_table(self):
+        self.assertExpectedInline(
+            self.golden("gpt_oss_457"),
+            """\
+v7 = .reshape(hidden_states, -1, 16)
+v8 = linear(v7, weight, bias)
+v9 = topk(v8, 2, dim=-1)
+v10 = getitem(v9, 0)
+v11 = getitem(v9, 1)
+v12 = softmax(v10, dim=1, dtype=torch.float32)
+v13 = zeros(24, 4, dtype=torch.float32, device=cpu)
+v14 = .scatter(v13, 1, v11, v12)
+v15 = _set_grad_enabled(False)
+v16 = _set_grad_enabled(True)
+v17 = _set_grad_enabled(False)
+v18 = _set_grad_enabled(True)
+v19 = scatter_moe.route(v11, 4)
+v20 = getitem(v19, 0)
+v21 = getitem(v19, 1)
+v22 = .clamp(v11, 0, 3)
+v23 = .long(v22)
+v24 = .gather(v14, 1, v23)
+v25 = scatter_moe.mlp(v7, v24, v20, v21, [experts_gate_up_proj], [], [experts_down_proj], [experts_gate_up_proj_bias], [], [experts_down_proj_bias], clamped_swiglu, interleaved, True, output, 1.702, 1.5, torch.float32)
+v26 = .reshape(v25, (2, 12, 16))
+return (v26, v12)""",
+        )
+
+    def test_weight_on_input(self):
+        self.assertExpectedInline(
+            self.golden("weight_on_input"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = scatter_moe.route(v19, 4)
+v24 = getitem(v23, 0)
+v25 = getitem(v23, 1)
+v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, input, 1.702, 7.0, torch.float32)
+v27 = .view_as(v26, hidden_states)
+return (v27)""",
+        )
