@@ -15,6 +15,13 @@ def median_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5
     return statistics.median(measure(function) for _ in range(repeats))
 
 
+def queued_ms(function: Callable[[], object], calls: int = 10) -> float:
+    """Milliseconds of one call among several that are queued without waiting, as in training: the host runs ahead."""
+    function()
+    torch.cuda.synchronize()
+    return _cuda_ms(lambda: [function() for _ in range(calls)]) / calls
+
+
 def graph_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5) -> float:
     """Median milliseconds of one call within a replayed CUDA graph of several: what the GPU alone takes."""
     for _ in range(warmup):

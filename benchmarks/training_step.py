@@ -8,6 +8,7 @@ are checked against the reference first: nothing is printed for a shape that fai
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
 from benchmarks.shapes import SHAPES, Inputs, Shape, inputs
-from benchmarks.timing import median_ms, peak_gib
+from benchmarks.timing import peak_gib, queued_ms
 from scatter_ops import cuda, reference
 
 TOLERANCE = 1e-2  # relative RMS difference to the reference on the same bfloat16 inputs
@@ -74,7 +75,7 @@ def measure(name: str, rounds: int, zipf: float) -> dict[str, Any]:
     times = {key: [] for key in functions}
     for _ in range(rounds):
         for key, function in functions.items():
-            times[key].append(median_ms(function, repeats=5, warmup=2))
+            times[key].append(queued_ms(function))
 
     def ratio(key: str, baseline: str) -> float:
         return statistics.median(b / t for b, t in zip(times[baseline], times[key], strict=True))
@@ -87,8 +88,17 @@ def measure(name: str, rounds: int, zipf: float) -> dict[str, Any]:
         "training_forward_ratio": ratio("training_forward", "dense_forward"),
         "step_ratio": ratio("step", "dense_step"),
         "step_peak_gib": peak,  # over what was allocated before the step
+        "forward_host_us": 1e6 * statistics.median(seconds_to_launch(functions["forward"]) for _ in range(9)),
         "worst_error": max(errors.values()),
     }
+
+
+def seconds_to_launch(function: Callable[[], Any]) -> float:
+    """Host time of one call, the device idle before it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def breakdown(name: str, zipf: float) -> list[dict[str, Any]]:

@@ -119,8 +119,10 @@ def _heuristic(op: str, capability: tuple[int, int], shape: ShapeClass, dtype: t
         wide = precision == "tf32" and block_m == 128
         parts = 2 if op == "glu_backward" else 1
         return Config(min(block_m, 64), 128 if wide else 64, 32 if wide else 16, num_warps=4, epilogue_parts=parts)
-    if block_m < 128:
-        return Config(block_m, 128, 64, num_warps=4, num_stages=4)
+    if op == "weight_grad" and shape.rows <= 64:
+        return Config(128, 128, max(16, min(32, shape.rows)), num_warps=8)
+    if block_m < 128:  # as many bytes of weights in flight as there is room for: they are what such a product costs
+        return Config(block_m, 128, 128, num_warps=4, num_stages=3, epilogue_parts=2 if op == "glu_backward" else 1)
     if shared_memory_limit(capability) < shared_memory_bytes(op, HOPPER, dtype) or capability < (9, 0):
         return Config(128, 128, 32, num_warps=8, num_stages=4, epilogue_parts=2)
     regroup = op in ("weight_grad", "glu_backward")

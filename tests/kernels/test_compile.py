@@ -27,13 +27,18 @@ def training_step(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [*((capability, torch.bfloat16) for capability in CAPABILITIES), ((8, 6), torch.float32)],
+    ("capability", "dtype", "rows_per_expert"),
+    [
+        *((capability, torch.bfloat16, 4096) for capability in CAPABILITIES),
+        ((8, 6), torch.bfloat16, 64),
+        ((8, 6), torch.float32, 4096),
+        ((9, 0), torch.bfloat16, 8),
+    ],
     ids=str,
 )
-def test_kernels_fit(capability: tuple[int, int], dtype: torch.dtype):
-    # Many rows for each expert make for the largest tiles.
-    with offline.recorded(capability, rows_per_expert=4096) as launches:
+def test_kernels_fit(capability: tuple[int, int], dtype: torch.dtype, rows_per_expert: int):
+    """Many rows for each expert take the largest tiles, few the deepest ones."""
+    with offline.recorded(capability, rows_per_expert) as launches:
         training_step(dtype)
     limit = 1024 * tuning.SHARED_MEMORY_KIB[capability]
     for launch in launches:
