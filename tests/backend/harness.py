@@ -90,7 +90,10 @@ def send_back(outputs, seed, grad_dtype):
     """Backward with unit-scale random gradients, the same for the same seed."""
     differentiable = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     generator = torch.Generator().manual_seed(seed + 1)
-    drawn = [torch.randn(leaf.shape, generator=generator).to(grad_dtype or leaf.dtype) for leaf in differentiable]
+    drawn = [
+        torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(grad_dtype or leaf.dtype)
+        for leaf in differentiable
+    ]
     upstream = [grad.to(leaf.dtype) for grad, leaf in zip(drawn, differentiable, strict=True)]
     if differentiable:
         torch.autograd.backward(differentiable, upstream)

@@ -1,6 +1,8 @@
 """Keeps the routing of a low-precision run, for a run in another precision to send its tokens to the same experts."""
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.max.dim)
@@ -36,3 +38,16 @@ class ReplayChoices(TorchDispatchMode):
         if indices.ndim < args[0].ndim:
             return args[0].gather(dim, indices.unsqueeze(dim)).squeeze(dim), indices
         return args[0].gather(dim, indices), indices
+
+
+class FloatMeansDouble(TorchFunctionMode):
+    """Turns every request for float32 into one for float64: routers ask for it by name."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        wider = {torch.float32: torch.float64}
+        args, kwargs = pytree.tree_map(
+            lambda value: wider.get(value, value) if isinstance(value, torch.dtype) else value, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)

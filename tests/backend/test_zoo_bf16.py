@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.backend.harness import Seen, compile_ours, fresh_dynamo, observe, rewritten
-from tests.backend.replay import RecordChoices, ReplayChoices
+from tests.backend.replay import FloatMeansDouble, RecordChoices, ReplayChoices
 from tests.numerics import MIN_ELEMENTS, MIN_SEEDS, Sample, assert_low_precision
 from tests.zoo import ZOO, hidden_states
 
@@ -17,13 +17,26 @@ QUICK = ("mixtral_445", "deepseek_v3_457", "stacked_sentinel", "gpt_oss_5", "ran
 CASES = [case for case in ZOO if case.must_rewrite and not case.random]
 
 
-def by_role(seen: Seen):
-    """Outputs and gradients, with the parameters of all experts as one: experts.3.w1 and experts.0.w1 play one role."""
+def role_of(name):
+    """Parameters of all experts play one role, those of a router or a norm another."""
+    if name.startswith(("output", "input")):
+        return name
+    if "experts." in name:
+        return re.sub(r"\.\d+\.", ".*.", name)
+    return name.rpartition(".")[0] or "router"
+
+
+def by_role(seen: Seen, learning):
+    """Outputs and gradients, flattened and joined by role; `learning` has the shapes of what gets gradients."""
     named = {f"output {i}": leaf for i, leaf in enumerate(seen.outputs)} | seen.grads
     roles = defaultdict(list)
     for name, tensor in named.items():
-        if tensor is not None:
-            roles[re.sub(r"\.\d+\.", ".*.", name)].append(tensor.flatten())
+        if name in learning and tensor is None:
+            tensor = torch.zeros(learning[name])
+        if name.startswith(("output", "input")) or name in learning:
+            roles[role_of(name)].append(tensor.flatten())
+        else:
+            assert tensor is None, f"{name} is frozen, yet it got a gradient"
     return {role: torch.cat(tensors) for role, tensors in roles.items()}
 
 
@@ -32,29 +45,23 @@ def sample(case, compiled, module, seed):
     naive = case.make(seed, torch.bfloat16)
     exact = copy.deepcopy(naive).double()
     module.load_state_dict(naive.state_dict())
+    learning = {name: parameter.shape for name, parameter in naive.named_parameters() if parameter.requires_grad}
     x = hidden_states(TOKENS, seed, torch.bfloat16)
     x_exact = x.detach().double().requires_grad_()
     with RecordChoices() as record:
         seen_naive = observe(naive, naive, x, seed=seed)
-    with ReplayChoices(record.choices):
+    with ReplayChoices(record.choices), FloatMeansDouble():
         seen_exact = observe(exact, exact, x_exact, seed=seed, grad_dtype=torch.bfloat16)
     seen_ours = observe(compiled, module, x, seed=seed)
-    return Sample(zeros_for_none(seen_ours), zeros_for_none(seen_naive), zeros_for_none(seen_exact))
-
-
-def zeros_for_none(seen: Seen):
-    """An expert without tokens: None in eager, zeros in ours."""
-    like = {name: tensor for name, tensor in seen.grads.items() if tensor is None}
-    assert not like, f"every expert has tokens in these inputs, yet {sorted(like)} got no gradient"
-    return by_role(seen)
+    return Sample(*(by_role(seen, learning) for seen in (seen_ours, seen_naive, seen_exact)))
 
 
 def seeds_needed(case):
-    """Enough that the smallest tensor has MIN_ELEMENTS elements."""
+    """Enough that the smallest role has MIN_ELEMENTS elements."""
     counts = defaultdict(int)
     for name, parameter in case.make().named_parameters():
         if parameter.requires_grad:
-            counts[re.sub(r"\.\d+\.", ".*.", name)] += parameter.numel()
+            counts[role_of(name)] += parameter.numel()
     return max(MIN_SEEDS, *(-(-MIN_ELEMENTS // count) for count in counts.values()))
 
 
