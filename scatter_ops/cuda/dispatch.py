@@ -1,10 +1,10 @@
 """The launch that copies rows into grouped order, for dispatch and for GEMMs that would rather not gather."""
 
 import torch
-import triton
 from torch import Tensor
 
 from scatter_ops.cuda.grouped_gemm import Routing
+from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.kernels.rows import dispatch_kernel
 
 MAX_BLOCK = 1024
@@ -12,7 +12,7 @@ MAX_BLOCK = 1024
 
 def column_block(num_columns: int) -> int:
     """Columns that a program which walks a row takes at a time."""
-    return min(MAX_BLOCK, max(16, triton.next_power_of_2(num_columns)))
+    return min(MAX_BLOCK, max(16, next_power_of_2(num_columns)))
 
 
 def dispatch_rows(x: Tensor, routing: Routing, divisor: int) -> Tensor:
@@ -23,7 +23,7 @@ def dispatch_rows(x: Tensor, routing: Routing, divisor: int) -> Tensor:
     out = torch.empty(routing.num_slots, num_columns, dtype=x.dtype, device=x.device)
     if out.numel():
         block = column_block(num_columns)
-        dispatch_kernel[(routing.num_slots // divisor, triton.cdiv(num_columns, block))](
+        dispatch_kernel[(routing.num_slots // divisor, cdiv(num_columns, block))](
             x, out, routing.inverse_N, num_columns, x.stride(0), divisor, block
         )
     return out

@@ -6,12 +6,12 @@ N slots, D model width, F expert width, H columns of h.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
+from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
 from scatter_ops.kernels.glu_backward import bias_partials_kernel, glu_backward_kernel, sum_partials_kernel
 
@@ -55,7 +55,7 @@ def glu_backward(
 
 def num_column_tiles(h_NH: Tensor, down: ExpertWeight, glu: Glu) -> int:
     """Partials of the router weight's gradient that glu_backward writes for each slot."""
-    return triton.cdiv(down.n, select_config("glu_backward", h_NH, glu.routing, down.n, down.k).block_n)
+    return cdiv(down.n, select_config("glu_backward", h_NH, glu.routing, down.n, down.k).block_n)
 
 
 def _launch(
@@ -80,7 +80,7 @@ def _launch(
 
     # Without a gradient of h or of the router weights nothing but the activation is needed: the product is empty then.
     only_a = grad_h is None and grad_pre is None and partials is None
-    num_tiles = tiles.max_row_tiles * triton.cdiv(f_size, config.block_n)
+    num_tiles = tiles.max_row_tiles * cdiv(f_size, config.block_n)
     glu_backward_kernel[grid_size(config, num_tiles, h_NH.device)](
         grad_out,
         w,
@@ -136,7 +136,7 @@ def add_bias_partials(partials: Tensor, grad_out: Rows, bias: ExpertBias, glu: G
         TOP_K=glu.top_k,
         BIAS=bias.kind,
         BLOCK_M=block_m,
-        BLOCK_D=min(256, max(16, triton.next_power_of_2(num_columns))),
+        BLOCK_D=min(256, max(16, next_power_of_2(num_columns))),
     )
 
 
@@ -146,13 +146,13 @@ def sum_partials(partials: Tensor, glu: Glu) -> Tensor:
     num_slots, num_partials = partials.shape
     if num_slots:
         block = 128
-        sum_partials_kernel[(triton.cdiv(num_slots, block),)](
+        sum_partials_kernel[(cdiv(num_slots, block),)](
             partials,
             glu.routing.inverse_N,
             out_TK,
             num_slots,
             num_partials,
             block,
-            triton.next_power_of_2(num_partials),
+            next_power_of_2(num_partials),
         )
     return out_TK

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops import tuning
 from scatter_ops.cuda.device import capability, dot_precision, num_multiprocessors
+from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
 from scatter_ops.cuda.routing import Schedule, schedule
 from scatter_ops.kernels.grouped_gemm import grouped_gemm_kernel
@@ -134,7 +134,7 @@ def grouped_gemm(
     config = select_config("grouped_gemm", rows.data, routing, weight.n, weight.k)
     tiles = routing.schedule(config.block_m)
     x, w, options = product_options(rows, weight, config, config.block_n, n_ways=1)
-    grid = grid_size(config, tiles.max_row_tiles * triton.cdiv(weight.n, config.block_n), out.device)
+    grid = grid_size(config, tiles.max_row_tiles * cdiv(weight.n, config.block_n), out.device)
     out_tma = config.tma_out and not scatter and uses_tma(config, out.device) and tma_can_read(out)
     grouped_gemm_kernel[grid](
         x,

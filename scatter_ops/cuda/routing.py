@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from scatter_ops.cuda.device import on_its_device
+from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.kernels.routing import count_before_kernel, count_experts_kernel, place_slots_kernel
 from scatter_ops.kernels.schedule import schedule_kernel
 
@@ -20,8 +20,8 @@ def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     num_slots = ids.numel()
     order_N = torch.empty(num_slots, dtype=torch.int32, device=ids.device)
     offsets_E = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
-    bins = triton.next_power_of_2(num_experts + 1)
-    num_blocks = max(1, triton.cdiv(num_slots, SORT_BLOCK))
+    bins = next_power_of_2(num_experts + 1)
+    num_blocks = max(1, cdiv(num_slots, SORT_BLOCK))
     counts = before = totals = offsets_E
     if num_blocks > 1:
         counts, before = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=ids.device).unbind(0)
@@ -29,7 +29,7 @@ def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         count_experts_kernel[(num_blocks,)](ids, counts, num_slots, num_experts, bins, SORT_BLOCK)
         columns = min(bins, 16)
         count_before_kernel[(bins // columns,)](counts, before, totals, num_blocks, bins, columns, ROWS=128)
-    block = SORT_BLOCK if num_blocks > 1 else max(16, triton.next_power_of_2(num_slots))
+    block = SORT_BLOCK if num_blocks > 1 else max(16, next_power_of_2(num_slots))
     place_slots_kernel[(num_blocks,)](
         ids, counts, before, totals, order_N, offsets_E, num_slots, num_experts, bins, block, num_blocks == 1
     )
@@ -47,10 +47,10 @@ class Schedule:
 
 def schedule(order_N: Tensor, offsets_E: Tensor, block_m: int, with_inverse: bool) -> Schedule:
     num_slots, num_experts = order_N.numel(), offsets_E.numel()
-    max_row_tiles = triton.cdiv(num_slots, block_m) + num_experts
+    max_row_tiles = cdiv(num_slots, block_m) + num_experts
     tile_map = torch.empty(1 + 2 * max_row_tiles, dtype=torch.int32, device=order_N.device)
     inverse_N = torch.empty_like(order_N) if with_inverse else None
-    inverse_blocks = triton.cdiv(num_slots, SORT_BLOCK) if with_inverse else 0
+    inverse_blocks = cdiv(num_slots, SORT_BLOCK) if with_inverse else 0
     schedule_kernel[(num_experts + inverse_blocks,)](
         order_N,
         offsets_E,
@@ -58,7 +58,7 @@ def schedule(order_N: Tensor, offsets_E: Tensor, block_m: int, with_inverse: boo
         tile_map,
         num_slots,
         num_experts,
-        triton.next_power_of_2(num_experts),
+        next_power_of_2(num_experts),
         block_m,
         SORT_BLOCK,
     )

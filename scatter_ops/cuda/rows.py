@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from scatter_ops.cuda.device import on_its_device
 from scatter_ops.cuda.dispatch import column_block, dispatch_rows
 from scatter_ops.cuda.grouped_gemm import Routing, Rows
+from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.parameters import expert_bias
 from scatter_ops.cuda.routing import inverse_order
 from scatter_ops.cuda.weight_grad import grouped_sum
@@ -51,7 +51,7 @@ def combine_rows(
     if out_TD.numel():
         weights = None if topk_weights_TK is None else topk_weights_TK.contiguous()
         block = column_block(num_columns)
-        combine_kernel[(num_tokens, triton.cdiv(num_columns, block))](
+        combine_kernel[(num_tokens, cdiv(num_columns, block))](
             y, weights, inverse_N, out_TD, num_columns, y.stride(0), top_k, grouped_in, block
         )
     return out_TD
@@ -115,7 +115,7 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
         num_columns,
         flat.stride_e,
         num_experts,
-        triton.next_power_of_2(num_experts),
+        next_power_of_2(num_experts),
         flat.kind == "list",
         column_block(num_columns),
     )

@@ -1,7 +1,6 @@
 """Launches of the per-expert reductions: weight gradients and sums of grouped rows. E experts."""
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -9,6 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from scatter_ops.cuda.device import dot_precision
 from scatter_ops.cuda.dispatch import dispatch_rows
 from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, select_config, tma_can_read, uses_tma
+from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.kernels.weight_grad import grouped_sum_kernel, weight_grad_kernel
 
 
@@ -21,8 +21,8 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
     config = select_config("weight_grad", left.data, routing, p_size, q_size)
     if config.regroup:
         left, right = (regrouped(rows, routing) for rows in (left, right))
-    block_p, block_q = min(config.block_m, max(32, triton.next_power_of_2(p_size))), config.block_n
-    num_tiles = routing.num_experts * triton.cdiv(p_size, block_p) * triton.cdiv(q_size, block_q)
+    block_p, block_q = min(config.block_m, max(32, next_power_of_2(p_size))), config.block_n
+    num_tiles = routing.num_experts * cdiv(p_size, block_p) * cdiv(q_size, block_q)
     left_tma, right_tma = (
         uses_tma(config, out.device) and rows.divisor == 0 and tma_can_read(rows.data) for rows in (left, right)
     )
@@ -68,8 +68,8 @@ def grouped_sum(rows: Rows, scale: Tensor | None, routing: Routing, dtype: torch
     out = torch.empty(routing.num_experts, num_columns, dtype=dtype, device=rows.data.device)
     if out.numel() == 0:
         return out
-    block_columns = min(128, max(16, triton.next_power_of_2(num_columns)))
-    grouped_sum_kernel[(routing.num_experts, triton.cdiv(num_columns, block_columns))](
+    block_columns = min(128, max(16, next_power_of_2(num_columns)))
+    grouped_sum_kernel[(routing.num_experts, cdiv(num_columns, block_columns))](
         rows.data,
         scale,
         out,
