@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import registrations  # noqa: F401  (the ops must exist before a graph names them)
 from fx_passes import hook, pipeline
+from fx_passes.cache_key import caches_keyed_by_sources
 from fx_passes.capture import Capture, Event
 from fx_passes.region import Rejection
 from fx_passes.report import current_report, record_rejections, source_line
@@ -32,19 +33,25 @@ def backend(
 
     Args:
         mode: one of `torch.compile`'s modes; as with the inner backend Inductor alone.
-        options: Inductor's options, and `inner_backend`, the name of another registered backend (which takes no mode and no options here).
+        options: Inductor's options, and `inner_backend`, the name of another registered backend (which takes no mode
+            and no options here).
 
     Raises:
         RuntimeError: for an option that Inductor doesn't know.
         ValueError: for `mode` or options together with an inner backend other than Inductor.
     """
     inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(hook.current_capture()))
-    rewrite_graph(gm)
-    return inner(gm, example_inputs)
+    if not rewrite_graph(gm):
+        return inner(gm, example_inputs)
+    with caches_keyed_by_sources():
+        return inner(gm, example_inputs)
 
 
-def rewrite_graph(gm: fx.GraphModule) -> None:
-    """Rewrites `gm` in place and counts what was done; asks Dynamo to trace the frame again where an assumption did not hold."""
+def rewrite_graph(gm: fx.GraphModule) -> bool:
+    """Rewrites `gm` in place and counts what was done.
+
+    Asks Dynamo to trace the frame again where an assumption did not hold.
+    """
     capture = hook.current_capture()
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
     outcome = pipeline.run(gm)
@@ -57,6 +64,7 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
     report.graphs += 1
     if outcome.regions and before:
         log.debug("graph before the rewrite:\n%s\ngraph after it:\n%s", before, gm.print_readable(print_output=False))
+    return bool(outcome.regions)
 
 
 def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None:
