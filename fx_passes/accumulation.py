@@ -1,7 +1,7 @@
 """Finds where a loop adds an expert's rows to its output.
 
-    out.index_add_(0, tokens, value)      out = out.index_add(0, tokens, value)      counts a token that occurs twice, twice
-    out[tokens] += value                  out[tokens] = out[tokens] + value          keeps one of them
+    out.index_add_(0, tokens, value)    out = out.index_add(0, tokens, value)    counts a token that occurs twice, twice
+    out[tokens] += value                out[tokens] = out[tokens] + value        keeps one of them
 
 `tokens` must come from a mask of one expert; everything else in the graph is none of our business.
 """

@@ -1,11 +1,11 @@
 """The expert body: what one expert does to its rows, free of the loop it was written in.
 
-A loop over E experts that Dynamo unrolled holds E copies of the same computation. `unify` walks all of them at once and keeps one: constants
-must be equal, operations the same, and where the copies differ it must be in an expert's own parameter. A loop that was captured as one iteration
-over a symbolic expert is the case of a single copy.
+A loop over E experts that Dynamo unrolled holds E copies of the same computation. `unify` walks all of them at once and
+keeps one: constants must be equal, operations the same, and where the copies differ it must be in an expert's own
+parameter. A loop that was captured as one iteration over a symbolic expert is the case of a single copy.
 
-    Gathered        x[tokens]                    rows of a [T, ...] tensor
-    SlotGathered    weights[tokens, slots]       one value a row of a [T, K] tensor, or table[tokens, e] of a [T, E] tensor
+    Gathered        x[tokens]: rows of a [T, ...] tensor
+    SlotGathered    weights[tokens, slots]: one value a row of a [T, K] tensor, or table[tokens, e] of a [T, E] tensor
     PerExpert       an expert's parameter: a slice of one stacked tensor, or one of E tensors
     Shared          anything from outside the loop that is the same for all experts
     Op              an operation on these
@@ -35,7 +35,10 @@ class Gathered:
 
 @dataclass(frozen=True, eq=False)
 class SlotGathered:
-    """`trailing` dims of size one follow the row dim (`weights[tokens, slots, None]`). A `table` is indexed by expert, not by slot."""
+    """`trailing` dims of size one follow the row dim (`weights[tokens, slots, None]`).
+
+    A `table` is indexed by expert, not by slot.
+    """
 
     source: fx.Node
     node: fx.Node
@@ -65,7 +68,10 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """`name` applied to `args` and `kwargs` (nested tuples, lists and dicts of values and constants). `node` is the first expert's."""
+    """`name` applied to `args` and `kwargs` (nested tuples, lists and dicts of values and constants).
+
+    `node` is the first expert's.
+    """
 
     name: str
     node: fx.Node
@@ -140,7 +146,12 @@ def has_rows(value: Value) -> bool:
 
 
 def unify(copies: Sequence[fx.Node], masks: Sequence[Mask]) -> Body:
-    """The one body that all `copies` are instances of; copy i is computed on the slots of `masks[i]`. Raises NotIsomorphic."""
+    """The one body that all `copies` are instances of; copy i is computed on the slots of `masks[i]`.
+
+    Raises:
+        NotIsomorphic: if two copies compute different things.
+        UnknownOperation: at an operation without a name.
+    """
     walk = _Unifier(tuple(masks))
     root = walk.value(tuple(copies))
     return Body(root, tuple(walk.values))
@@ -272,10 +283,8 @@ def _simplified(op: Op) -> Value:
 
 def _swaps_two_dims(op: Op) -> bool:
     if op.name in ("t", "transpose", "permute", "swapaxes", "swapdims"):
-        return (
-            op.name == "t"
-            or {dim % 2 for dim in varargs(op.node, 1, "dims")} == {0, 1}
-            and varargs(op.node, 1, "dims") != (0, 1)
+        return op.name == "t" or (
+            {dim % 2 for dim in varargs(op.node, 1, "dims")} == {0, 1} and varargs(op.node, 1, "dims") != (0, 1)
         )
     return op.name == "getattr" and op.node.args[1] in ("T", "mT")
 

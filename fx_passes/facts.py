@@ -1,7 +1,7 @@
 """What routing tensors mean.
 
-A naive MoE loop hides its routing in tensor algebra: one_hot, permute, sum, `> 0`, nonzero, where. `fact(node)` reads that algebra back and
-answers with one of four statements, or None where it knows nothing:
+A naive MoE loop hides its routing in tensor algebra: one_hot, permute, sum, `> 0`, nonzero, where. `fact(node)` reads
+that algebra back and answers with a statement, or None where it knows nothing:
 
     OneHot   value[..., t, ..., k, ..., c] == 1 exactly where ids[t, k] == c
     Mask     value[..., t, ..., k] is true exactly where ids[t, k] == expert
@@ -72,13 +72,13 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Any_:
-    """A scalar: the number of slots of one expert, or whether there is any."""
+class Occupied:
+    """A scalar: how many slots one expert has, or whether it has any."""
 
     mask: Mask
 
 
-Fact = OneHot | Counts | Hit | Mask | Selection | Rows | Any_
+Fact = OneHot | Counts | Hit | Mask | Selection | Rows | Occupied
 
 
 def ids_dims(ids: fx.Node) -> Dims | None:
@@ -223,10 +223,13 @@ def _eq(node: fx.Node) -> Fact | None:
 
 
 def _reduce(node: fx.Node) -> Fact | None:
-    """`sum` or `any` over tokens and slots of a one-hot tensor counts the tokens of each class; of a mask, those of one expert."""
+    """`sum` or `any` over tokens and slots.
+
+    Of a one-hot tensor it counts the tokens of each class; of a mask, those of one expert.
+    """
     inner, dims = fact(node.args[0]), _reduced_dims(node)
     if isinstance(inner, Mask) and dims is None:
-        return Any_(inner)
+        return Occupied(inner)
     if not isinstance(inner, OneHot) or dims is None:
         return None
     kept = [label for at, label in enumerate(inner.dims) if at not in dims and at - len(inner.dims) not in dims]

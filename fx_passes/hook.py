@@ -1,8 +1,9 @@
 """The one place where Dynamo is extended.
 
-Dynamo traces a frame instruction by instruction in `InstructionTranslatorBase.step` and hands the graph over in `OutputGraph.call_user_compiler`.
-The wrappers below leave every frame alone whose compiler is not our backend and that holds no prepared model. Where a symbol is missing (another
-PyTorch), `install` says so once: then naive loops that Dynamo cannot trace by itself stay eager, and `prepare` has no effect.
+Dynamo traces a frame instruction by instruction in `InstructionTranslatorBase.step` and hands the graph over in
+`OutputGraph.call_user_compiler`. The wrappers below leave every frame alone whose compiler is not our backend and that
+holds no prepared model. Where a symbol is missing (another PyTorch), `install` says so once: then naive loops that
+Dynamo cannot trace by itself stay eager, and `prepare` has no effect.
 """
 
 import functools

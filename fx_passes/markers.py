@@ -1,8 +1,8 @@
 """Stand-ins for "the expert of this iteration" in a captured graph.
 
-A loop `for expert in hit` has a length that no graph can hold, so it is captured as one iteration over an expert that has no value: a node
-whose target is `current_expert`. Indexing by it is a node whose target is `select_expert`. Neither is ever executed for a result: a graph that
-still holds one after the rewrite is captured again without it.
+A loop `for expert in hit` has a length that no graph can hold, so it is captured as one iteration over an expert that
+has no value: a node whose target is `current_expert`. Indexing by it is a node whose target is `select_expert`. Neither
+is ever executed for a result: a graph that still holds one after the rewrite is captured again without it.
 """
 
 from typing import Any
@@ -22,7 +22,10 @@ def current_expert(hit: torch.Tensor) -> torch.Tensor:
 
 
 def select_expert(tensor: torch.Tensor, expert: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
-    """`tensor` at the expert's place along `dim`; `keepdim` where the index has shape [1], as advanced indexing keeps it."""
+    """`tensor` at the expert's place along `dim`.
+
+    `keepdim` where the index has shape [1]: advanced indexing keeps the dim.
+    """
     return tensor.narrow(dim, 0, 1).clone() if keepdim else tensor.select(dim, 0)
 
 

@@ -1,7 +1,8 @@
 """Names for the torch functions and tensor methods that Dynamo puts into a graph.
 
-Dynamo records `torch.nn.functional.silu(x)` as a function object and `x.sum(...)` as a method name. The passes reason about operations, so
-both become one name here. Functions are matched by identity: a user's own function that happens to be called `silu` has no name.
+Dynamo records `torch.nn.functional.silu(x)` as a function object and `x.sum(...)` as a method name. The passes reason
+about operations, so both become one name here. Functions are matched by identity: a user's own function that happens to
+be called `silu` has no name.
 """
 
 import inspect

@@ -1,6 +1,7 @@
 """The pass: find accumulators of expert rows, recognise the loop around each, verify it, rewrite it.
 
-Plan, then commit: a region is rewritten whole or not at all. Graphs of higher-order ops (checkpointing) are visited like the main one.
+Plan, then commit: a region is rewritten whole or not at all. Graphs of higher-order ops (checkpointing) are visited
+like the main one.
 """
 
 import logging

@@ -1,6 +1,7 @@
 """Models that are rewritten under every Dynamo backend, not under ours alone.
 
-`prepare(model)` remembers the model and its submodules. It changes nothing in them: eager runs the original, copies and checkpoints know nothing.
+`prepare(model)` remembers the model and its submodules. It changes nothing in them: eager runs the original, copies and
+checkpoints know nothing.
 """
 
 from collections.abc import Iterable

@@ -36,7 +36,10 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Accumulation:
-    """One `acc.index_add_(0, tokens, value)` or `acc[tokens] += value`. `nodes` are all nodes that belong to it, `result` the last."""
+    """One `acc.index_add_(0, tokens, value)` or `acc[tokens] += value`.
+
+    `nodes` are all nodes that belong to it, `result` the last.
+    """
 
     accumulator: fx.Node
     tokens: fx.Node
@@ -50,8 +53,8 @@ class Accumulation:
 class MoERegion:
     """A naive MoE loop: `out[t] = sum over k of body_e(x[t]) with e = ids[t, k]`, and the nodes that compute it.
 
-    `inner` are the nodes that depend on an expert's rows (or on the list of hit experts) and die with the loop. `hit` and `symbol` are there
-    where one iteration over a symbolic expert stands for the loop.
+    `inner` are the nodes that depend on an expert's rows (or on the list of hit experts) and die with the loop. `hit`
+    and `symbol` are there where one iteration over a symbolic expert stands for the loop.
     """
 
     form: str

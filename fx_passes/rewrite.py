@@ -1,7 +1,8 @@
 """Writes a verified region back into its graph as `torch.ops.scatter_moe.*`.
 
-A body that is an MLP becomes one `mlp`. Any other body is replayed once on all N grouped rows, each per-expert linear layer as a
-`parallel_linear`, and combined. Then the loop is erased. T tokens, K experts per token, N = T * K slots, E experts.
+A body that is an MLP becomes one `mlp`. Any other body is replayed once on all N grouped rows, each per-expert linear
+layer as a `parallel_linear`, and combined. Then the loop is erased. T tokens, K experts per token, N = T * K slots, E
+experts.
 """
 
 import operator

@@ -1,6 +1,7 @@
 """Is the expert body row-wise? Then it can run once on all grouped rows instead of once per expert.
 
-Every operation on rows must be known and must keep row i of its output a function of row i of its inputs. What isn't on a list here is refused.
+Every operation on rows must be known and must keep row i of its output a function of row i of its inputs. What isn't on
+a list here is refused.
 """
 
 import math
@@ -14,9 +15,12 @@ from fx_passes.ops import fake_tensor, normalized_dim, varargs
 from fx_passes.region import Rejected
 
 POINTWISE = frozenset(
-    """abs add addcmul bfloat16 celu clamp clamp_max clamp_min clip contiguous cos div double elu erf exp expm1 float gelu half hardsigmoid hardswish
-    hardtanh leaky_relu lerp log log1p logsigmoid max maximum min minimum mish mul multiply neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign
-    silu sin softplus softsign sqrt square sub subtract tanh to true_divide truediv type_as where clone""".split()
+    """
+    abs add addcmul bfloat16 celu clamp clamp_max clamp_min clip contiguous cos div double elu erf exp expm1 float
+    gelu half hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid max maximum min minimum mish mul
+    multiply neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign silu sin softplus softsign sqrt square sub
+    subtract tanh to true_divide truediv type_as where clone
+    """.split()
 )
 MATMUL = frozenset(("linear", "matmul", "mm"))
 NORMS = frozenset(("layer_norm", "rms_norm"))
@@ -163,7 +167,7 @@ def _check_getitem(op: Op) -> None:
     if isinstance(op.node.all_input_nodes[0].meta.get("example_value"), (tuple, list)):
         return
     items = index if isinstance(index, tuple) else (index,)
-    if not _is_row_tensor(operand) or nested_values(index) and list(nested_values(index)):
+    if not _is_row_tensor(operand) or list(nested_values(index)):
         raise _refused(op, "rows are indexed by a tensor")
     if items[0] is not Ellipsis and items[0] != slice(None):
         raise _refused(op, "some rows of an expert are singled out")

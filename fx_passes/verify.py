@@ -1,6 +1,7 @@
 """When a rewrite is allowed: one function a rule, named as the sentence it proves. Each raises Rejected where it can't.
 
-Near misses trace as cleanly as real loops do, so being recognised proves nothing. T tokens, K experts per token, E experts, D model width.
+Near misses trace as cleanly as real loops do, so being recognised proves nothing. T tokens, K experts per token, E
+experts, D model width.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from fx_passes.row_wise import check_rows
 
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 _VIEWS = frozenset(
-    """view reshape permute transpose t getitem select squeeze unsqueeze chunk split unbind expand expand_as contiguous to detach flatten narrow float
-    half bfloat16 view_as swapaxes movedim""".split()
+    """
+    view reshape permute transpose t getitem select squeeze unsqueeze chunk split unbind expand expand_as contiguous
+    to detach flatten narrow float half bfloat16 view_as swapaxes movedim
+    """.split()
 )
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
 
@@ -36,7 +39,7 @@ def body_is_row_wise(region: MoERegion) -> None:
 
 
 def rows_belong_to_tokens(region: MoERegion) -> None:
-    """What is gathered by token has T rows, what is gathered by slot has the shape of ids, and the output has T rows."""
+    """What is gathered by token has T rows, what is gathered by slot has the shape of ids, the output has T rows."""
     ids = fake_tensor(region.ids_TK)
     assert ids is not None
     for value in region.body.of(Gathered):
@@ -163,7 +166,7 @@ def _is_dead_end(node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, bool]
 
 
 def nothing_is_written_inside(region: MoERegion) -> None:
-    """Between the first node of the routing and the last addition nothing that the loop reads is written, save the output."""
+    """From the routing's first node to the last addition nothing that the loop reads is written, save the output."""
     order = _order(region.graph)
     own = {node for accumulation in region.accumulations for node in accumulation.nodes}
     first = min(order[node] for node in _routing_nodes(region))
@@ -243,7 +246,7 @@ def _switches_autocast(node: fx.Node) -> bool:
 
 
 def repeated_ids_are_counted(region: MoERegion) -> None:
-    """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk gives them."""
+    """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk's are."""
     if all(accumulation.counts_duplicates for accumulation in region.accumulations) or _single_choice(region.ids_TK):
         return
     if not ids_are_distinct(region.ids_TK):

@@ -1,7 +1,9 @@
-"""scatter-moe: `torch.compile(model, backend="scatter_moe")` rewrites naive Mixture-of-Experts loops to grouped GEMM kernels.
+"""scatter-moe: rewrites naive Mixture-of-Experts loops to grouped GEMM kernels.
 
-Importing this package registers `torch.ops.scatter_moe.*` and the backend. An installed package needs no import: torch.compile finds the
-backend by its entry point.
+    torch.compile(model, backend="scatter_moe")
+
+Importing this package registers `torch.ops.scatter_moe.*` and the backend. An installed package needs no import:
+torch.compile finds the backend by its entry point.
 """
 
 from importlib.metadata import entry_points

@@ -16,7 +16,8 @@ class Explanation:
     """What the backend does to a model. `str(explanation)` is the printed table.
 
     Attributes:
-        regions: one `RegionReport` for each rewritten region (form, module_path, source, num_experts, top_k, activation, op, deviations).
+        regions: one `RegionReport` for each rewritten region (form, module_path, source, code, num_experts, top_k,
+            activation, op, deviations).
         rejections: one `Rejection` for each candidate left alone (rule, detail, source, module_path).
         graphs: how many graphs the model was compiled to.
     """
@@ -39,7 +40,9 @@ class Explanation:
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Compiles and runs `model(*args, **kwargs)` once as the backend would, without an inner compiler, and says what happened.
+    """Compiles and runs `model(*args, **kwargs)` once as the backend would, and says what happened.
+
+    No inner compiler is used.
 
     Args:
         model: a module or a function.

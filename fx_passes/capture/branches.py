@@ -46,7 +46,10 @@ def jump(capture: Any, tx: Any, instruction: Any) -> bool:
 
 
 def _sentinel(node: fx.Node) -> tuple[Expert, bool] | None:
-    """`if e == num_experts`: known where the loop was unrolled, false by assumption where it was not (`e` is then no such class)."""
+    """`if e == num_experts`: known where the loop was unrolled, false by assumption where it was not.
+
+    Under that assumption `e` is no such class.
+    """
     name = op_name(node)
     if name not in ("eq", "ne", "ge"):
         return None

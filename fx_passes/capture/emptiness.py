@@ -1,4 +1,7 @@
-"""Branches that ask whether an expert has any token: `mask.any()`, `mask.sum() == 0`, `idx.numel() > 0`, `idx.shape[0] == 0`, `len(idx)`."""
+"""Branches that ask whether an expert has any token.
+
+`mask.any()`, `mask.sum() == 0`, `idx.numel() > 0`, `idx.shape[0] == 0`, `len(idx)`
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +11,7 @@ import torch
 from torch import fx
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
-from fx_passes.facts import Any_, Mask, fact
+from fx_passes.facts import Mask, Occupied, fact
 from fx_passes.ops import arg, op_name
 
 _SAMPLES = (1, 2, 3, 1000, 10**9)
@@ -31,17 +34,21 @@ def nonempty_question(value: TensorVariable | SymNodeVariable, mask_of_symbol: d
 
 def _tensor_question(node: fx.Node) -> Question | None:
     counted = fact(node)
-    if isinstance(counted, Any_):
+    if isinstance(counted, Occupied):
         return Question(counted.mask, True)
     name = op_name(node)
     counted = fact(node.args[0]) if name in ("eq", "gt", "ne", "greater") else None
-    if isinstance(counted, Any_) and arg(node, 1, "other") == 0:
+    if isinstance(counted, Occupied) and arg(node, 1, "other") == 0:
         return Question(counted.mask, name != "eq")
     return None
 
 
 def _symbol_question(number: Any, mask_of_symbol: dict[Any, Mask]) -> Question | None:
-    """A comparison that is linear in the one symbol splits the naturals at one place: sampling shows whether that is between 0 and 1."""
+    """What a comparison of sizes asks.
+
+    One that is linear in its one symbol splits the naturals at one place: sampling shows whether that is between 0
+    and 1.
+    """
     if not isinstance(number, (torch.SymBool, torch.SymInt)):
         return None
     expression = number.node.expr

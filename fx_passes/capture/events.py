@@ -37,7 +37,8 @@ class Event:
 class Scope:
     """A stretch of the trace that rests on one event: up to the next visit of the loop header `header` in `tx`.
 
-    `guard` is what is assumed in it. `loop_over` are the ids of a hit loop. `before` is Python's state when the stretch began.
+    `guard` is what is assumed in it. `loop_over` are the ids of a hit loop. `before` is Python's state when the stretch
+    began.
     """
 
     event: Event
@@ -58,7 +59,10 @@ class Scope:
 
 @dataclass
 class Memory:
-    """What is known of a frame from earlier attempts: events that must not be assumed, hit loops to unroll, what was reported."""
+    """What is known of a frame from earlier attempts.
+
+    Events that must not be assumed, hit loops to unroll, what was reported, and how often tracing failed.
+    """
 
     denied: set[int] = field(default_factory=set)
     unrolled: set[int] = field(default_factory=set)

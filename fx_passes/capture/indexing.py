@@ -10,7 +10,8 @@ from torch._dynamo.variables.tensor import TensorVariable
 from fx_passes.capture.events import tag
 from fx_passes.capture.variables import expert_of_variable, is_full_slice, rank_of
 from fx_passes.facts import Rows, fact
-from fx_passes.markers import Expert, index_list as index_list_marker, index_with_expert, mark_expert, select_expert
+from fx_passes.markers import Expert, index_with_expert, mark_expert, select_expert
+from fx_passes.markers import index_list as index_list_marker
 
 
 def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:

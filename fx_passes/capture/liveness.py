@@ -1,6 +1,7 @@
-"""Which local variables does code from an instruction on still read? The textbook backward dataflow over Dynamo's instructions.
+"""Which local variables does code from an instruction on still read?
 
-Dynamo's own analysis treats everything behind a jump as read, which would call every variable of a loop body live.
+The textbook backward dataflow over Dynamo's instructions. Dynamo's own analysis treats everything behind a jump as
+read, which would call every variable of a loop body live.
 """
 
 from typing import Any
@@ -12,7 +13,10 @@ _known: WeakKeyDictionary[Any, list[frozenset[str]]] = WeakKeyDictionary()
 
 
 def live_locals(tx: Any, at: Any) -> frozenset[str]:
-    """Names that are read from instruction `at` of `tx` on before they are written. Cells are always live: closures read them."""
+    """Names that are read from instruction `at` of `tx` on before they are written.
+
+    Cells are always live: closures read them.
+    """
     code = tx.f_code
     if code not in _known:
         _known[code] = _analyse(tx.instructions)

@@ -1,7 +1,7 @@
 """What Python can see of a trace at one point: live locals, containers and pending side effects.
 
-A loop that is captured as one iteration, or a branch of which only one side is captured, is faithful only if running it changes nothing that
-Python sees afterwards. Two snapshots that are equal prove that.
+A loop that is captured as one iteration, or a branch of which only one side is captured, is faithful only if running it
+changes nothing that Python sees afterwards. Two snapshots that are equal prove that.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ _MAX_DEPTH = 8
 
 
 def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
-    """Everything that code from instruction `at` of `tx` on, or its callers, can read. `stack_size` values of the stack count."""
+    """Everything that code from instruction `at` of `tx` on, or its callers, can read.
+
+    `stack_size` values of the stack count.
+    """
     live = live_locals(tx, at)
     state: Snapshot = {
         f"local {name}": _describe(tx.symbolic_locals[name]) for name in live if name in tx.symbolic_locals
@@ -42,7 +45,10 @@ def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed between two snapshots: tensors that locals hold (`carried`: before, after) and everything else (`names`)."""
+    """What changed between two snapshots.
+
+    `carried` are tensors that locals hold (before, after), `names` is everything else.
+    """
 
     carried: tuple[tuple[fx.Node, fx.Node], ...]
     names: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""One attempt to trace one frame: numbers its events, marks their nodes, and restarts where an assumption did not hold."""
+"""One attempt to trace one frame: numbers its events, marks their nodes, restarts where an assumption did not hold."""
 
 import dataclasses
 from collections.abc import Callable
@@ -100,7 +100,7 @@ class Capture:
         raise TraceAgain(restart_reason=f"scatter_moe: {reason}")
 
     def _trace_again_without_assumptions(self, tx: Any, error: Exception) -> None:
-        """Under an assumption tracing failed where Dynamo alone may not: first the last assumption is dropped, then all."""
+        """Tracing failed under an assumption where Dynamo alone may not: first the last one is dropped, then all."""
         live = [event for event in self.events if not self.is_denied(event)]
         if tx.parent is not None or not live:
             return

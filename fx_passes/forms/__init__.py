@@ -1,4 +1,4 @@
-"""The naive forms. A form is one file with `NAME` and `match`; `FORMS` is tried in order on each accumulator of a graph.
+"""The naive forms. A form is one file with `NAME` and `match`; `FORMS` is tried in order on each accumulator.
 
 `match(accumulator, accumulations)` returns a MoERegion, returns None where the form is another one, or raises Rejected.
 """

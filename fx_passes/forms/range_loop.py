@@ -4,8 +4,8 @@
         slots, tokens = torch.where(mask[e])             # mask = one_hot(ids, E).permute(2, 1, 0), or ids == e
         out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
 
-Dynamo unrolls it. A loop over the experts that were hit becomes the same where the experts are modules of their own. Guards that skip an expert
-without tokens (`if mask.any():`, `if tokens.numel() == 0: continue`) are seen through.
+Dynamo unrolls it. A loop over the experts that were hit becomes the same where the experts are modules of their own.
+Guards that skip an expert without tokens (`if mask.any():`, `if tokens.numel() == 0: continue`) are seen through.
 """
 
 from torch import fx

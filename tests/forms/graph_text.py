@@ -1,4 +1,4 @@
-"""A captured graph as short text: one line a node, without types and source positions, stable across PyTorch versions."""
+"""A captured graph as short text: one line a node, without types and positions, stable across PyTorch versions."""
 
 import torch
 from torch import fx
