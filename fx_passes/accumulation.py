@@ -6,7 +6,7 @@
 `tokens` must come from a mask of one expert; everything else in the graph is none of our business.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
@@ -80,7 +80,7 @@ def _reads(operand: Any, accumulator: fx.Node, index: fx.Node) -> bool:
     )
 
 
-def closure(starts: Iterator[fx.Node], stops: frozenset[fx.Node]) -> frozenset[fx.Node]:
+def closure(starts: Iterable[fx.Node], stops: frozenset[fx.Node]) -> frozenset[fx.Node]:
     """Everything computed from `starts`, up to and without `stops`."""
     seen: set[fx.Node] = set()
     stack = list(starts)

@@ -31,25 +31,45 @@ def region_of(
     num_experts: int,
     symbol: fx.Node | None,
 ) -> MoERegion:
-    """Raises Rejected where the experts' bodies are not the same computation."""
+    """The region of the accumulations `found` (in graph order), of which number i adds the rows of `masks[i]`.
+
+    Raises Rejected where the experts' bodies are not the same computation.
+    """
+    order = sorted(range(len(found)), key=lambda place: _number(masks[place]))
     try:
-        body = unify([accumulation.value for accumulation in found], masks)
+        body = unify([found[place].value for place in order], [masks[place] for place in order])
     except NotIsomorphic as reason:
         raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
     except UnknownOperation as reason:
         raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
     adds = frozenset(node for accumulation in found for node in accumulation.nodes)
-    starts = (node for node in accumulator.graph.nodes if _starts_region(node, masks, symbol))
+    starts = _starts(accumulator.graph, masks)
     inner = closure(starts, stops=frozenset(accumulation.result for accumulation in found)) | adds
     return MoERegion(form, masks[0].ids, num_experts, body, accumulator, tuple(found), masks, inner, symbol)
 
 
-def _starts_region(node: fx.Node, masks: tuple[Mask, ...], symbol: fx.Node | None) -> bool:
+def _number(mask: Mask) -> int:
+    return mask.expert if isinstance(mask.expert, int) else 0
+
+
+def _starts(graph: fx.Graph, masks: tuple[Mask, ...]) -> set[fx.Node]:
+    """Where the loop begins: the row positions of each expert, and the list of hit experts that a loop ran over."""
+    starts: set[fx.Node] = set()
+    for node in graph.nodes:
+        known = fact(node)
+        if isinstance(known, Selection) and known.mask in masks:
+            starts.add(node)
+        if node.target is current_expert:
+            starts.update(_hit_list(node.args[0], masks[0].ids))
+    return starts
+
+
+def _hit_list(node: fx.Node, ids: fx.Node) -> set[fx.Node]:
+    """`node` and what it was sliced or squeezed from, as far as it lists the hit experts of `ids`."""
+    nodes: set[fx.Node] = set()
     known = fact(node)
-    if isinstance(known, Selection):
-        return known.mask in masks
-    if isinstance(known, Hit) and symbol is not None:
-        return known.ids is masks[0].ids
-    if node.target is current_expert:
-        return node is symbol or (symbol is None and isinstance(fact(node.args[0]), Hit))
-    return False
+    while isinstance(known, Hit) and known.ids is ids:
+        nodes.add(node)
+        node = node.all_input_nodes[0]
+        known = fact(node)
+    return nodes
