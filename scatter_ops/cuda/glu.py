@@ -41,6 +41,11 @@ class Glu:
     def bias_strides(self) -> tuple[int, int]:
         return self.gate_bias.stride_e, self.up_bias.stride_e
 
+    @property
+    def up_bias_kind(self) -> str:
+        """Only the separate layout has a bias of its own for up."""
+        return self.up_bias.kind if self.layout == "separate" else "within"
+
     def f_size(self, h_size: int) -> int:
         return h_size if self.layout == "plain" else h_size // 2
 

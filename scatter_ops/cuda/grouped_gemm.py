@@ -90,7 +90,8 @@ def product_options(
         "BLOCK_M": config.block_m,
         "BLOCK_K": block_k,
         "GROUP_M": config.group_m,
-        "FLATTEN": config.flatten,
+        # A base pointer carried from tile to tile isn't known to be aligned, and loads aren't asynchronous then.
+        "FLATTEN": config.flatten and descriptor is not None,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

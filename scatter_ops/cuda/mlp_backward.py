@@ -53,7 +53,7 @@ def mlp_backward(
     on_input = weight_on == "input"
     glu = Glu(routing, topk_weights_TK.contiguous(), *biases, activation, layout, on_input, alpha, limit)
     grad_out = Rows(grad_out_TD.to(x_TD.dtype), glu.top_k)
-    grads = [x_TD.new_empty(0)] * len(needs)
+    grads = [x_TD.new_empty(0) for _ in needs]  # apart: results of an operator may not alias
     if needs[7]:
         grads[7] = grouped_sum(grad_out, None if on_input else glu.topk_weights, routing, x_TD.dtype)
     if not any(needs[:7]):
@@ -73,10 +73,15 @@ def mlp_backward(
             grads[i] = grouped_sum(Rows(half, 0), None, routing, x_TD.dtype)
     if grad_h_NH is None:
         return tuple(grads)
-    for i in (2, 3):
-        if needs[i]:
-            half = _projections(grad_h_NH, layout)[i - 2]
-            grads[i] = _oriented_weight_grad(Rows(half, 0), Rows(x_TD, glu.top_k), routing, transposed)
+    if needs[2] or needs[3]:
+        halves = _projections(grad_h_NH, layout)
+        config = select_config("weight_grad", x_TD, routing, halves[0].shape[1], x_TD.shape[1])
+        x_rows = Rows(x_TD, glu.top_k)
+        x_rows = regrouped(x_rows, routing) if config.regroup else x_rows
+        for i, half in enumerate(halves, start=2):
+            if needs[i]:
+                grads[i] = _oriented_weight_grad(Rows(half, 0), x_rows, routing, transposed)
+        del x_rows
     if needs[0]:
         separate = layout == "separate"
         weight = separate_weight(gate_up, up, transposed) if separate else expert_weight(gate_up, transposed)

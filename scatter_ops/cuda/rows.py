@@ -105,8 +105,8 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
     out = torch.empty(num_rows, *rest, dtype=param[0].dtype, device=param[0].device)
     if out.numel() == 0:
         return out
-    flat = expert_bias([param[0].flatten(1)] if stacked else [p.flatten() for p in param])
     num_columns = math.prod(rest)
+    flat = expert_bias([p.reshape(-1, num_columns) if stacked else p.flatten() for p in param])
     num_experts = offsets_E.numel()
     expand_kernel[(num_rows,)](
         flat.data,

@@ -86,23 +86,22 @@ def add_gate_up_bias(
     stride_gate_bias,
     stride_up_bias,
     DTYPE: tl.constexpr,
-    BIAS: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """gate_bias holds both halves unless up_bias is given."""
-    if BIAS != "none":
-        f = first_f + tl.arange(0, BLOCK_F)
-        valid = f < f_size
+    """GATE_BIAS: none, strided or list. UP_BIAS too, or "within": the up half of the tensor that gate_bias is."""
+    f = first_f + tl.arange(0, BLOCK_F)
+    valid = f < f_size
+    if GATE_BIAS != "none":
         STEP: tl.constexpr = 2 if LAYOUT == "interleaved" else 1
-        gate_base = expert_base(gate_bias, expert, stride_gate_bias, DTYPE, BIAS == "list")
+        gate_base = expert_base(gate_bias, expert, stride_gate_bias, DTYPE, GATE_BIAS == "list")
         gate += tl.load(gate_base + STEP * f, mask=valid, other=0.0).to(tl.float32)[None, :]
-        if LAYOUT != "plain":
-            if up_bias is not None:
-                up_ptrs = expert_base(up_bias, expert, stride_up_bias, DTYPE, BIAS == "list") + f
-            elif LAYOUT == "interleaved":
-                up_ptrs = gate_base + 2 * f + 1
-            else:
-                up_ptrs = gate_base + f_size + f
-            up += tl.load(up_ptrs, mask=valid, other=0.0).to(tl.float32)[None, :]
+        if LAYOUT != "plain" and UP_BIAS == "within":
+            up_columns = 2 * f + 1 if LAYOUT == "interleaved" else f_size + f
+            up += tl.load(gate_base + up_columns, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if UP_BIAS == "strided" or UP_BIAS == "list":
+        up_base = expert_base(up_bias, expert, stride_up_bias, DTYPE, UP_BIAS == "list")
+        up += tl.load(up_base + f, mask=valid, other=0.0).to(tl.float32)[None, :]
     return gate, up

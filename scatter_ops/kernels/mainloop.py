@@ -103,6 +103,11 @@ def multiply_tile(
     k_block = tl.arange(0, BLOCK_K)
     k_tiles = tl.cdiv(k_size, BLOCK_K)
     n_offsets = way.to(tl.int64) * stride_way + n.to(tl.int64) * stride_n
+    if WEIGHT != "tma":
+        first_base = expert_base(weight, expert, stride_e, DTYPE, WEIGHT == "list")
+        second_base = first_base
+        if WEIGHT == "list" and N_WAYS * K_WAYS > 1:
+            second_base = expert_base(weight, expert + experts_per_way, stride_e, DTYPE, True)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(K_WAYS * k_tiles):
         if K_WAYS == 1:
@@ -128,11 +133,12 @@ def multiply_tile(
             else:
                 w_tile = weight.load([expert, k_way, first_column, k_first]).reshape(BLOCK_N, BLOCK_K).T
         else:
-            if WEIGHT == "list":
-                pointers = weight + expert + k_way * experts_per_way + way * experts_per_way
-                w_base = tl.multiple_of(tl.load(pointers).to(tl.pointer_type(DTYPE)), 16)
+            if N_WAYS > 1:
+                w_base = tl.where(way == 0, first_base, second_base)
+            elif K_WAYS > 1:
+                w_base = tl.where(k_way == 0, first_base, second_base)
             else:
-                w_base = weight + expert.to(tl.int64) * stride_e
+                w_base = first_base
             k_offsets = k_way * stride_way + k.to(tl.int64) * stride_k
             w_ptrs = (w_base + n_offsets)[None, :] + k_offsets[:, None]
             if EVEN_K:

@@ -13,15 +13,20 @@ T, K, E, D, F = 64, 2, 8, 256, 512
 MAX_SPILL_BYTES = 256  # of a thread's stack: more than a few registers of an epilogue would mean a wrong tile
 
 
-def training_step(dtype: torch.dtype) -> None:
+def training_step(dtype: torch.dtype, listed: bool = False) -> None:
     """One forward and backward with every kind of kernel in it; tensors that nobody reads."""
+
+    def weight(num_out: int, num_in: int) -> list[torch.Tensor]:
+        if not listed:
+            return [empty(E, num_out, num_in)]
+        return [empty(2 + e % 3, num_out, num_in)[e % 3] for e in range(E)]  # not equally spaced
 
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype)
 
     order, offsets = cuda.route(torch.empty(T, K, dtype=torch.int64), E)
     options = ("silu", "concatenated", False, "output", 1.702, 7.0, None)
-    arguments = (empty(T, D), torch.empty(T, K), order, offsets, [empty(E, 2 * F, D)], [], [empty(E, D, F)], [], [], [])
+    arguments = (empty(T, D), torch.empty(T, K), order, offsets, weight(2 * F, D), [], weight(D, F), [], [], [])
     _, h = cuda.mlp_forward(*arguments, *options, True)
     cuda.mlp_backward(empty(T, D), h, *arguments, *options, [True, True, True, False, True, False, False, False])
 
@@ -46,6 +51,16 @@ def test_kernels_fit(capability: tuple[int, int], dtype: torch.dtype, rows_per_e
         name = launch.kernel.__name__
         assert found.shared <= limit, f"{name}: {found}"
         assert found.stack <= MAX_SPILL_BYTES, f"{name}: {found}"
+
+
+def test_lists_of_weights_are_read_asynchronously():
+    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+        training_step(torch.bfloat16, listed=True)
+    listed = [launch for launch in launches if launch.kwargs.get("WEIGHT") == "list"]
+    assert len(listed) == 4
+    for launch in listed:
+        found = offline.resources(offline.compile_launch(launch))
+        assert found.async_copies > 0, f"{launch.kernel.__name__}: {found}"
 
 
 def test_products_use_the_tensor_cores_of_hopper():

@@ -145,6 +145,23 @@ def test_mlp(cuda, routing, expert, dtype: torch.dtype):
     assert_close(cuda.mlp_backward(grad_out, h, *arguments, needs), expected, dtype)
 
 
+@pytest.mark.parametrize("absent", [7, 8, 9], ids=["gate_up_bias", "up_bias", "down_bias"])
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_a_bias_may_be_absent(interpreted, routing, weight_on: str, absent: int):
+    """Of gate, up and down, each its own; and what is in one stack beside what is a list of pointers."""
+    arguments = list(expert_arguments("separate", "silu", weight_on, False, True, False, torch.float32, routing))
+    arguments[8] = [bias.clone() for bias in reversed(arguments[8][0].flip(0))]
+    arguments[absent] = []
+    out, h = reference.mlp_forward(*arguments, True)
+    needs = [True] * 5 + [bool(arguments[i]) for i in (7, 8, 9)]
+    config = Config(16, 32, 16, num_warps=4, num_stages=1)
+    with mock.patch.object(tuning, "select", lambda *args: config):
+        assert_close(interpreted.mlp_forward(*arguments, True), (out, h), torch.float32)
+        ours = interpreted.mlp_backward(normal(T, D), h, *arguments, needs)
+    assert_close(ours, reference.mlp_backward(normal(T, D), h, *arguments, needs), torch.float32)
+    assert len({grad.data_ptr() for grad in ours if grad.numel()}) == sum(needs)
+
+
 @pytest.mark.parametrize("needed", range(8))
 def test_one_gradient_alone(interpreted, routing, needed: int):
     """Each gradient is right when no other is wanted."""
