@@ -25,6 +25,9 @@ log = logging.getLogger("scatter_moe")
 
 INNER_BACKEND = "inner_backend"
 
+_OURS = "is_scatter_moe"
+"""Attribute of a backend that rewrites as this one does."""
+
 
 def backend(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
@@ -106,13 +109,13 @@ def backend_for_report() -> Callable[..., Any]:
     def rewrite_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return backend(gm, example_inputs, options={INNER_BACKEND: "eager"})
 
-    rewrite_only.is_scatter_moe = True  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(rewrite_only, _OURS, True)
     return rewrite_only
 
 
 def is_ours(compiler_fn: Any) -> bool:
     """Whether a frame with this compiler function is compiled by this backend, through whatever wrappers."""
-    return _find(compiler_fn, lambda fn: fn is backend or hasattr(fn, "is_scatter_moe")) is not None
+    return _find(compiler_fn, lambda fn: fn is backend or hasattr(fn, _OURS)) is not None
 
 
 def _find(compiler_fn: Any, test: Callable[[Any], bool]) -> Any:

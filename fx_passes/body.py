@@ -21,7 +21,7 @@ from torch import fx
 
 from fx_passes.facts import Mask, Rows, fact
 from fx_passes.markers import Expert, expert_of, index_with_expert, select_expert
-from fx_passes.ops import fake_tensor, op_name, varargs
+from fx_passes.ops import arg, fake_tensor, op_name, varargs
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,10 @@ class Op:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     has_rows: bool
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """Argument given by position `index` or by keyword `name`."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
 
 Value = Gathered | SlotGathered | PerExpert | Shared | Op
@@ -143,6 +147,12 @@ def map_values(structure: Any, change: Callable[[Value], Any]) -> Any:
 
 def has_rows(value: Value) -> bool:
     return isinstance(value, (Gathered, SlotGathered)) or (isinstance(value, Op) and value.has_rows)
+
+
+def rank(value: Any) -> int | None:
+    """How many dims `value` has; None where it is no value or no tensor."""
+    tensor = fake_tensor(getattr(value, "node", None))
+    return tensor.dim() if tensor is not None else None
 
 
 def unify(copies: Sequence[fx.Node], masks: Sequence[Mask]) -> Body:
@@ -290,12 +300,17 @@ def _swaps_two_dims(op: Op) -> bool:
 
 
 def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
-    if node.target is select_expert:
-        return node.args[0] is source and node.args[2] == 0 and expert_of(node.args[1]) is expert
-    if op_name(node) not in ("getitem", "select") or node.args[0] is not source:
+    if arg(node, 0, "input") is not source:
         return False
-    index = node.args[1:] if op_name(node) == "select" else (0, node.args[1])
-    return isinstance(expert, int) and index[0] == 0 and type(index[1]) is int and index[1] == expert
+    if node.target is select_expert:
+        return expert_of(node.args[1]) is expert and arg(node, 2, "dim") == 0
+    if op_name(node) == "getitem":
+        dim, index = 0, arg(node, 1, "index")
+    elif op_name(node) == "select":
+        dim, index = arg(node, 1, "dim"), arg(node, 2, "index")
+    else:
+        return False
+    return type(index) is int and index == expert and dim == 0
 
 
 def _gather_axes(node: fx.Node, mask: Mask) -> tuple[str, ...] | None:

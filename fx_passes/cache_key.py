@@ -1,7 +1,7 @@
 """Compile caches must miss when an op, a kernel, a backward formula or the rewrite itself changes.
 
-AOTAutograd and Inductor key their caches by the graph, which names our ops but doesn't hold their derivatives. So the key of a graph with our
-ops carries a hash of our own sources too.
+AOTAutograd and Inductor key their caches by the graph, which names our ops but doesn't hold their derivatives. So the
+key of a graph with our ops carries a hash of our own sources too.
 """
 
 import functools

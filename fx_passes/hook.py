@@ -34,10 +34,10 @@ def install(is_ours: Callable[[Any], bool], rewrite: Callable[[Any], Any]) -> bo
     """
     translator = getattr(symbolic_convert, "InstructionTranslatorBase", None)
     graph = getattr(output_graph, "OutputGraph", None)
-    if not hasattr(translator, "step") or not hasattr(graph, "call_user_compiler"):
+    if translator is None or not hasattr(translator, "step") or not hasattr(graph, "call_user_compiler"):
         log.warning("this PyTorch's Dynamo can't be extended: loops that it does not trace by itself stay as they are")
         return False
-    if not hasattr(translator.step, _ORIGINAL):  # pyright: ignore[reportOptionalMemberAccess]
+    if not hasattr(translator.step, _ORIGINAL):
         _extend_step(translator, is_ours)
         _extend_call_user_compiler(graph, is_ours, rewrite)
     return True

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.body import Body, Gathered, Op, PerExpert, SlotGathered, Value
+from fx_passes.body import Body, Gathered, Op, PerExpert, SlotGathered, Value, rank
 from fx_passes.ops import fake_tensor
 
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
@@ -53,7 +53,7 @@ def without_router_weight(value: Value) -> Weighted:
     if factors is not None:
         for core, factor in (factors, factors[::-1]):
             weights = router_weight(factor)
-            if weights is not None and not isinstance(core, SlotGathered) and _rank(core) == 2:
+            if weights is not None and not isinstance(core, SlotGathered) and rank(core) == 2:
                 return Weighted(_uncast_exact(core), weights)
     return Weighted(value, None)
 
@@ -84,7 +84,7 @@ def match_mlp(body: Body) -> Mlp | None:
         x, weights, weight_on = scaled.core, scaled.weights, "input"
     if not isinstance(x, Gathered) or x.leading or (up is not None and not _same_rows(up.rows, gate_up.rows)):
         return None
-    if not _one_layout((gate_up, up, down)) or _rank(x) != 2:
+    if not _one_layout((gate_up, up, down)) or rank(x) != 2:
         return None
     return Mlp(x.source, weights, weight_on, gate_up, up, down, activation, layout, **numbers)
 
@@ -94,7 +94,7 @@ def as_linear(value: Any) -> Linear | None:
     if not isinstance(value, Op):
         return None
     if value.name == "linear":
-        bias = value.args[2] if len(value.args) > 2 else value.kwargs.get("bias")
+        bias = value.arg(2, "bias")
         return _linear(value.args[0], value.args[1], bias, transposed=False)
     if value.name in ("matmul", "mm"):
         return _linear(value.args[0], value.args[1], None, transposed=True)
@@ -109,7 +109,7 @@ def as_linear(value: Any) -> Linear | None:
 def _linear(rows: Value, weight: Any, bias: Any, transposed: bool) -> Linear | None:
     if not isinstance(weight, PerExpert) or weight.leading or not (bias is None or isinstance(bias, PerExpert)):
         return None
-    if isinstance(bias, PerExpert) and _rank(bias) != 1 + bias.leading:
+    if isinstance(bias, PerExpert) and rank(bias) != 1 + bias.leading:
         return None
     return Linear(rows, weight, bias, transposed != weight.transposed)
 
@@ -136,7 +136,7 @@ def activation_name(value: Any) -> str | None:
     if value.name in ("silu", "relu"):
         return value.name
     if value.name == "gelu":
-        approximate = value.kwargs.get("approximate", value.args[1] if len(value.args) > 1 else "none")
+        approximate = value.arg(1, "approximate", "none")
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
     squares = value.name == "square" or (value.name == "pow" and len(value.args) == 2 and value.args[1] == 2)
     if squares and isinstance(value.args[0], Op) and value.args[0].name == "relu":
@@ -170,28 +170,24 @@ def _half(value: Any) -> tuple[Any, str]:
         return None, ""
     source, index = value.args
     if isinstance(source, Op) and source.name == "chunk" and source.args[1:2] == (2,) and index in (0, 1):
-        dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
-        return (
-            (source.args[0], ("first", "second")[index])
-            if dim in (-1, 1) and _rank(source.args[0]) == 2
-            else (None, "")
-        )
-    width = fake_tensor(getattr(source, "node", None))
-    if (
-        not isinstance(index, tuple)
-        or width is None
-        or len(index) != 2
-        or not isinstance(index[1], slice)
-        or width.dim() != 2
-    ):
+        if source.arg(2, "dim", 0) not in (-1, 1) or rank(source.args[0]) != 2:
+            return None, ""
+        return source.args[0], ("first", "second")[index]
+    tensor = fake_tensor(getattr(source, "node", None))
+    if tensor is None or tensor.dim() != 2 or not _keeps_rows(index):
         return None, ""
-    if index[0] is not Ellipsis and index[0] != slice(None):
-        return None, ""
-    half = width.shape[1] // 2
+    half = tensor.shape[1] // 2
     places = {(None, None, 2): "even", (0, None, 2): "even", (1, None, 2): "odd"}
     places |= {(None, half, None): "first", (0, half, None): "first", (half, None, None): "second"}
     part = index[1]
     return source, places.get((part.start, part.stop, part.step), "")
+
+
+def _keeps_rows(index: Any) -> bool:
+    """`[..., a:b:c]` or `[:, a:b:c]`."""
+    if not isinstance(index, tuple) or len(index) != 2 or not isinstance(index[1], slice):
+        return False
+    return index[0] is Ellipsis or index[0] == slice(None)
 
 
 def _match_clamped(value: Value) -> tuple[str, str, Linear, Linear | None, dict[str, float]] | None:
@@ -235,9 +231,7 @@ def _scale(sigmoid: Any, gate: Any) -> float | None:
 def _clamp(value: Any) -> tuple[Any, float | None, float | None] | None:
     if not isinstance(value, Op) or value.name not in ("clamp", "clip"):
         return None
-    low = value.args[1] if len(value.args) > 1 else value.kwargs.get("min")
-    high = value.args[2] if len(value.args) > 2 else value.kwargs.get("max")
-    return value.args[0], low, high
+    return value.args[0], value.arg(1, "min"), value.arg(2, "max")
 
 
 def _binary(value: Any, names: tuple[str, ...]) -> tuple[Any, Any] | None:
@@ -281,8 +275,3 @@ def _is_column(op: Op) -> bool:
         and after.shape[1] == 1
         and (before.dim() == 1 or tuple(map(str, before.shape)) == tuple(map(str, after.shape)))
     )
-
-
-def _rank(value: Any) -> int | None:
-    tensor = fake_tensor(getattr(value, "node", None))
-    return tensor.dim() if tensor is not None else None

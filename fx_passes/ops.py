@@ -41,7 +41,7 @@ def op_name(node: fx.Node) -> str | None:
         return name[2:-2] if name in _OPERATOR_METHODS else name
     if node.op == "call_function":
         try:
-            return _FUNCTION_NAMES.get(node.target)  # pyright: ignore[reportArgumentType]
+            return _FUNCTION_NAMES.get(node.target)
         except TypeError:
             return None
     return None
@@ -74,6 +74,13 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     """The fake tensor behind `node`, or None where it is no node or no tensor."""
     value = example(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def known_tensor(node: fx.Node) -> torch.Tensor:
+    """The fake tensor behind a node that is known to have one."""
+    tensor = fake_tensor(node)
+    assert tensor is not None
+    return tensor
 
 
 def normalized_dim(dim: int, rank: int) -> int:

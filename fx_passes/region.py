@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fx_passes.body import Body
-from fx_passes.facts import Mask
+from fx_passes.facts import Mask, fact
+from fx_passes.ops import known_tensor
 
 
 class Rejected(Exception):
@@ -79,3 +80,34 @@ class MoERegion:
     @property
     def graph(self) -> fx.Graph:
         return self.anchor.graph
+
+    @property
+    def top_k(self) -> int:
+        ids = known_tensor(self.ids_TK)
+        return int(ids.shape[1]) if ids.dim() == 2 else 1
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes that hold the output: its zeros, then what each addition gives."""
+        return (self.accumulator, *(accumulation.result for accumulation in self.accumulations))
+
+    @property
+    def additions(self) -> frozenset[fx.Node]:
+        """All nodes of the additions to the output."""
+        return frozenset(node for accumulation in self.accumulations for node in accumulation.nodes)
+
+    def places(self) -> dict[fx.Node, int]:
+        """Each node's place in the graph as it is now."""
+        return {node: place for place, node in enumerate(self.graph.nodes)}
+
+    def routing(self) -> frozenset[fx.Node]:
+        """Nodes between the ids and the row positions: one_hot, permute, comparison, where."""
+        nodes: set[fx.Node] = set()
+        stack = [accumulation.tokens for accumulation in self.accumulations]
+        stack += [self.symbol] if self.symbol is not None else []
+        while stack:
+            node = stack.pop()
+            if node not in nodes and node is not self.ids_TK and (fact(node) is not None or node is self.symbol):
+                nodes.add(node)
+                stack.extend(node.all_input_nodes)
+        return frozenset(nodes)

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values
+from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.capture import events_of
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
-from fx_passes.ops import fake_tensor
+from fx_passes.ops import known_tensor
 from fx_passes.region import MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
 
 ops = torch.ops.scatter_moe
+
+_NO_TENSOR = 2
+"""Dims of what is no tensor but a tuple of them, as `chunk` of rows."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,10 @@ class _Emitter:
     def __init__(self, region: MoERegion) -> None:
         self.region = region
         self.graph = region.graph
-        ids = fake_tensor(region.ids_TK)
-        output = fake_tensor(region.accumulator)
-        assert ids is not None and output is not None
-        self.out_dtype = output.dtype
-        self.top_k = int(ids.shape[1]) if ids.dim() == 2 else 1
-        self.ids_TK = region.ids_TK if ids.dim() == 2 else self._method("unsqueeze", region.ids_TK, -1)
+        self.out_dtype = known_tensor(region.accumulator).dtype
+        self.top_k = region.top_k
+        is_matrix = known_tensor(region.ids_TK).dim() == 2
+        self.ids_TK = region.ids_TK if is_matrix else self._method("unsqueeze", region.ids_TK, -1)
         routed = self._call(ops.route.default, self.ids_TK, region.num_experts)
         self.order_N = self._function(operator.getitem, routed, 0)
         self.offsets_E = self._function(operator.getitem, routed, 1)
@@ -114,28 +115,27 @@ class _Emitter:
         return self._replay(value)
 
     def _replay(self, op: Op) -> fx.Node:
-        rank = _rank(op)
-        args, kwargs = map_values((op.args, op.kwargs), lambda child: self._operand(child, rank))
+        dims = rank(op) or _NO_TENSOR
+        args, kwargs = map_values((op.args, op.kwargs), lambda child: self._operand(child, dims))
         return self.graph.create_node(op.node.op, op.node.target, args, kwargs, name=op.node.name)
 
-    def _operand(self, value: Value, rank: int) -> fx.Node:
-        return self._expand(value, rank) if isinstance(value, PerExpert) else self.emit(value)
+    def _operand(self, value: Value, dims: int) -> fx.Node:
+        return self._expand(value, dims) if isinstance(value, PerExpert) else self.emit(value)
 
-    def _expand(self, parameter: PerExpert, rank: int) -> fx.Node:
-        """An expert's parameter for each of its rows, shaped to broadcast against rows of rank `rank`."""
-        tensor = fake_tensor(parameter.node)
-        assert tensor is not None and not parameter.transposed
-        sizes = [int(size) for size in tensor.shape[parameter.leading :]]
+    def _expand(self, parameter: PerExpert, dims: int) -> fx.Node:
+        """An expert's parameter for each of its rows, shaped to broadcast against rows with `dims` dims."""
+        assert not parameter.transposed
+        sizes = [int(size) for size in known_tensor(parameter.node).shape[parameter.leading :]]
         rows = self._method("size", self.order_N, 0)
         expanded = self._call(ops.expand.default, list(parameter.parameters), self.offsets_E, rows)
-        missing = rank - 1 - len(sizes)
+        missing = dims - 1 - len(sizes)
         return self._method("reshape", expanded, (-1, *[1] * missing, *sizes)) if missing > 0 else expanded
 
     def _gather(self, value: Gathered) -> fx.Node:
-        rank = fake_tensor(value.source).dim()  # pyright: ignore[reportOptionalMemberAccess]
-        source = value.source if rank > 1 else self._method("unsqueeze", value.source, -1)
+        is_vector = known_tensor(value.source).dim() == 1
+        source = self._method("unsqueeze", value.source, -1) if is_vector else value.source
         rows = self._call(ops.dispatch.default, source, self.order_N, self.offsets_E, self.top_k)
-        rows = rows if rank > 1 else self._method("squeeze", rows, -1)
+        rows = self._method("squeeze", rows, -1) if is_vector else rows
         for _ in range(value.leading):
             rows = self._method("unsqueeze", rows, 0)
         return rows
@@ -175,23 +175,22 @@ class _Emitter:
         given = dict(zip(names, op.args, strict=False)) | op.kwargs
         if not any(isinstance(given.get(name), PerExpert) for name in ("weight", "bias")):
             return self._replay(op)
-        rank, dtype = _rank(op), fake_tensor(op.node).dtype  # pyright: ignore[reportOptionalMemberAccess]
+        result = known_tensor(op.node)
+        dims, dtype = result.dim(), result.dtype
         rows = self._method("float", self.emit(given["input"])) if dtype.itemsize < 4 else self.emit(given["input"])
         settings = {"eps": given["eps"]} if given.get("eps") is not None else {}
         if op.name == "rms_norm" and not settings:
             settings = {"eps": torch.finfo(dtype).eps}
         rows = self._function(op.node.target, rows, given["normalized_shape"], **settings)
         if given.get("weight") is not None:
-            rows = self._method("mul", rows, self._operand(given["weight"], rank))
+            rows = self._method("mul", rows, self._operand(given["weight"], dims))
         if given.get("bias") is not None:
-            rows = self._method("add", rows, self._operand(given["bias"], rank))
+            rows = self._method("add", rows, self._operand(given["bias"], dims))
         return self._method("to", rows, dtype)
 
     def _ones(self, x: fx.Node) -> fx.Node:
-        tensor = fake_tensor(x)
-        assert tensor is not None
         order = self._method("reshape", self.order_N, (-1, self.top_k))
-        return self._function(torch.ones_like, order, dtype=tensor.dtype)
+        return self._function(torch.ones_like, order, dtype=known_tensor(x).dtype)
 
     def _call(self, op: Any, *args: Any) -> fx.Node:
         return self._function(op, *args)
@@ -210,23 +209,16 @@ class _Emitter:
         return node
 
 
-def _rank(value: Op) -> int:
-    tensor = fake_tensor(value.node)
-    return tensor.dim() if tensor is not None else 2
-
-
 def _sizes(op: Op) -> list[int]:
-    tensor = fake_tensor(op.node)
-    assert tensor is not None
-    return [int(size) for size in tensor.shape[1:]]
+    return [int(size) for size in known_tensor(op.node).shape[1:]]
 
 
 def _redirect_users(region: MoERegion, output: fx.Node) -> None:
     """Whoever reads the output after the loop reads the op's."""
-    order = {node: place for place, node in enumerate(region.graph.nodes)}
-    for holder in (region.accumulator, *(accumulation.result for accumulation in region.accumulations)):
+    places = region.places()
+    for holder in region.outputs:
         for user in list(holder.users):
-            if order[user] > order[region.result]:
+            if places[user] > places[region.result]:
                 user.replace_input_with(holder, output)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, Value, has_rows, nested_values
-from fx_passes.ops import fake_tensor, normalized_dim, varargs
+from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, has_rows, nested_values, rank
+from fx_passes.ops import example, fake_tensor, normalized_dim, varargs
 from fx_passes.region import Rejected
 
 POINTWISE = frozenset(
@@ -71,12 +71,6 @@ def _refused(op: Op, detail: str) -> Rejected:
     return Rejected("body_is_row_wise", op.node, detail)
 
 
-def rank(value: Any) -> int | None:
-    node = getattr(value, "node", None)
-    tensor = fake_tensor(node)
-    return tensor.dim() if tensor is not None else None
-
-
 def _is_row_tensor(value: Any) -> bool:
     return isinstance(value, (Gathered, SlotGathered, Op)) and has_rows(value) and rank(value) is not None
 
@@ -106,13 +100,13 @@ def _changes_device(op: Op) -> bool:
 def _broadcasts_over_rows(value: Shared, result: int | None) -> bool:
     tensor = fake_tensor(value.node)
     if tensor is None:
-        return not isinstance(value.node.meta.get("example_value"), torch.SymInt)
+        return not isinstance(example(value.node), torch.SymInt)
     return result is not None and (tensor.dim() < result or (tensor.dim() == result and tensor.shape[0] == 1))
 
 
 def _check_matmul(op: Op) -> None:
     rows, weight = op.args[0], op.args[1]
-    bias = op.args[2] if len(op.args) > 2 else op.kwargs.get("bias")
+    bias = op.arg(2, "bias")
     if not _is_row_tensor(rows) or rank(rows) != 2:
         raise _refused(op, "the left side of a matrix product is not a matrix of rows")
     if not isinstance(weight, (PerExpert, Shared)) or rank(weight) != 2:
@@ -122,7 +116,7 @@ def _check_matmul(op: Op) -> None:
 
 
 def _check_norm(op: Op) -> None:
-    shape = op.args[1] if len(op.args) > 1 else op.kwargs.get("normalized_shape")
+    shape = op.arg(1, "normalized_shape")
     if not _is_row_tensor(op.args[0]) or not isinstance(shape, (tuple, list)) or len(shape) >= (rank(op.args[0]) or 0):
         raise _refused(op, f"`{op.name}` normalises over the rows")
 
@@ -135,8 +129,7 @@ def _check_dims(op: Op) -> None:
         has_rows(value) and not _is_row_tensor(value) for value in nested_values((op.args, op.kwargs))
     ):
         raise _refused(op, f"`{op.name}` of something that is not rows")
-    position = _DIM_ARGUMENT.get(op.name, 1)
-    dims = op.args[position] if len(op.args) > position else op.kwargs.get("dim", _DIM_DEFAULT.get(op.name))
+    dims = op.arg(_DIM_ARGUMENT.get(op.name, 1), "dim", _DIM_DEFAULT.get(op.name))
     dims = (dims,) if isinstance(dims, int) else dims
     places = operand_rank + (op.name in ("unsqueeze", "stack"))
     if not isinstance(dims, (tuple, list)) or any(normalized_dim(dim, places) == 0 for dim in dims):
@@ -164,7 +157,7 @@ def _check_reshape(op: Op) -> None:
 
 def _check_getitem(op: Op) -> None:
     operand, index = op.args
-    if isinstance(op.node.all_input_nodes[0].meta.get("example_value"), (tuple, list)):
+    if isinstance(example(op.node.all_input_nodes[0]), (tuple, list)):
         return
     items = index if isinstance(index, tuple) else (index,)
     if not _is_row_tensor(operand) or list(nested_values(index)):
@@ -176,9 +169,7 @@ def _check_getitem(op: Op) -> None:
 
 
 def _check_dropout(op: Op) -> None:
-    probability = op.args[1] if len(op.args) > 1 else op.kwargs.get("p", 0.5)
-    training = op.args[2] if len(op.args) > 2 else op.kwargs.get("training", True)
-    if training is not False and probability != 0.0:
+    if op.arg(2, "training", True) is not False and op.arg(1, "p", 0.5) != 0.0:
         raise _refused(op, "`dropout` draws random numbers")
 
 
@@ -192,7 +183,3 @@ _CHECKS: tuple[tuple[frozenset[str], Callable[[Op], None]], ...] = (
     (frozenset(("getitem",)), _check_getitem),
     (frozenset(("dropout",)), _check_dropout),
 )
-
-
-def is_rows(value: Value) -> bool:
-    return _is_row_tensor(value)

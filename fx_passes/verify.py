@@ -5,6 +5,7 @@ experts, D model width.
 """
 
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import torch
 from torch import fx
@@ -13,8 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_passes.body import Gathered, PerExpert, SlotGathered
 from fx_passes.capture import guards_of
-from fx_passes.facts import fact
-from fx_passes.ops import arg, example, fake_tensor, is_inplace, op_name
+from fx_passes.ops import arg, example, fake_tensor, is_inplace, known_tensor, op_name
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.row_wise import check_rows
 
@@ -40,8 +40,7 @@ def body_is_row_wise(region: MoERegion) -> None:
 
 def rows_belong_to_tokens(region: MoERegion) -> None:
     """What is gathered by token has T rows, what is gathered by slot has the shape of ids, the output has T rows."""
-    ids = fake_tensor(region.ids_TK)
-    assert ids is not None
+    ids = known_tensor(region.ids_TK)
     for value in region.body.of(Gathered):
         _require_size(value.source, ids.shape[:1], value.node)
     for value in region.body.of(SlotGathered):
@@ -80,21 +79,18 @@ def _is_same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
 def experts_have_their_own_parameters(region: MoERegion) -> None:
     """E parameters, no two the same, equal in shape, dtype, device and layout; plain tensors."""
     for parameter in region.body.of(PerExpert):
-        tensors = [fake_tensor(node) for node in parameter.parameters]
-        if any(tensor is None or is_traceable_wrapper_subclass(tensor) for tensor in tensors):
+        tensors = [tensor for tensor in map(fake_tensor, parameter.parameters) if _is_plain(tensor)]
+        if len(tensors) != len(parameter.parameters):
             raise Rejected(
                 "experts_have_their_own_parameters", parameter.node, "an expert's parameter is a tensor subclass"
             )
-        described = {
-            (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors if tensor is not None
-        }
-        if len(described) != 1:
+        if len({(tensor.shape, tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors}) != 1:
             raise Rejected(
                 "experts_have_their_own_parameters",
                 parameter.node,
                 "the experts' parameters differ in shape, dtype, device or layout",
             )
-        if parameter.stacked is not None and not _is_same(tensors[0].shape[0], region.num_experts):  # pyright: ignore[reportOptionalMemberAccess]
+        if parameter.stacked is not None and not _is_same(tensors[0].shape[0], region.num_experts):
             raise Rejected(
                 "every_expert_is_covered",
                 parameter.node,
@@ -102,6 +98,10 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
             )
         if parameter.tensors and len(set(parameter.tensors)) != len(parameter.tensors):
             raise Rejected("experts_have_their_own_parameters", parameter.node, "two experts share a parameter")
+
+
+def _is_plain(tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    return tensor is not None and not is_traceable_wrapper_subclass(tensor)
 
 
 def accumulator_starts_as_zeros(region: MoERegion) -> None:
@@ -115,13 +115,11 @@ def accumulator_starts_as_zeros(region: MoERegion) -> None:
 
 def accumulator_is_not_read_inside(region: MoERegion) -> None:
     """Until the last addition only additions touch the output. Shape and dtype may be asked for: they don't change."""
-    order = _order(region.graph)
-    last = order[region.result]
-    own = {node for accumulation in region.accumulations for node in accumulation.nodes}
-    holders = {region.accumulator, *(accumulation.result for accumulation in region.accumulations)}
-    for holder in holders:
-        for user in holder.users:
-            if order[user] < last and user not in own and fake_tensor(user) is not None:
+    places = region.places()
+    last, own = places[region.result], region.additions
+    for output in region.outputs:
+        for user in output.users:
+            if places[user] < last and user not in own and fake_tensor(user) is not None:
                 raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
 
 
@@ -141,13 +139,8 @@ def no_intermediate_escapes(region: MoERegion) -> None:
 def _ancestors(region: MoERegion, inside: set[fx.Node]) -> set[fx.Node]:
     """Nodes of the loop that the accumulations need."""
     seen: set[fx.Node] = set()
-    stack = [node for accumulation in region.accumulations for node in accumulation.nodes if node is not region.result]
-    stack += [
-        source
-        for accumulation in region.accumulations
-        for node in accumulation.nodes
-        for source in node.all_input_nodes
-    ]
+    stack = [node for node in region.additions if node is not region.result]
+    stack += [source for node in region.additions for source in node.all_input_nodes]
     while stack:
         node = stack.pop()
         if node in inside and node not in seen:
@@ -167,12 +160,11 @@ def _is_dead_end(node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, bool]
 
 def nothing_is_written_inside(region: MoERegion) -> None:
     """From the routing's first node to the last addition nothing that the loop reads is written, save the output."""
-    order = _order(region.graph)
-    own = {node for accumulation in region.accumulations for node in accumulation.nodes}
-    first = min(order[node] for node in _routing_nodes(region))
+    places, own = region.places(), region.additions
+    first = min(places[node] for node in region.routing())
     read = {_storage(node) for node in _outer_inputs(region)}
-    for node, place in order.items():
-        if first < place < order[region.result] and node not in own and is_inplace(node):
+    for node, place in places.items():
+        if first < place < places[region.result] and node not in own and is_inplace(node):
             target = _storage(node)
             if target in read or target in region.inner:
                 raise Rejected(
@@ -182,24 +174,11 @@ def nothing_is_written_inside(region: MoERegion) -> None:
 
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield region.ids_TK
-    yield from _routing_nodes(region)
+    yield from region.routing()
     for node in region.inner:
         yield from (
             source for source in node.all_input_nodes if source not in region.inner and source is not region.accumulator
         )
-
-
-def _routing_nodes(region: MoERegion) -> set[fx.Node]:
-    """Nodes between the ids and the row positions: one_hot, permute, comparison, where."""
-    nodes: set[fx.Node] = set()
-    stack = [accumulation.tokens for accumulation in region.accumulations]
-    stack += [region.symbol] if region.symbol is not None else []
-    while stack:
-        node = stack.pop()
-        if node not in nodes and node is not region.ids_TK and (fact(node) is not None or node is region.symbol):
-            nodes.add(node)
-            stack.extend(node.all_input_nodes)
-    return nodes
 
 
 def _storage(node: fx.Node) -> fx.Node:
@@ -224,10 +203,10 @@ def grad_mode_is_constant(region: MoERegion) -> None:
 
 def autocast_is_constant(region: MoERegion) -> None:
     """Autocast doesn't change between the first differentiable node of the loop and its last addition."""
-    order = _order(region.graph)
-    start = min(order[node] for node in region.inner if _is_differentiable(node))
-    for node, place in order.items():
-        if start < place < order[region.result] and _switches_autocast(node):
+    places = region.places()
+    start = min(places[node] for node in region.inner if _is_differentiable(node))
+    for node, place in places.items():
+        if start < place < places[region.result] and _switches_autocast(node):
             raise Rejected("autocast_is_constant", node, "autocast or inference mode changes inside the loop")
 
 
@@ -265,16 +244,15 @@ def _single_choice(ids: fx.Node) -> bool:
 def ids_are_distinct(node: fx.Node) -> bool:
     """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only."""
     name = op_name(node)
-    if name == "getitem" and op_name(node.args[0]) in ("topk", "sort") and node.args[1] == 1:
-        source = node.args[0]
-        position = 2 if op_name(source) == "topk" else 1
-        tensor = fake_tensor(source.args[0])
-        dim = arg(source, position, "dim", -1)
+    source = arg(node, 0, "input")
+    if name == "getitem" and op_name(source) in ("topk", "sort") and node.args[1] == 1:
+        tensor = fake_tensor(arg(source, 0, "input"))
+        dim = arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
         return tensor is not None and tensor.dim() == 2 and dim in (-1, 1)
     if name == "getitem" and _keeps_columns(node.args[1]):
-        return ids_are_distinct(node.args[0])
+        return ids_are_distinct(source)
     if name in _PRESERVES_VALUES and _keeps_rows(node):
-        return ids_are_distinct(node.args[0])
+        return ids_are_distinct(source)
     if name == "argsort":
         return arg(node, 1, "dim", -1) in (-1, 1)
     return False
@@ -321,10 +299,6 @@ def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
     output, value = example(region.accumulator), fake_tensor(region.accumulations[0].value)
     if value is None or not value.is_floating_point() or not output.is_floating_point():
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "rows or output are not floating point")
-
-
-def _order(graph: fx.Graph) -> dict[fx.Node, int]:
-    return {node: place for place, node in enumerate(graph.nodes)}
 
 
 RULES: tuple[Callable[[MoERegion], None], ...] = (

@@ -73,8 +73,8 @@ class Memory:
     def of_current_frame(cls) -> "Memory":
         context = CompileContext.get()
         if not hasattr(context, "scatter_moe"):
-            context.scatter_moe = cls()  # pyright: ignore[reportAttributeAccessIssue]
-        return context.scatter_moe  # pyright: ignore[reportAttributeAccessIssue]
+            context.scatter_moe = cls()
+        return context.scatter_moe
 
 
 def events_of(node: fx.Node) -> tuple[int, ...]:

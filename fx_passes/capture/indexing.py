@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, SliceVariable, TupleVariable
@@ -78,11 +79,11 @@ def index_list(capture: Any, tx: Any, instruction: Any) -> bool:
     return True
 
 
-def _call(capture: Any, tx: Any, target: Any, *args: Any) -> TensorVariable:
+def _call(capture: Any, tx: Any, target: Any, *args: Any) -> VariableTracker:
     return wrap_fx_proxy(tx, capture.output.create_proxy("call_function", target, args, {}))
 
 
-def _finish(tx: Any, result: Any) -> bool:
+def _finish(tx: Any, result: VariableTracker) -> bool:
     tx.popn(2)
     tx.push(result)
     tx.instruction_pointer += 1

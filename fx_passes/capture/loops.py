@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch._dynamo.variables.base import ValueMutationNew
+from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
@@ -35,7 +35,7 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     return False
 
 
-def _iteration_expert(capture: Any, tx: Any, hit: TensorVariable, expert: int | None) -> TensorVariable:
+def _iteration_expert(capture: Any, tx: Any, hit: TensorVariable, expert: int | None) -> VariableTracker:
     proxy = capture.output.create_proxy("call_function", current_expert, (hit.as_proxy(),), {})
     variable = wrap_fx_proxy(tx, proxy)
     mark_expert(proxy.node, proxy.node if expert is None else expert)

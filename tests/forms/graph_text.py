@@ -1,5 +1,7 @@
 """A captured graph as short text: one line a node, without types and positions, stable across PyTorch versions."""
 
+import functools
+
 import torch
 from torch import fx
 from torch.fx.node import map_arg
@@ -13,12 +15,12 @@ def rewritten_graph(module, *inputs) -> str:
     graphs: list[fx.GraphModule] = []
     rewrite_only = backend_for_report()
 
+    @functools.wraps(rewrite_only)
     def keep(gm, example_inputs):
         compiled = rewrite_only(gm, example_inputs)
         graphs.append(gm)
         return compiled
 
-    keep.is_scatter_moe = True
     torch.compile(module, backend=keep, fullgraph=True)(*inputs)
     assert len(graphs) == 1
     return graph_text(graphs[0].graph)
