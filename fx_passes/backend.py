@@ -18,6 +18,7 @@ import registrations  # noqa: F401  (the ops must exist before a graph names the
 from fx_passes import hook, pipeline
 from fx_passes.cache_key import caches_keyed_by_sources
 from fx_passes.capture import Capture, Event
+from fx_passes.hook_guards import guard_hooks_of
 from fx_passes.region import Rejection
 from fx_passes.report import current_report, record_rejections, source_line
 
@@ -61,6 +62,7 @@ def rewrite_graph(gm: fx.GraphModule) -> bool:
     record_rejections(outcome.rejections, capture.memory.reported if capture is not None else set())
     if capture is not None:
         _trace_again_if_assumed(capture, outcome)
+    guard_hooks_of(outcome.anchors)
     counters["scatter_moe"]["rewritten"] += len(outcome.regions)
     report = current_report()
     report.regions.extend(outcome.regions)
@@ -73,6 +75,7 @@ def rewrite_graph(gm: fx.GraphModule) -> bool:
 def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None:
     leftover = capture.leftover(outcome.erased_events, outcome.remaining_events)
     if not leftover:
+        capture.break_where_dynamo_would()
         return
     explained = outcome.rejections or capture.memory.reported
     telling = [event for event in leftover if event.kind != "dynamic op" or event.routed]

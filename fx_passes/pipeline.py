@@ -29,6 +29,7 @@ class Outcome:
     rejections: list[Rejection] = field(default_factory=list)
     erased_events: set[int] = field(default_factory=set)
     remaining_events: set[int] = field(default_factory=set)
+    anchors: list[fx.Node] = field(default_factory=list)
 
 
 def run(gm: fx.GraphModule) -> Outcome:
@@ -68,6 +69,7 @@ def _rewrite_candidate(accumulator: fx.Node, found: list[Accumulation], outcome:
         outcome.rejections.append(rejection(reason))
         return False
     described = _describe(region)
+    outcome.anchors.append(region.anchor)
     rewritten = rewrite(region)
     outcome.erased_events |= rewritten.erased_events
     outcome.regions.append(RegionReport(**described, activation=rewritten.activation, op=rewritten.op))

@@ -24,12 +24,16 @@ class TraceAgain(TensorifyScalarRestartAnalysis):
 
 @dataclass
 class Event:
-    """A place where tracing went on under an assumption. `routed`: a router came before it in the graph."""
+    """A place where tracing went on under an assumption.
+
+    `routed`: a router came before it in the graph. `root_place`: the instruction of the frame that was being traced.
+    """
 
     number: int
     kind: str
     location: tuple[str, int]
     routed: bool
+    root_place: int
     failed: bool = False
 
 
@@ -67,6 +71,7 @@ class Memory:
     denied: set[int] = field(default_factory=set)
     unrolled: set[int] = field(default_factory=set)
     reported: set[Rejection] = field(default_factory=set)
+    interrupted: list[int] = field(default_factory=list)
     errors: int = 0
 
     @classmethod

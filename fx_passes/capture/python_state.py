@@ -12,6 +12,8 @@ from torch import fx
 from torch._dynamo.variables.base import ValueMutationExisting, VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.functions import LocalGeneratorObjectVariable
+from torch._dynamo.variables.iter import IteratorVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
@@ -21,6 +23,8 @@ from fx_passes.capture.liveness import live_locals
 Snapshot = dict[str, Any]
 
 _MAX_DEPTH = 8
+_ITERATORS = (IteratorVariable, LocalGeneratorObjectVariable)
+_NOT_CONTENT = frozenset(("source", "mutation_type", "parents_tracker", "user_code_variable_name"))
 
 
 def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
@@ -90,18 +94,36 @@ def _modes() -> tuple[Any, ...]:
 
 
 def _describe(value: VariableTracker, depth: int = 0) -> Any:
-    return ("source", value.source) if value.source is not None else _describe_content(value, depth)
+    if isinstance(value, LazyVariableTracker):
+        value = value.unwrap()
+    if value.source is not None and not isinstance(value, _ITERATORS):
+        return ("source", value.source)
+    return _describe_content(value, depth)
 
 
 def _describe_content(value: VariableTracker, depth: int) -> Any:
-    if isinstance(value, LazyVariableTracker):
-        value = value.unwrap()
     if isinstance(value, (TensorVariable, SymNodeVariable)):
         return ("node", value.as_proxy().node) if isinstance(value.proxy, fx.Proxy) else ("id", id(value))
-    if depth < _MAX_DEPTH and isinstance(value, BaseListVariable):
-        return (type(value).__name__, *(_describe(item, depth + 1) for item in value.items))
-    if depth < _MAX_DEPTH and isinstance(value, ConstDictVariable):
-        return ("dict", *((hash(key), _describe(item, depth + 1)) for key, item in value.items.items()))
     if isinstance(value, ConstantVariable):
         return ("constant", type(value).__name__, repr(value.as_python_constant()))
+    if depth >= _MAX_DEPTH:
+        return ("id", id(value))
+    if isinstance(value, BaseListVariable):
+        return (type(value).__name__, *(_describe(item, depth + 1) for item in value.items))
+    if isinstance(value, ConstDictVariable):
+        return ("dict", *((hash(key), _describe(item, depth + 1)) for key, item in value.items.items()))
+    if isinstance(value, LocalGeneratorObjectVariable):
+        return ("generator", id(value), getattr(value.inline_tracer, "instruction_pointer", None))
+    if isinstance(value, IteratorVariable):
+        fields = sorted(((name, field) for name, field in vars(value).items() if name not in _NOT_CONTENT), key=lambda item: item[0])
+        return (type(value).__name__, *((name, _describe_field(field, depth + 1)) for name, field in fields))
     return ("id", id(value))
+
+
+def _describe_field(field: Any, depth: int) -> Any:
+    """A field of an iterator: how far it has come, or what it runs over."""
+    if isinstance(field, VariableTracker):
+        return _describe(field, depth)
+    if isinstance(field, (list, tuple)):
+        return tuple(_describe_field(item, depth) for item in field)
+    return field if isinstance(field, (int, str, bool, type(None))) else ("id", id(field))

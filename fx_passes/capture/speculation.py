@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes.capture import branches, indexing, loops
 from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
@@ -55,7 +55,9 @@ class Capture:
         self._allow_dynamic_op()
         try:
             return original(tx)
-        except RestartAnalysis:
+        except RestartAnalysis as restart:
+            if tx.parent is None and isinstance(restart, SpeculationRestartAnalysis):
+                self.memory.interrupted = [event.root_place for event in self.events]
             raise
         except Exception as error:
             self._trace_again_without_assumptions(tx, error)
@@ -66,7 +68,8 @@ class Capture:
     def event(self, tx: Any, kind: str) -> Event:
         """The next event, at the current line of `tx`."""
         frame = tx.frame_summary()
-        event = Event(len(self.events), kind, (frame.filename, frame.lineno or 0), self._has_routing())
+        location = (frame.filename, frame.lineno or 0)
+        event = Event(len(self.events), kind, location, self._has_routing(), self._root_place())
         self.events.append(event)
         return event
 
@@ -89,6 +92,19 @@ class Capture:
         """Restarts the frame; what stood at `event` is then left to Dynamo."""
         self.memory.denied.add(event.number)
         self._restart(f"{event.kind} at {event.location[0]}:{event.location[1]} was not part of a rewritten region")
+
+    def break_where_dynamo_would(self) -> None:
+        """Dynamo takes a graph break back to the begin of a statement. Where an assumption was made in that statement, Dynamo alone would
+        have broken there and not here: the frame is then traced again with that assumption denied."""
+        interrupted, self.memory.interrupted = self.memory.interrupted, []
+        first_lost = len(self.events)
+        if first_lost < len(interrupted) and interrupted[first_lost] != self._root_place():
+            self.memory.denied.add(first_lost)
+            self._restart("a graph break came after an assumption in the same statement")
+
+    def _root_place(self) -> int:
+        tx = self.output.root_tx
+        return tx.indexof[tx.current_instruction]
 
     def trace_again_unrolled(self, loop: Event) -> None:
         """Restarts the frame; the hit loop `loop` then has one iteration an expert."""

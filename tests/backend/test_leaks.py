@@ -82,6 +82,7 @@ def test_stock_compile_breaks_where_it_always_did(case):
         return [[node.op for node in gm.graph.nodes] for gm in graphs[before:]]
 
     expected = stock_graphs(case.make())
+    fresh_dynamo()
     module, _ = compiled_once(case)
     assert stock_graphs(module) == expected
 
@@ -151,6 +152,7 @@ def test_dynamo_settings_are_as_they_were():
     """Flags that the capture needs are set for its frames alone."""
     before = torch._dynamo.config.get_config_copy()
     compiled_once(CASES[0])
+    fresh_dynamo()
     compiled_once(CASES[1])
     assert torch._dynamo.config.get_config_copy() == before
 
