@@ -86,7 +86,7 @@ def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None
 
 def _unrecognised(event: Event) -> Rejection:
     detail = f"{event.kind} that belongs to no form of a loop over experts"
-    return Rejection("loop_has_a_known_form", detail, source_line(*event.location))
+    return Rejection("loop_has_a_known_form", detail, *source_line(*event.location))
 
 
 def _inner_compiler(mode: str | None, options: dict[str, Any], dynamic: bool | None) -> Callable[..., Any]:

@@ -5,14 +5,15 @@ like the main one.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from fx_passes.accumulation import accumulations
-from fx_passes.capture import events_of
+from fx_passes.capture import events_of, guards_of
 from fx_passes.forms import FORMS
-from fx_passes.ops import fake_tensor
+from fx_passes.ops import op_name
 from fx_passes.region import Accumulation, MoERegion, Rejected, Rejection
 from fx_passes.report import GRADIENTS, RANGE, RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
@@ -85,18 +86,27 @@ def _recognise(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion:
 
 
 def _describe(region: MoERegion) -> dict[str, object]:
-    ids = fake_tensor(region.ids_TK)
-    assert ids is not None
+    source, code = source_of(region.anchor)
     return {
         "form": region.form,
         "module_path": module_path_of(region.anchor),
-        "source": source_of(region.anchor),
+        "source": source,
+        "code": code,
         "num_experts": region.num_experts,
-        "top_k": int(ids.shape[1]) if ids.dim() == 2 else 1,
-        "deviations": (GRADIENTS, RANGE) if region.symbol is not None else (RANGE,),
+        "top_k": region.top_k,
+        "deviations": tuple(_deviations(region)),
     }
+
+
+def _deviations(region: MoERegion) -> Iterator[str]:
+    """Where the rewritten region may differ from eager."""
+    skips_empty_experts = any(guards_of(node) for node in region.additions)
+    if skips_empty_experts:
+        yield GRADIENTS
+    if any(op_name(node) == "one_hot" for node in region.routing()):
+        yield RANGE
 
 
 def rejection(reason: Rejected) -> Rejection:
     """The user's view of `reason`."""
-    return Rejection(reason.rule, reason.detail, source_of(reason.node), module_path_of(reason.node))
+    return Rejection(reason.rule, reason.detail, *source_of(reason.node), module_path_of(reason.node))

@@ -24,15 +24,20 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Rejection:
-    """A candidate that stays as it was: the rule that failed, the user's source line and what was seen there."""
+    """A candidate that stays as it was: the rule that failed and what was seen there.
+
+    `source` is the place in the user's code, as `path/file.py:12`, and `code` that line.
+    """
 
     rule: str
     detail: str
     source: str
+    code: str = ""
     module_path: str = ""
 
     def __str__(self) -> str:
-        return f"{self.rule}: {self.detail} ({self.source})"
+        place = f"{self.source}: {self.code}" if self.code else self.source
+        return f"{self.rule}: {self.detail} ({place})"
 
 
 @dataclass(frozen=True)

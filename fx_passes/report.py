@@ -21,11 +21,15 @@ RANGE = "ids outside 0..E-1 give zeros where one_hot raises"
 
 @dataclass(frozen=True)
 class RegionReport:
-    """One rewritten region: where it stood, what it was, and what it became."""
+    """One rewritten region: where it stood, what it was, and what it became.
+
+    `source` is the place in the user's code, as `path/file.py:12`, and `code` that line.
+    """
 
     form: str
     module_path: str
     source: str
+    code: str
     num_experts: int
     top_k: int
     activation: str
@@ -71,15 +75,15 @@ def record_rejections(rejections: Iterable[Rejection], seen: set[Rejection]) -> 
             log.info("left as it is: %s", rejection)
 
 
-def source_of(node: fx.Node | None) -> str:
-    """`file.py:12: the line` in the user's code."""
+def source_of(node: fx.Node | None) -> tuple[str, str]:
+    """The place in the user's code that `node` stems from, as `path/file.py:12`, and the line there."""
     trace = node.meta.get("stack_trace") if node is not None else None
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
-    return source_line(places[-1][0], int(places[-1][1])) if places else "unknown source"
+    return source_line(places[-1][0], int(places[-1][1])) if places else ("unknown source", "")
 
 
-def source_line(filename: str, line: int) -> str:
-    return f"{filename}:{line}: {linecache.getline(filename, line).strip()}"
+def source_line(filename: str, line: int) -> tuple[str, str]:
+    return f"{filename}:{line}", linecache.getline(filename, line).strip()
 
 
 def module_path_of(node: fx.Node | None) -> str:

@@ -1,5 +1,7 @@
 """`explain(model, *inputs)`: which regions of a model are rewritten, which candidates are not, and why."""
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,8 @@ from fx_passes.backend import backend_for_report
 from fx_passes.region import Rejection
 from fx_passes.report import RegionReport, Report, collecting
 
-_HEADERS = ("module", "form", "E", "K", "activation", "op", "source")
+_HEADERS = ("module", "form", "E", "K", "activation", "op", "source", "code")
+_WIDTH_WITHOUT_TERMINAL = 120
 
 
 class Explanation:
@@ -18,7 +21,7 @@ class Explanation:
     Attributes:
         regions: one `RegionReport` for each rewritten region (form, module_path, source, code, num_experts, top_k,
             activation, op, deviations).
-        rejections: one `Rejection` for each candidate left alone (rule, detail, source, module_path).
+        rejections: one `Rejection` for each candidate left alone (rule, detail, source, code, module_path).
         graphs: how many graphs the model was compiled to.
     """
 
@@ -59,7 +62,6 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
 
 def _row(region: RegionReport) -> tuple[str, ...]:
-    source = region.source.rsplit("/", 1)[-1]
     return (
         region.module_path,
         region.form,
@@ -67,13 +69,17 @@ def _row(region: RegionReport) -> tuple[str, ...]:
         str(region.top_k),
         region.activation,
         region.op,
-        source,
+        os.path.basename(region.source),
+        region.code,
     )
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines no wider than the terminal."""
     widths = [max(len(row[column]) for row in [_HEADERS, *rows]) for column in range(len(_HEADERS))]
-    return [
+    lines = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [_HEADERS, *rows]
     ]
+    columns = shutil.get_terminal_size(fallback=(_WIDTH_WITHOUT_TERMINAL, 24)).columns
+    return [line if len(line) <= columns else line[: columns - 3] + "..." for line in lines]

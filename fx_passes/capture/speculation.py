@@ -80,7 +80,7 @@ class Capture:
         """Says why a place that looks like part of an expert loop is left to Dynamo."""
         if self._has_routing():
             frame = tx.frame_summary()
-            rejection = Rejection(rule, detail, source_line(frame.filename, frame.lineno or 0))
+            rejection = Rejection(rule, detail, *source_line(frame.filename, frame.lineno or 0))
             record_rejections([rejection], self.memory.reported)
 
     def leftover(self, erased: set[int], remaining: set[int]) -> list[Event]:
