@@ -148,7 +148,8 @@ class Capture:
         if numbers:
             guards = tuple(scope.guard for scope in self.scopes if scope.guard is not None)
             for node in nodes:
-                tag(node, numbers, guards)
+                if node.op not in ("placeholder", "get_attr"):
+                    tag(node, numbers, guards)
 
     def _new_nodes(self, graph: fx.Graph) -> list[fx.Node]:
         last = self._last_node.get(graph)
