@@ -13,7 +13,8 @@ from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
-from scatter_ops.kernels.glu_backward import bias_partials_kernel, glu_backward_kernel, sum_partials_kernel
+from scatter_ops.kernels.glu_backward import glu_backward_kernel
+from scatter_ops.kernels.partials import bias_partials_kernel, sum_partials_kernel
 
 
 class GluGradients(NamedTuple):
