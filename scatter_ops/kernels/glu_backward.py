@@ -6,7 +6,7 @@ stored h:
     weights on the output: dS = <dA', A>     dA = s dA'     dH = dA * act'      sA = s A (operand of dW_down)
     weights on the input:  dS = <dP, h>      dP = dA' * act'(s h + b)   dH = s dP   sA = A        (P the pre-activation)
 
-dS is written as partials [N, column tiles], one per tile, to be summed in a fixed order by scatter_ops.kernels.partials.
+dS is written as partials [N, column tiles], one per tile; scatter_ops.kernels.partials sums them in a fixed order.
 k_size = 0 skips the GEMM where only sA is wanted.
 """
 

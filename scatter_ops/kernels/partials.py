@@ -1,4 +1,4 @@
-"""The router weight's gradient from its partials [N, parts]: summed in a fixed order, where atomics would give any order.
+"""The router weight's gradient from its partials [N, parts]: summed in a fixed order, which atomics would not give.
 
 glu_backward_kernel writes one part for each column tile; where the router weight multiplies a bias too, one more is
 written here.
