@@ -31,6 +31,9 @@ _OPERATOR_METHODS = frozenset(
     f"__{name}__"
     for name in "add sub mul truediv matmul eq ne gt ge lt le getitem setitem neg pow iadd isub imul itruediv".split()
 )
+_INPLACE_OPERATORS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
+)
 _FUNCTION_NAMES = _public_functions()
 
 
@@ -92,26 +95,6 @@ def is_inplace(node: fx.Node) -> bool:
     name = op_name(node)
     if name is None:
         return False
-    if name in INPLACE_OPERATORS:
+    if name in _INPLACE_OPERATORS:
         return True
     return (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
-
-
-INPLACE_OPERATORS = frozenset(
-    (
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ifloordiv",
-        "imod",
-        "ipow",
-        "iand",
-        "ior",
-        "ixor",
-        "ilshift",
-        "irshift",
-        "imatmul",
-        "setitem",
-    )
-)

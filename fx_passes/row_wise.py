@@ -24,26 +24,8 @@ POINTWISE = frozenset(
 )
 MATMUL = frozenset(("linear", "matmul", "mm"))
 NORMS = frozenset(("layer_norm", "rms_norm"))
-REDUCTIONS = frozenset(
-    (
-        "softmax",
-        "log_softmax",
-        "sum",
-        "mean",
-        "amax",
-        "amin",
-        "norm",
-        "var",
-        "std",
-        "logsumexp",
-        "normalize",
-        "cumsum",
-        "cumprod",
-    )
-)
-ALONG_DIM = frozenset(
-    ("chunk", "split", "unbind", "cat", "stack", "concat", "narrow", "select", "unsqueeze", "squeeze", "glu")
-)
+REDUCTIONS = frozenset("softmax log_softmax sum mean amax amin norm var std logsumexp normalize cumsum cumprod".split())
+ALONG_DIM = frozenset("chunk split unbind cat stack concat narrow select unsqueeze squeeze glu".split())
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
 PERMUTATIONS = frozenset(("transpose", "permute", "swapaxes", "swapdims"))
 

@@ -5,7 +5,7 @@ changes nothing that Python sees afterwards. Two snapshots that are equal prove 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -71,7 +71,7 @@ def difference(before: Snapshot, after: Snapshot) -> Difference:
     return Difference(tuple(carried), tuple(names))
 
 
-def _is_node(value: Any) -> bool:
+def _is_node(value: Any) -> TypeGuard[tuple[str, fx.Node]]:
     return isinstance(value, tuple) and value[0] == "node"
 
 
@@ -115,8 +115,8 @@ def _describe_content(value: VariableTracker, depth: int) -> Any:
     if isinstance(value, LocalGeneratorObjectVariable):
         return ("generator", id(value), getattr(value.inline_tracer, "instruction_pointer", None))
     if isinstance(value, IteratorVariable):
-        fields = sorted(((name, field) for name, field in vars(value).items() if name not in _NOT_CONTENT), key=lambda item: item[0])
-        return (type(value).__name__, *((name, _describe_field(field, depth + 1)) for name, field in fields))
+        fields = {name: vars(value)[name] for name in sorted(vars(value)) if name not in _NOT_CONTENT}
+        return (type(value).__name__, *((name, _describe_field(field, depth + 1)) for name, field in fields.items()))
     return ("id", id(value))
 
 

@@ -94,8 +94,11 @@ class Capture:
         self._restart(f"{event.kind} at {event.location[0]}:{event.location[1]} was not part of a rewritten region")
 
     def break_where_dynamo_would(self) -> None:
-        """Dynamo takes a graph break back to the begin of a statement. Where an assumption was made in that statement, Dynamo alone would
-        have broken there and not here: the frame is then traced again with that assumption denied."""
+        """Denies an assumption that moved a graph break.
+
+        Dynamo takes a graph break back to the begin of a statement. Where an assumption was made in that statement,
+        Dynamo alone would have broken there and not here: the frame is then traced again with that assumption denied.
+        """
         interrupted, self.memory.interrupted = self.memory.interrupted, []
         first_lost = len(self.events)
         if first_lost < len(interrupted) and interrupted[first_lost] != self._root_place():
