@@ -1,7 +1,7 @@
 """A hook that is added to an expert after compile must be noticed.
 
-Dynamo doesn't guard on empty hook dicts of modules, as a rule. A naive loop notices a new hook all the same, since it runs in eager; so the
-modules of a rewritten region are guarded.
+Dynamo doesn't guard on empty hook dicts of modules, as a rule. A naive loop notices a new hook all the same, since it
+runs in eager; so the modules of a rewritten region are guarded.
 """
 
 import re
