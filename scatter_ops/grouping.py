@@ -1,6 +1,8 @@
 """How grouped rows and per-expert parameters are walked, shared by the implementations in plain PyTorch."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,23 @@ def segments(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:
         if end > start:
             yield expert, start, end
         start = end
+
+
+class Groups(NamedTuple):
+    """The experts that have tokens, ascending, and the number of rows of each; the sentinels' is one more, the last.
+
+    Splitting rows at once by `sizes` takes a fraction of the time of slicing them for each expert.
+    """
+
+    experts: list[int]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, offsets_E: Tensor, num_rows: int) -> "Groups":
+        """Copies offsets to the host."""
+        ends = offsets_E.tolist()
+        found = [(e, end - start) for e, (start, end) in enumerate(pairwise([0, *ends])) if end > start]
+        return cls([e for e, _ in found], [*(size for _, size in found), num_rows - ends[-1]])
 
 
 def experts(parameters: Sequence[Tensor], expert_dim: int) -> Sequence[Tensor] | Tensor:

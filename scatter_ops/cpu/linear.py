@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scatter_ops.cpu.routing import expand_backward, slot_rows, zero_experts_but
-from scatter_ops.grouping import experts, segments
+from scatter_ops.grouping import Groups, experts
 
 
 def parallel_linear(
@@ -24,7 +24,7 @@ def parallel_linear(
     transposed: bool = False,
 ) -> Tensor:
     rows = x if grouped_in else x.index_select(0, order_N if top_k == 1 else order_N // top_k)
-    y = grouped_linear(rows, weight, offsets_E, bias, transposed)
+    y = grouped_linear(rows, weight, Groups.of(offsets_E, rows.shape[0]), bias, transposed)
     return y if grouped_out else y.index_select(0, slot_rows(order_N))
 
 
@@ -40,7 +40,7 @@ def parallel_linear_weight_grad(
 ) -> Tensor:
     rows = x if grouped_in else x.index_select(0, order_N if top_k == 1 else order_N // top_k)
     grad_rows = grad if grouped_out else grad.index_select(0, order_N)
-    return grouped_weight_grad(rows, grad_rows, offsets_E, transposed)
+    return grouped_weight_grad(rows, grad_rows, Groups.of(offsets_E, rows.shape[0]), offsets_E.numel(), transposed)
 
 
 def parallel_linear_bias_grad(grad: Tensor, order_N: Tensor, offsets_E: Tensor, grouped_out: bool) -> Tensor:
@@ -50,7 +50,7 @@ def parallel_linear_bias_grad(grad: Tensor, order_N: Tensor, offsets_E: Tensor, 
 def grouped_linear(
     rows: Tensor,
     weight: Sequence[Tensor],
-    offsets_E: Tensor,
+    groups: Groups,
     bias: Sequence[Tensor],
     transposed: bool,
     out: Tensor | None = None,
@@ -64,25 +64,26 @@ def grouped_linear(
     y = add_to if out is None else out
     if y is None:
         y = rows.new_empty(rows.shape[0], weight[0].shape[-1 if transposed else -2])
-    end = 0
-    for e, start, end in segments(offsets_E):
+    *y_groups, sentinels = y.split_with_sizes(groups.sizes)
+    for e, x_rows, y_rows in zip(groups.experts, rows.split_with_sizes(groups.sizes), y_groups, strict=False):
         matrix = weights[e] if transposed else weights[e].t()
-        y_rows = y[start:end]
-        addend = y_rows if add_to is not None else biases[e] if bias else None
-        if addend is None:
-            torch.mm(rows[start:end], matrix, out=y_rows)
+        if add_to is not None:
+            torch.addmm(y_rows, x_rows, matrix, out=y_rows)
+        elif bias:
+            torch.addmm(biases[e], x_rows, matrix, out=y_rows)
         else:
-            torch.addmm(addend, rows[start:end], matrix, out=y_rows)
-    if end < y.shape[0]:
-        y[end:].zero_()
+            torch.mm(x_rows, matrix, out=y_rows)
+    sentinels.zero_()
     return y
 
 
-def grouped_weight_grad(rows: Tensor, grad_rows: Tensor, offsets_E: Tensor, transposed: bool) -> Tensor:
+def grouped_weight_grad(
+    rows: Tensor, grad_rows: Tensor, groups: Groups, num_experts: int, transposed: bool
+) -> Tensor:
     """Stacked sums over each expert's grouped rows of grad^T x, of x^T grad if transposed."""
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
-    stacked, hit = rows.new_empty(offsets_E.numel(), left.shape[1], right.shape[1]), []
-    for e, start, end in segments(offsets_E):
-        torch.mm(left[start:end].t(), right[start:end], out=stacked[e])
-        hit.append(e)
-    return zero_experts_but(hit, stacked)
+    stacked = rows.new_empty(num_experts, left.shape[1], right.shape[1])
+    pairs = zip(left.t().split_with_sizes(groups.sizes, 1), right.split_with_sizes(groups.sizes), strict=True)
+    for e, (left_columns, right_rows) in zip(groups.experts, pairs, strict=False):
+        torch.mm(left_columns, right_rows, out=stacked[e])
+    return zero_experts_but(groups.experts, stacked)

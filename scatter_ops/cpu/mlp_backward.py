@@ -15,7 +15,7 @@ from scatter_ops.cpu.activations import activate, activate_backward, blocks
 from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
 from scatter_ops.cpu.mlp_forward import PreActivation
 from scatter_ops.cpu.routing import combine, expand_backward, slot_rows, zero_sentinels
-from scatter_ops.grouping import experts, segments
+from scatter_ops.grouping import Groups, experts
 
 
 def mlp_backward(
@@ -44,6 +44,7 @@ def mlp_backward(
     grads = [(topk_weights_TK if i == 1 else x_TD).new_empty(0) for i in range(len(needs))]
     tokens_N = order_N // topk_weights_TK.shape[1]
     dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), offsets_E)
+    groups, num_experts = Groups.of(offsets_E, order_N.numel()), offsets_E.numel()
     biases = (gate_up_bias, up_bias) if separate else (gate_up_bias,)
     pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, layout, on_input)
     if needs[7]:
@@ -52,13 +53,13 @@ def mlp_backward(
         return tuple(grads)
 
     through_down = any(needs[:4]) or any(needs[5:7])
-    da_NF = grouped_linear(dy_ND, down, offsets_E, [], not transposed) if through_down else None
+    da_NF = grouped_linear(dy_ND, down, groups, [], not transposed) if through_down else None
     scaled_a_NF, ds_N, dpre_NH, dh_NH = _through_activation(da_NF, pre, activation, alpha, limit)
     if needs[4]:
-        grads[4] = grouped_weight_grad(scaled_a_NF, dy_ND, offsets_E, transposed)
+        grads[4] = grouped_weight_grad(scaled_a_NF, dy_ND, groups, num_experts, transposed)
     if needs[1]:
         if down_bias and not on_input:
-            _add_bias_share(ds_N, dy_ND, down_bias, offsets_E)
+            _add_bias_share(ds_N, dy_ND, down_bias, groups)
         ds_N = zero_sentinels(ds_N, offsets_E).index_select(0, slot_rows(order_N))
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
     del da_NF, scaled_a_NF, dy_ND
@@ -67,11 +68,11 @@ def mlp_backward(
     for i, weight in enumerate((gate_up, up) if separate else (gate_up,)):
         columns = _columns(i, h_NH, separate)
         if needs[2 + i]:
-            grads[2 + i] = grouped_weight_grad(rows_ND, dh_NH[:, columns], offsets_E, transposed)
+            grads[2 + i] = grouped_weight_grad(rows_ND, dh_NH[:, columns], groups, num_experts, transposed)
         if needs[5 + i]:
             grads[5 + i] = expand_backward(dpre_NH[:, columns], offsets_E)
         if needs[0]:
-            dx_ND = grouped_linear(dh_NH[:, columns], weight, offsets_E, [], not transposed, add_to=dx_ND)
+            dx_ND = grouped_linear(dh_NH[:, columns], weight, groups, [], not transposed, add_to=dx_ND)
     if dx_ND is not None:
         grads[0] = combine(dx_ND, None, order_N, offsets_E, topk_weights_TK.shape[1], True)
     return tuple(grads)
@@ -114,11 +115,11 @@ def _through_activation(
     return da_NF, ds_N, dpre_NH, dh_NH
 
 
-def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], offsets_E: Tensor) -> None:
+def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], groups: Groups) -> None:
     """dS += <dY, b_down>."""
-    biases = experts(down_bias, 1)
-    for e, start, end in segments(offsets_E):
-        ds_N[start:end] += dy_ND[start:end].to(ds_N.dtype) @ biases[e].to(ds_N.dtype)
+    biases, splits = experts(down_bias, 1), zip(ds_N.split(groups.sizes), dy_ND.split(groups.sizes), strict=True)
+    for e, (ds, dy) in zip(groups.experts, splits, strict=False):
+        ds += dy.to(ds.dtype) @ biases[e].to(ds.dtype)
 
 
 def _columns(projection: int, h_NH: Tensor, separate: bool) -> slice:

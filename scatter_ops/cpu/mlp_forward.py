@@ -13,7 +13,7 @@ from scatter_ops.activations import split
 from scatter_ops.cpu.activations import activate, blocks
 from scatter_ops.cpu.linear import grouped_linear
 from scatter_ops.cpu.routing import combine, expand
-from scatter_ops.grouping import accumulation_dtype, experts
+from scatter_ops.grouping import Groups, accumulation_dtype, experts
 
 
 def mlp_forward(
@@ -37,18 +37,19 @@ def mlp_forward(
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
     top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
+    groups = Groups.of(offsets_E, order_N.numel())
     rows_ND = x_TD.index_select(0, order_N // top_k)
     biases = (gate_up_bias, up_bias) if up else (gate_up_bias,)
     width = gate_up[0].shape[-1 if transposed else -2]
     h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width)
-    grouped_linear(rows_ND, gate_up, offsets_E, [] if on_input else gate_up_bias, transposed, out=h_NH[:, :width])
+    grouped_linear(rows_ND, gate_up, groups, [] if on_input else gate_up_bias, transposed, out=h_NH[:, :width])
     if up:
-        grouped_linear(rows_ND, up, offsets_E, [] if on_input else up_bias, transposed, out=h_NH[:, width:])
+        grouped_linear(rows_ND, up, groups, [] if on_input else up_bias, transposed, out=h_NH[:, width:])
     pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, layout, on_input)
     a_NF = x_TD.new_empty(order_N.numel(), down[0].shape[-2 if transposed else -1])
     for block in blocks(h_NH):
         activate(*pre[block], activation, alpha, limit, out=a_NF[block])
-    y_ND = grouped_linear(a_NF, down, offsets_E, down_bias, transposed)
+    y_ND = grouped_linear(a_NF, down, groups, down_bias, transposed)
     out_TD = combine(y_ND, None if on_input else topk_weights_TK, order_N, offsets_E, top_k, True, out_dtype)
     return out_TD, h_NH if save_h else h_NH.new_empty(0)
 
@@ -81,11 +82,12 @@ class PreActivation:
         return self.topk_weights_TK.reshape(-1, 1).index_select(0, self.order_N).to(self.dtype)
 
     def __getitem__(self, block: slice) -> tuple[Tensor, Tensor | None]:
-        """Gate and up. PyTorch's activations take several times longer on strided rows than on dense ones."""
-        pre = self.h_NH[block].to(self.dtype)
+        """Gate and up. PyTorch's activations take several times longer on a gate that is every second column."""
+        pre = self.h_NH[block]
         if self.on_input:
             pre = pre * self.scale_N1[block]
         if self.bias_NH is not None:
             pre.add_(self.bias_NH[block])
         gate, up = split(pre, self.layout)
-        return gate.contiguous(), up
+        gate = gate.to(self.dtype)
+        return gate.contiguous() if self.layout == "interleaved" else gate, None if up is None else up.to(self.dtype)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scatter_ops.grouping import accumulation_dtype, segments
+from scatter_ops.grouping import Groups, accumulation_dtype
 
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -88,11 +88,10 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
 
 
 def expand_backward(grad: Tensor, offsets_E: Tensor) -> Tensor:
-    sums, hit = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), []
-    for e, start, end in segments(offsets_E):
-        torch.sum(grad[start:end], 0, out=sums[e])
-        hit.append(e)
-    return zero_experts_but(hit, sums)
+    sums, groups = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), Groups.of(offsets_E, grad.shape[0])
+    for e, rows in zip(groups.experts, grad.split_with_sizes(groups.sizes), strict=False):
+        torch.sum(rows, 0, out=sums[e])
+    return zero_experts_but(groups.experts, sums)
 
 
 def slot_rows(order_N: Tensor) -> Tensor:
