@@ -27,6 +27,8 @@ def jump(capture: Any, tx: Any, instruction: Any) -> bool:
         expert, truth = sentinel
         if isinstance(expert, int) or _skips_to_header(tx, instruction, truth):
             tx.stack[-1] = ConstantVariable.create(truth)
+        else:
+            capture.reject(tx, "loop_runs_to_its_end", "a branch on the expert's number does more than to skip it")
         return False
     question = nonempty_question(value, capture.masks_of_symbol)
     header = _skips_to_header(tx, instruction, question.truth) if question is not None else None

@@ -84,7 +84,10 @@ class Capture:
             record_rejections([rejection], self.memory.reported)
 
     def leftover(self, erased: set[int], remaining: set[int]) -> list[Event]:
-        """Events that the rewrite did not dissolve."""
+        """Events that the rewrite did not dissolve, and those of loops that were left before their end."""
+        for scope in self.scopes:
+            scope.event.failed = True
+            self.reject(scope.tx, "loop_runs_to_its_end", "the loop is left by break, return or an error")
         live = [event for event in self.events if not self.is_denied(event)]
         return [event for event in live if event.failed or event.number not in erased or event.number in remaining]
 
