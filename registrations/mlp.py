@@ -41,7 +41,7 @@ def mlp(
     readers = (x, topk_weights, *gate_up, *up, *down, *gate_up_bias, *up_bias)
     save_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in readers)
     options = (activation, layout, transposed, weight_on, alpha, limit, out_dtype)
-    return OPS.mlp_forward(x, topk_weights, order, offsets, *parameters, *options, save_h)[0]
+    return OPS.mlp_forward.default(x, topk_weights, order, offsets, *parameters, *options, save_h)[0]
 
 
 LIBRARY.impl("mlp", mlp, "CompositeImplicitAutograd")

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scatter_ops.grouping import Groups, accumulation_dtype
 
+SUM = 0  # the mode of torch.embedding_bag
+
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ids_N = topk_ids_TK.reshape(-1)
-    keys_N = ids_N.masked_fill((ids_N < 0) | (ids_N >= num_experts), num_experts)
+    keys_N = ids_N.clamp(-1, num_experts).remainder_(num_experts + 1)  # num_experts for every sentinel
     offsets_E = torch.bincount(keys_N, minlength=num_experts + 1)[:num_experts].cumsum(0, dtype=torch.int32)
     return keys_N.to(_smallest_int(num_experts)).argsort(stable=True).int(), offsets_E
 
@@ -36,18 +37,14 @@ def combine(
 ) -> Tensor:
     """embedding_bag reads the rows of a token where they are and sums them in one pass."""
     dtype = accumulation_dtype(y_ND.dtype)
-    num_slots, num_valid = order_N.numel(), int(offsets_E[-1])
-    rows_N = slot_rows(order_N) if grouped_in else torch.arange(num_slots)
-    if topk_weights_TK is not None:
-        topk_weights_TK = topk_weights_TK.to(dtype)
-    padding = None
-    if grouped_in and num_valid < num_slots:
+    num_slots, padding = order_N.numel(), None
+    rows_N = slot_rows(order_N) if grouped_in else torch.arange(num_slots, dtype=order_N.dtype)
+    if grouped_in and (num_valid := int(offsets_E[-1])) < num_slots:
         padding = num_valid  # the first sentinel's row: embedding_bag doesn't read it
         rows_N = rows_N.clamp(max=num_valid)
-    rows_TK = rows_N.view(-1, top_k)
-    out_TD = F.embedding_bag(
-        rows_TK, y_ND.to(dtype), mode="sum", per_sample_weights=topk_weights_TK, padding_idx=padding
-    )
+    first_T = torch.arange(0, num_slots, top_k, dtype=order_N.dtype)
+    scale_N = None if topk_weights_TK is None else topk_weights_TK.to(dtype).reshape(-1)
+    out_TD = torch.embedding_bag(y_ND.to(dtype), rows_N, first_T, False, SUM, False, scale_N, False, padding)[0]
     return out_TD.to(out_dtype or y_ND.dtype)
 
 
