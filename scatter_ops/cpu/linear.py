@@ -77,9 +77,7 @@ def grouped_linear(
     return y
 
 
-def grouped_weight_grad(
-    rows: Tensor, grad_rows: Tensor, groups: Groups, num_experts: int, transposed: bool
-) -> Tensor:
+def grouped_weight_grad(rows: Tensor, grad_rows: Tensor, groups: Groups, num_experts: int, transposed: bool) -> Tensor:
     """Stacked sums over each expert's grouped rows of grad^T x, of x^T grad if transposed."""
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
     stacked = rows.new_empty(num_experts, left.shape[1], right.shape[1])

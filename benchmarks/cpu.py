@@ -1,0 +1,158 @@
+"""The fused expert MLP on the CPU against plain PyTorch: python -m benchmarks.cpu.
+
+Everyone goes from (x, topk_weights, topk_ids) to y, and in a training step back to the gradients of x, topk_weights and
+both weights. Ours and the rivals take turns in one process: a ratio is the fastest rival's time over ours within a
+round, its median over rounds is reported. In each row everyone's result is checked against the reference first:
+nothing is timed otherwise.
+
+Set OMP_NUM_THREADS, and compare ratios only: a busy machine slows everyone.
+"""
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+import registrations  # noqa: F401  registers the operators
+from benchmarks import report
+from benchmarks.shapes import Inputs, Shape, inputs
+from benchmarks.timing import seconds
+from scatter_ops import reference
+
+OPS = torch.ops.scatter_moe
+SHAPES = {
+    "T512": Shape(T=512, D=256, F=512, E=8, K=2),
+    "T4": Shape(T=4, D=256, F=512, E=8, K=2),
+    "decode": Shape(T=1, D=256, F=512, E=64, K=8),
+    "narrow": Shape(T=1, D=64, F=128, E=64, K=8),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative RMS difference to the reference
+SECONDS_A_ROUND = 0.1
+
+
+def ours(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    routing = OPS.route(topk_ids, down.shape[0])
+    return OPS.mlp(x, topk_weights, *routing, [gate_up], [], [down], [], [], [], "silu", "concatenated")
+
+
+def naive_loop(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Each expert finds its tokens and adds its rows to the output."""
+    out = torch.zeros_like(x)
+    for e, (gate_up_e, down_e) in enumerate(zip(gate_up.unbind(0), down.unbind(0), strict=True)):
+        tokens, choice = torch.where(topk_ids == e)
+        if len(tokens):
+            y = gated(x[tokens] @ gate_up_e.t()) @ down_e.t()
+            out = out.index_add(0, tokens, y * topk_weights[tokens, choice, None].to(x.dtype))
+    return out
+
+
+def sorted_slices(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One sort, one gather, products on slices, one index_add."""
+    order, counts = topk_ids.flatten().argsort(), topk_ids.flatten().bincount(minlength=down.shape[0])
+    tokens = order // topk_ids.shape[1]
+    slices = zip(x[tokens].split(counts.tolist()), gate_up.unbind(0), down.unbind(0), strict=True)
+    y = torch.cat([gated(rows @ gate_up_e.t()) @ down_e.t() for rows, gate_up_e, down_e in slices if len(rows)])
+    return torch.zeros_like(x).index_add(0, tokens, y * topk_weights.flatten()[order, None].to(x.dtype))
+
+
+def grouped_mm(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As `sorted_slices`, the loop over experts inside PyTorch."""
+    order, counts = topk_ids.flatten().argsort(), topk_ids.flatten().bincount(minlength=down.shape[0])
+    tokens, offsets = order // topk_ids.shape[1], counts.cumsum(0).int()
+    h = F.grouped_mm(x[tokens], gate_up.transpose(1, 2), offs=offsets)
+    y = F.grouped_mm(gated(h), down.transpose(1, 2), offs=offsets)
+    return torch.zeros_like(x).index_add(0, tokens, y * topk_weights.flatten()[order, None].to(x.dtype))
+
+
+def gated(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+CONTESTANTS = (ours, naive_loop, sorted_slices, grouped_mm)
+
+
+def forward(layer: Inputs, function: Callable[..., Tensor]) -> tuple[Tensor]:
+    with torch.no_grad():
+        return (function(layer.x, layer.topk_weights, layer.topk_ids, layer.gate_up, layer.down),)
+
+
+def step(layer: Inputs, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (layer.x, layer.topk_weights, layer.gate_up, layer.down)]
+    x, topk_weights, gate_up, down = leaves
+    out = function(x, topk_weights, layer.topk_ids, gate_up, down)
+    out.backward(layer.grad_out)
+    return out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)
+
+
+def expected(layer: Inputs) -> tuple[Tensor, ...]:
+    """Output and gradients by the reference."""
+    routing = reference.route(layer.topk_ids, layer.down.shape[0])
+    options = ("silu", "concatenated", False, "output", 0.0, 0.0, None)
+    arguments = (layer.x, layer.topk_weights, *routing, [layer.gate_up], [], [layer.down], [], [], [], *options)
+    out, h = reference.mlp_forward(*arguments, True)
+    needs = [True, True, True, False, True, False, False, False]
+    grads = reference.mlp_backward(layer.grad_out, h, *arguments, needs)
+    return out, *(grad for grad, need in zip(grads, needs, strict=True) if need)
+
+
+def check(layer: Inputs, run: Callable[..., tuple[Tensor, ...]]) -> float:
+    """Largest relative RMS difference of ours to the reference; raises if anyone's is too large."""
+    worst, truth = {}, expected(layer)
+    for function in CONTESTANTS:
+        pairs = zip(run(layer, function), truth, strict=False)
+        worst[function.__name__] = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+    if not all(error < TOLERANCE[layer.x.dtype] for error in worst.values()):
+        raise ArithmeticError(f"differs from the reference: {worst}")
+    return worst["ours"]
+
+
+def measure(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]], rounds: int) -> dict[str, Any]:
+    layer = inputs(SHAPES[name], dtype, "cpu")
+    error = check(layer, run)
+    repeats = max(3, int(SECONDS_A_ROUND / seconds(lambda: run(layer, ours)) / len(CONTESTANTS)))
+    times = {function.__name__: [] for function in CONTESTANTS}
+    for _ in range(rounds):
+        one_round = {name: [] for name in times}
+        for _ in range(repeats):
+            for function in random.sample(CONTESTANTS, len(CONTESTANTS)):
+                one_round[function.__name__].append(seconds(lambda f=function: run(layer, f)))
+        for key, values in one_round.items():
+            times[key].append(1e3 * statistics.median(values))
+
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    rivals = [times[function.__name__] for function in CONTESTANTS[1:]]
+    ratios = [min(others) / mine for mine, *others in zip(times["ours"], *rivals, strict=True)]
+    return {
+        "shape": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "what": run.__name__,
+        **{f"{key}_ms": ms for key, ms in medians.items()},
+        "fastest rival": min((function.__name__ for function in CONTESTANTS[1:]), key=medians.__getitem__),
+        "ratio": statistics.median(ratios),
+        "error": error,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    cells = [(name, dtype, run) for name in arguments.shapes for dtype in TOLERANCE for run in (forward, step)]
+    rows = [measure(*cell, arguments.rounds) for cell in track(cells, "measuring")]
+    report.append(
+        "cpu", rows, rounds=arguments.rounds, shapes={name: SHAPES[name]._asdict() for name in arguments.shapes}
+    )
+    report.print_table("one expert MLP on the CPU; ratio: time of the fastest rival over ours", rows)
+
+
+if __name__ == "__main__":
+    main()
