@@ -1,4 +1,4 @@
-# make run | test | check | test-gpu | bench | goldens | matrix | docs | clean
+# make run | test | test-full | check | test-gpu | bench | goldens | matrix | docs | clean
 #
 # By default everything happens in .venv, made from constraints.txt on first use.
 # With PYTHON=... on the command line nothing is installed: that interpreter is used as it is, with this checkout on its path.
@@ -23,14 +23,17 @@ PIP_INSTALL = -m pip install --quiet --constraint constraints.txt $(if $(TORCH_I
 
 # Threads that spin while they wait for each other make small matrix products many times slower on a busy machine.
 run bench: export OMP_WAIT_POLICY = passive
-test test-gpu goldens matrix: export OMP_NUM_THREADS = 1
+test test-full test-gpu goldens matrix: export OMP_NUM_THREADS = 1
 
-.PHONY: run test check format lint types layers spelling generated test-gpu bench goldens matrix docs clean
+.PHONY: run test test-full check format lint types layers spelling generated test-gpu bench goldens matrix docs clean
 
 run: $(TO_RUN)
 	$(RUN) examples/quickstart.py $(ARGS)
 
 test: $(TO_TEST)
+	$(RUN) -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-full: $(TO_TEST)
 	$(RUN) -m pytest -m "not gpu" $(ARGS)
 
 test-gpu: $(TO_TEST)

@@ -15,7 +15,7 @@ from fx_passes.ops import op_name
 from fx_passes.region import Rejection
 from fx_passes.report import record_rejections, source_line
 
-_ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort", "scatter", "scatter_", "bincount", "histc"))
+_ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort"))
 
 Handler = Callable[["Capture", Any, Any], bool]
 """Looks at (capture, tx, instruction) before the instruction runs; True where it did the instruction's work itself."""
@@ -126,10 +126,19 @@ class Capture:
         live = [event for event in self.events if not self.is_denied(event)]
         if tx.parent is not None or not live:
             return
+        if self.masks_of_symbol or any(event.kind == "hit loop" for event in live):
+            self._reject_untraceable(error)
         self.memory.errors += 1
         dropped = live[-1:] if self.memory.errors == 1 else live
         self.memory.denied.update(event.number for event in dropped)
         self._restart(f"{type(error).__name__} while tracing: {error}")
+
+    def _reject_untraceable(self, error: Exception) -> None:
+        """Dynamo gave up on a frame in which the rows of an expert are selected: says where and why."""
+        frames = getattr(error, "real_stack", None)
+        place = source_line(frames[-1].filename, frames[-1].lineno or 0) if frames else ("unknown source", "")
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        record_rejections([Rejection("loop_can_be_traced", reason, *place)], self.memory.reported)
 
     def _has_routing(self) -> bool:
         """Whether the graph so far holds what a router computes: only then is a place worth a word."""

@@ -17,8 +17,9 @@ SUM = 0  # the mode of torch.embedding_bag
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ids_N = topk_ids_TK.reshape(-1)
     keys_N = ids_N.clamp(-1, num_experts).remainder_(num_experts + 1)  # num_experts for every sentinel
-    offsets_E = torch.bincount(keys_N, minlength=num_experts + 1)[:num_experts].cumsum(0, dtype=torch.int32)
-    return keys_N.to(_smallest_int(num_experts)).argsort(stable=True).int(), offsets_E
+    keys_N, order_N = keys_N.to(_smallest_int(num_experts)).sort(stable=True)
+    experts_E = torch.arange(num_experts, dtype=keys_N.dtype)
+    return order_N.int(), torch.searchsorted(keys_N, experts_E, right=True, out_int32=True)
 
 
 def dispatch(x_TD: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:

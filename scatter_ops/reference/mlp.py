@@ -97,7 +97,7 @@ def mlp_backward(
     routing = (order_N, offsets_E, topk_weights_TK.shape[1])
     scale_N1 = slot_weights(topk_weights_TK, order_N, True).to(dtype)
     grad_y_ND = dispatch(grad_out_TD.to(dtype), *routing) * (1 if on_input else scale_N1)
-    grads = [grad_y_ND.new_empty(0) for _ in needs]
+    grads: dict[int, Tensor] = {}
     if needs[7]:
         grads[7] = expand_backward(grad_y_ND, offsets_E)
     if not any(needs[:7]):
@@ -118,28 +118,33 @@ def mlp_backward(
     if needs[1] and on_input:
         grad_s_N1 = (grad_pre_NH * h_NH).sum(1, keepdim=True)
         grads[1] = slot_order(grad_s_N1, order_N, offsets_E).view_as(topk_weights_TK)
-    pairs = zip(_projections(grad_h_NH, layout), _projections(grad_pre_NH, layout), strict=True)
-    for i, (grad_h, grad_pre) in enumerate(pairs):
-        if needs[2 + i]:
-            grads[2 + i] = parallel_linear_weight_grad(x_TD.to(dtype), grad_h, *routing, False, True, transposed)
-        if needs[5 + i]:
-            grads[5 + i] = expand_backward(grad_pre, offsets_E)
-    if needs[0]:
-        grads[0] = _x_grad(grad_h_NH, (gate_up, up), layout, routing, transposed)
+    grads |= _projection_grads(grad_h_NH, grad_pre_NH, x_TD, (gate_up, up), layout, routing, transposed, needs)
     return _round(grads, x_TD, topk_weights_TK)
 
 
-def _x_grad(
+def _projection_grads(
     grad_h_NH: Tensor,
+    grad_pre_NH: Tensor,
+    x_TD: Tensor,
     weights: Sequence[Sequence[Tensor]],
     layout: str,
     routing: tuple[Tensor, Tensor, int],
     transposed: bool,
-) -> Tensor:
-    """The sum over the projections and over each token's slots of dh W."""
-    pairs = zip(_projections(grad_h_NH, layout), weights, strict=False)
-    rows = [parallel_linear(grad, w, *routing, True, True, [], not transposed) for grad, w in pairs]
-    return combine(sum(rows[1:], rows[0]), None, *routing, True)
+    needs: Sequence[bool],
+) -> dict[int, Tensor]:
+    """Gradients of x, gate_up, up and their biases, by their place among all."""
+    grads, rows = {}, []
+    pairs = zip(_projections(grad_h_NH, layout), _projections(grad_pre_NH, layout), strict=True)
+    for i, (grad_h, grad_pre) in enumerate(pairs):
+        if needs[0]:
+            rows.append(parallel_linear(grad_h, weights[i], *routing, True, True, [], not transposed))
+        if needs[2 + i]:
+            grads[2 + i] = parallel_linear_weight_grad(x_TD.to(grad_h.dtype), grad_h, *routing, False, True, transposed)
+        if needs[5 + i]:
+            grads[5 + i] = expand_backward(grad_pre, routing[1])
+    if needs[0]:
+        grads[0] = combine(sum(rows[1:], rows[0]), None, *routing, True)
+    return grads
 
 
 def _pre_activation(
@@ -160,5 +165,6 @@ def _projections(h_NH: Tensor, layout: str) -> Sequence[Tensor]:
     return h_NH.chunk(2, dim=1) if layout == "separate" else (h_NH,)
 
 
-def _round(grads: list[Tensor], x: Tensor, topk_weights: Tensor) -> tuple[Tensor, ...]:
-    return tuple(grad.to(topk_weights.dtype if i == 1 else x.dtype) for i, grad in enumerate(grads))
+def _round(grads: dict[int, Tensor], x: Tensor, topk_weights: Tensor) -> tuple[Tensor, ...]:
+    dtypes = (x.dtype, topk_weights.dtype, *[x.dtype] * 6)
+    return tuple(grads[i].to(dtype) if i in grads else x.new_empty(0, dtype=dtype) for i, dtype in enumerate(dtypes))

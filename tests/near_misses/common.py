@@ -12,13 +12,13 @@ from tests.zoo.common import Block, D, unit_scale_
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A row of the table: the rule which the program breaks, and the program.
+    """A row of the table: the rule which the program breaks (None where no form looks at such a program), and the program.
 
     may_rewrite marks programs which an exact rewrite could serve: those must only stay equal to eager.
     """
 
     name: str
-    rule: str
+    rule: str | None
     block: Callable[[], nn.Module]
     may_rewrite: bool = False
     train: bool = True

@@ -126,7 +126,7 @@ class AutocastOnOne(Loop):
 
 MISSES = (
     NearMiss("range_no_grad_on_one", "grad_mode_is_constant", NoGradOnOne),
-    NearMiss("hit_no_grad_on_one", "grad_mode_is_constant", NoGradOnOneHit),
+    NearMiss("hit_no_grad_on_one", "loop_can_be_traced", NoGradOnOneHit),
     NearMiss("range_no_grad_on_all", "grad_mode_is_constant", NoGradOnAll),
     NearMiss("hit_no_grad_on_all", "grad_mode_is_constant", NoGradOnAllHit),
     NearMiss("range_no_grad_weights", "grad_mode_is_constant", NoGradWeights),
