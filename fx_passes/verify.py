@@ -288,7 +288,8 @@ def carried_tensors_are_the_output(region: MoERegion) -> None:
     if region.symbol is None:
         return
     for before, after in region.symbol.meta.get("scatter_moe_carried", ()):
-        if before is not region.accumulations[0].accumulator or after is not region.result:
+        is_output = before is region.accumulations[0].accumulator and after is region.result
+        if before is not None and not is_output:
             raise Rejected(
                 "carried_tensors_are_the_output", after, f"`{after.name}` is handed from one iteration to the next"
             )

@@ -7,7 +7,7 @@ from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
-from fx_passes.capture.events import Scope
+from fx_passes.capture.events import Scope, events_of
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.variables import expert_of_variable, has_open_length
 from fx_passes.facts import Hit, fact
@@ -67,10 +67,12 @@ def _next_iteration(capture: Any, scope: Scope) -> None:
 
 
 def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> None:
+    """A tensor that a live local holds may change only to one that was computed in the loop, and so dies with it."""
     changed = difference(before, now)
-    if changed.names:
+    from_outside = [node.name for _, node in changed.carried if scope.event.number not in events_of(node)]
+    names = (*changed.names, *from_outside)
+    if names:
         scope.event.failed = True
-        detail = f"running the loop body changes {', '.join(changed.names)}"
-        capture.reject(scope.tx, "loop_changes_no_python_state", detail)
+        capture.reject(scope.tx, "loop_changes_no_python_state", f"running the loop body changes {', '.join(names)}")
     if scope.symbol is not None:
         scope.symbol.meta["scatter_moe_carried"] = changed.carried

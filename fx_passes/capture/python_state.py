@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import fx
+from torch._dynamo.variables import SetVariable
 from torch._dynamo.variables.base import ValueMutationExisting, VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
@@ -17,6 +18,7 @@ from torch._dynamo.variables.iter import IteratorVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
 from fx_passes.capture.liveness import live_locals
 
@@ -24,7 +26,10 @@ Snapshot = dict[str, Any]
 
 _MAX_DEPTH = 8
 _ITERATORS = (IteratorVariable, LocalGeneratorObjectVariable)
-_NOT_CONTENT = frozenset(("source", "mutation_type", "parents_tracker", "user_code_variable_name"))
+_CONTAINERS = (BaseListVariable, ConstDictVariable, SetVariable)
+_NOT_CONTENT = frozenset(
+    "source mutation_type parents_tracker user_code_variable_name source_location should_update_in_place".split()
+)
 
 
 def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
@@ -51,10 +56,11 @@ def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
 class Difference:
     """What changed between two snapshots.
 
-    `carried` are tensors that locals hold (before, after), `names` is everything else.
+    `carried` are tensors that live locals hold: before (None where the name was not bound) and after. `names` is
+    everything else.
     """
 
-    carried: tuple[tuple[fx.Node, fx.Node], ...]
+    carried: tuple[tuple[fx.Node | None, fx.Node], ...]
     names: tuple[str, ...]
 
 
@@ -64,9 +70,9 @@ def difference(before: Snapshot, after: Snapshot) -> Difference:
         old = before.get(name)
         if value == old:
             continue
-        if _is_node(value) and _is_node(old) and name.startswith("local "):
-            carried.append((old[1], value[1]))
-        elif not (_is_node(value) and old is None):
+        if name.startswith("local ") and _is_node(value) and (old is None or _is_node(old)):
+            carried.append((old[1] if old is not None else None, value[1]))
+        else:
             names.append(name.removeprefix("local "))
     return Difference(tuple(carried), tuple(names))
 
@@ -76,15 +82,31 @@ def _is_node(value: Any) -> TypeGuard[tuple[str, fx.Node]]:
 
 
 def _side_effects(side_effects: Any) -> Snapshot:
+    """Pending writes: attributes, cells and globals; the content of containers and of objects that hold one."""
     state: Snapshot = {}
     for owner, attributes in side_effects.store_attr_mutations.items():
         for name, value in attributes.items():
             state[f"attribute {name} of {type(owner).__name__} {id(owner)}"] = _describe(value)
     for key, value in side_effects.id_to_variable.items():
         mutation = value.mutation_type
+        name = f"content of {type(value).__name__} {key}"
         if isinstance(mutation, ValueMutationExisting) and mutation.is_modified:
-            state[f"content of {type(value).__name__} {key}"] = _describe_content(value, 0)
+            state[name] = _describe_content(value, 0)
+        elif isinstance(value, UserDefinedObjectVariable):
+            held = [
+                field for field in vars(value).values() if isinstance(field, _CONTAINERS) and _may_be_written(field)
+            ]
+            if held:
+                state[name] = tuple(_describe_content(field, 0) for field in held)
     return state
+
+
+def _may_be_written(container: Any) -> bool:
+    """Whether the dict, list or set inside an object (a Counter, say) was written, as far as can be told."""
+    if isinstance(container.mutation_type, ValueMutationExisting) and container.mutation_type.is_modified:
+        return True
+    original = getattr(container, "original_items", None)
+    return original is None or _describe_field(original, 0) != _describe_field(container.items, 0)
 
 
 def _modes() -> tuple[Any, ...]:
@@ -102,28 +124,27 @@ def _describe(value: VariableTracker, depth: int = 0) -> Any:
 
 
 def _describe_content(value: VariableTracker, depth: int) -> Any:
+    """What tells `value` apart: the node of a tensor, a constant, and of anything else its type and all its fields."""
     if isinstance(value, (TensorVariable, SymNodeVariable)):
         return ("node", value.as_proxy().node) if isinstance(value.proxy, fx.Proxy) else ("id", id(value))
     if isinstance(value, ConstantVariable):
         return ("constant", type(value).__name__, repr(value.as_python_constant()))
-    if depth >= _MAX_DEPTH:
-        return ("id", id(value))
-    if isinstance(value, BaseListVariable):
-        return (type(value).__name__, *(_describe(item, depth + 1) for item in value.items))
-    if isinstance(value, ConstDictVariable):
-        return ("dict", *((hash(key), _describe(item, depth + 1)) for key, item in value.items.items()))
     if isinstance(value, LocalGeneratorObjectVariable):
         return ("generator", id(value), getattr(value.inline_tracer, "instruction_pointer", None))
-    if isinstance(value, IteratorVariable):
-        fields = {name: vars(value)[name] for name in sorted(vars(value)) if name not in _NOT_CONTENT}
-        return (type(value).__name__, *((name, _describe_field(field, depth + 1)) for name, field in fields.items()))
-    return ("id", id(value))
+    if depth >= _MAX_DEPTH:
+        return ("id", id(value))
+    fields = sorted(name for name in vars(value) if name not in _NOT_CONTENT)
+    return (type(value).__name__, *((name, _describe_field(vars(value)[name], depth + 1)) for name in fields))
 
 
 def _describe_field(field: Any, depth: int) -> Any:
-    """A field of an iterator: how far it has come, or what it runs over."""
+    """A field of a variable: items, an inner container, how far an iterator has come."""
     if isinstance(field, VariableTracker):
         return _describe(field, depth)
+    if isinstance(field, dict):
+        return tuple((hash(key), _describe_field(item, depth)) for key, item in field.items())
     if isinstance(field, (list, tuple)):
         return tuple(_describe_field(item, depth) for item in field)
+    if isinstance(field, (set, frozenset)):
+        return frozenset(hash(item) for item in field)
     return field if isinstance(field, (int, str, bool, type(None))) else ("id", id(field))
