@@ -12,7 +12,7 @@ from tests.zoo.common import Block, D, unit_scale_
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A row of the table: the rule which the program breaks (None where no form looks at such a program), and the program.
+    """A row of the table: the program, and the rule which it breaks (None where no form looks at such a program).
 
     may_rewrite marks programs which an exact rewrite could serve: those must only stay equal to eager.
     """
