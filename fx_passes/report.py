@@ -76,7 +76,12 @@ def record_rejections(rejections: Iterable[Rejection], seen: set[Rejection]) -> 
 
 
 def source_of(node: fx.Node | None) -> tuple[str, str]:
-    """The place in the user's code that `node` stems from, as `path/file.py:12`, and the line there."""
+    """The place in the user's code that `node` stems from, as `path/file.py:12`, and the line there.
+
+    Dynamo gives no place to nodes that switch a mode: theirs is that of the next node.
+    """
+    while node is not None and node.op not in ("root", "output") and not node.meta.get("stack_trace"):
+        node = node.next
     trace = node.meta.get("stack_trace") if node is not None else None
     places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
     return source_line(places[-1][0], int(places[-1][1])) if places else ("unknown source", "")
