@@ -81,7 +81,7 @@ def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None
     telling = [event for event in leftover if event.kind != "dynamic op" or event.routed]
     if telling and not explained:
         record_rejections([_unrecognised(telling[-1])], capture.memory.reported)
-    capture.trace_again_without(leftover[0])
+    capture.trace_again_without(leftover[:1] if outcome.regions else leftover)
 
 
 def _unrecognised(event: Event) -> Rejection:

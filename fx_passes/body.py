@@ -21,7 +21,7 @@ from torch import fx
 
 from fx_passes.facts import Mask, Rows, fact
 from fx_passes.markers import Expert, expert_of, index_with_expert, select_expert
-from fx_passes.ops import arg, fake_tensor, op_name, varargs
+from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, varargs
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,7 @@ class UnknownOperation(Exception):
 class Body:
     root: Value
     values: tuple[Value, ...] = field(repr=False)
+    nodes: frozenset[fx.Node] = field(repr=False)
 
     def of(self, kind: type) -> Iterator[Any]:
         return (value for value in self.values if isinstance(value, kind))
@@ -164,7 +165,7 @@ def unify(copies: Sequence[fx.Node], masks: Sequence[Mask]) -> Body:
     """
     walk = _Unifier(tuple(masks))
     root = walk.value(tuple(copies))
-    return Body(root, tuple(walk.values))
+    return Body(root, tuple(walk.values), walk.nodes())
 
 
 class _Unifier:
@@ -180,6 +181,10 @@ class _Unifier:
             self._memo[nodes] = value
             self.values.append(value)
         return self._memo[nodes]
+
+    def nodes(self) -> frozenset[fx.Node]:
+        """All nodes of all copies, save what comes from outside the loop."""
+        return frozenset(node for nodes, value in self._memo.items() if not isinstance(value, Shared) for node in nodes)
 
     def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
         first = nodes[0]
@@ -292,10 +297,11 @@ def _simplified(op: Op) -> Value:
 
 
 def _swaps_two_dims(op: Op) -> bool:
-    if op.name in ("t", "transpose", "permute", "swapaxes", "swapdims"):
-        return op.name == "t" or (
-            {dim % 2 for dim in varargs(op.node, 1, "dims")} == {0, 1} and varargs(op.node, 1, "dims") != (0, 1)
-        )
+    if op.name == "t":
+        return True
+    if op.name in ("transpose", "swapaxes", "swapdims", "permute") and len(op.node.args) > 1:
+        dims = [dim % 2 for dim in varargs(op.node, 1, "dims")]
+        return dims == [1, 0] or (op.name != "permute" and sorted(dims) == [0, 1])
     return op.name == "getattr" and op.node.args[1] in ("T", "mT")
 
 
@@ -316,8 +322,12 @@ def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
 def _gather_axes(node: fx.Node, mask: Mask) -> tuple[str, ...] | None:
     """What each item of the index is: ("T",) for `x[tokens]`, ("1", "T") for `x[None, tokens]`, ("T", "K", "1") for
     `weights[tokens, slots, None]`, ("T", "E") for `table[tokens, e]`; None for any other."""
-    index = node.args[1]
+    index, source = node.args[1], known_tensor(node.args[0])
     items = index if isinstance(index, tuple) else (index,)
+    while items and items[-1] in (slice(None), Ellipsis):
+        items = items[:-1]
+    if None in items[1:] and source.dim() != 2:
+        return None
     axes = []
     for item in items:
         rows = fact(item) if isinstance(item, fx.Node) else None
@@ -327,7 +337,7 @@ def _gather_axes(node: fx.Node, mask: Mask) -> tuple[str, ...] | None:
             axes.append("E")
         elif item is None:
             axes.append("1")
-        elif item not in (slice(None), Ellipsis):
+        else:
             return None
     if axes in (["T"], ["1", "T"]) or (axes[:2] in (["T", "K"], ["T", "E"]) and set(axes[2:]) <= {"1"}):
         return tuple(axes)

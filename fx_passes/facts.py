@@ -99,9 +99,9 @@ def fact(node: Any) -> Fact | None:
 
 def _derive(node: fx.Node) -> Fact | None:
     if node.target is select_expert:
-        return _select(fact(node.args[0]), node.args[2], expert_of(node.args[1]), keepdim=node.args[3])
+        return _select(fact(arg(node, 0, "input")), node.args[2], expert_of(node.args[1]), keepdim=node.args[3])
     if node.target is index_list:
-        return fact(node.args[0])
+        return fact(arg(node, 0, "input"))
     rule = _RULES.get(op_name(node) or "")
     return rule(node) if rule else None
 
@@ -115,24 +115,24 @@ def _one_hot(node: fx.Node) -> Fact | None:
 
 
 def _same(node: fx.Node) -> Fact | None:
-    return fact(node.args[0])
+    return fact(arg(node, 0, "input"))
 
 
 def _cast(node: fx.Node) -> Fact | None:
     """`.to(...)` of zeros and ones, or of bools, keeps their meaning; so does a move to another device."""
-    inner = fact(node.args[0])
-    return inner if isinstance(inner, (OneHot, Mask, Counts)) else None
+    inner = fact(arg(node, 0, "input"))
+    return inner if isinstance(inner, (OneHot, Mask)) else None
 
 
 def _permute(node: fx.Node) -> Fact | None:
-    inner, order = fact(node.args[0]), varargs(node, 1, "dims")
+    inner, order = fact(arg(node, 0, "input")), varargs(node, 1, "dims")
     if not isinstance(inner, (OneHot, Mask)) or len(order) != len(inner.dims):
         return None
     return replace(inner, dims=tuple(inner.dims[dim] for dim in order))
 
 
 def _transpose(node: fx.Node) -> Fact | None:
-    inner = fact(node.args[0])
+    inner = fact(arg(node, 0, "input"))
     if not isinstance(inner, (OneHot, Mask)):
         return None
     dims = list(inner.dims)
@@ -142,6 +142,8 @@ def _transpose(node: fx.Node) -> Fact | None:
 
 
 def _getitem(node: fx.Node) -> Fact | None:
+    if len(node.args) != 2:
+        return None
     source, index = node.args
     inner = fact(source)
     if isinstance(inner, Selection):
@@ -190,7 +192,7 @@ def _select(inner: Fact | None, dim: Any, expert: Expert | None, keepdim: Any) -
 
 
 def _squeeze(node: fx.Node) -> Fact | None:
-    inner, dim = fact(node.args[0]), arg(node, 1, "dim")
+    inner, dim = fact(arg(node, 0, "input")), arg(node, 1, "dim")
     if not isinstance(inner, Mask) or not isinstance(dim, int):
         return None
     dim = normalized_dim(dim, len(inner.dims))
@@ -200,7 +202,7 @@ def _squeeze(node: fx.Node) -> Fact | None:
 
 
 def _unsqueeze(node: fx.Node) -> Fact | None:
-    inner, dim = fact(node.args[0]), arg(node, 1, "dim")
+    inner, dim = fact(arg(node, 0, "input")), arg(node, 1, "dim")
     if not isinstance(inner, Mask) or not isinstance(dim, int):
         return None
     dim = normalized_dim(dim, len(inner.dims) + 1)
@@ -209,7 +211,7 @@ def _unsqueeze(node: fx.Node) -> Fact | None:
 
 def _eq(node: fx.Node) -> Fact | None:
     """`ids == e`, and `one_hot[...] == 1`."""
-    left, right = node.args
+    left, right = arg(node, 0, "input"), arg(node, 1, "other")
     inner = fact(left)
     if isinstance(inner, (OneHot, Mask)) and right == 1:
         return inner
@@ -227,7 +229,9 @@ def _reduce(node: fx.Node) -> Fact | None:
 
     Of a one-hot tensor it counts the tokens of each class; of a mask, those of one expert.
     """
-    inner, dims = fact(node.args[0]), _reduced_dims(node)
+    if not node.kwargs.keys() <= {"input", "dim", "keepdim"}:
+        return None
+    inner, dims = fact(arg(node, 0, "input")), _reduced_dims(node)
     if isinstance(inner, Mask) and dims is None:
         return Occupied(inner)
     if not isinstance(inner, OneHot) or dims is None:
@@ -246,7 +250,7 @@ def _reduced_dims(node: fx.Node) -> Sequence[int] | None:
 
 
 def _greater(node: fx.Node) -> Fact | None:
-    inner = fact(node.args[0])
+    inner = fact(arg(node, 0, "input"))
     if isinstance(inner, Counts) and not inner.positive and arg(node, 1, "other") == 0:
         return replace(inner, positive=True)
     if isinstance(inner, (OneHot, Mask)) and arg(node, 1, "other") == 0:
@@ -255,7 +259,7 @@ def _greater(node: fx.Node) -> Fact | None:
 
 
 def _nonzero(node: fx.Node) -> Fact | None:
-    inner = fact(node.args[0])
+    inner = fact(arg(node, 0, "input"))
     as_tuple = bool(node.kwargs.get("as_tuple", False))
     if isinstance(inner, Counts):
         return Hit(inner.ids, inner.num_classes) if not as_tuple else None
@@ -271,7 +275,7 @@ def _where(node: fx.Node) -> Fact | None:
 
 def _flatten(node: fx.Node) -> Fact | None:
     """`hit.squeeze(-1)`, `hit.flatten()`, `hit.view(-1)`: still the classes that occur."""
-    inner = fact(node.args[0])
+    inner = fact(arg(node, 0, "input"))
     if not isinstance(inner, Hit):
         return _squeeze(node) if op_name(node) == "squeeze" else None
     value = fake_tensor(node)
@@ -279,7 +283,7 @@ def _flatten(node: fx.Node) -> Fact | None:
 
 
 def _detach(node: fx.Node) -> Fact | None:
-    inner = fact(node.args[0])
+    inner = fact(arg(node, 0, "input"))
     return inner if isinstance(inner, (Hit, Rows)) else None
 
 

@@ -8,12 +8,14 @@ T tokens, K experts per token, E experts, D model width, F expert width.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from fx_passes.body import Body, Gathered, Op, PerExpert, SlotGathered, Value, rank
 from fx_passes.ops import fake_tensor
 
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
+_FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 
 @dataclass(frozen=True)
@@ -252,14 +254,20 @@ def _one_layout(linears: tuple[Linear | None, ...]) -> bool:
 
 def _uncast(value: Value) -> Value:
     """`value` before casts of floating point rows."""
-    while isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op):
+    while isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
         value = value.args[0]
     return value
 
 
+def _is_float_cast(op: Op) -> bool:
+    """Whether `op` casts between dtypes in which combining in fp32 may as well be done without it."""
+    before, after = fake_tensor(op.args[0].node), fake_tensor(op.node)
+    return before is not None and after is not None and {before.dtype, after.dtype} <= _FLOATS
+
+
 def _uncast_exact(value: Value) -> Value:
     """Without a cast that widens the rows before they are weighted: combining is done in fp32 anyway."""
-    if isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op):
+    if isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
         before, after = fake_tensor(value.args[0].node), fake_tensor(value.node)
         if before is not None and after is not None and before.dtype.itemsize <= after.dtype.itemsize:
             return value.args[0]

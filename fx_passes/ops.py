@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes.markers import current_expert, index_list, index_with_expert, select_expert
+
 _NAMESPACES = (torch.nn.functional, torch._C._nn, torch, torch.special, torch._C._linalg, operator)
 
 
@@ -35,6 +37,18 @@ _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
 )
 _FUNCTION_NAMES = _public_functions()
+
+
+_WRITES_STATISTICS = frozenset("batch_norm instance_norm embedding embedding_bag".split())
+_INPLACE_ARGUMENT = {
+    **dict.fromkeys("relu relu6 silu mish hardswish hardsigmoid selu".split(), 1),
+    **dict.fromkeys("elu leaky_relu celu".split(), 2),
+    **dict.fromkeys(
+        "hardtanh threshold dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split(), 3
+    ),
+    "rrelu": 4,
+}
+_HARMLESS = frozenset((current_expert, select_expert, index_with_expert, index_list, torch._C._set_grad_enabled))
 
 
 def op_name(node: fx.Node) -> str | None:
@@ -90,11 +104,23 @@ def normalized_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def is_inplace(node: fx.Node) -> bool:
-    """Whether `node` writes to its first argument."""
+def written(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensors that `node` may write to. An operation that is not known by name may write to all its inputs."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return ()
+    if isinstance(node.target, torch._ops.OpOverload):
+        return tuple(node.all_input_nodes) if node.target._schema.is_mutable else ()
     name = op_name(node)
     if name is None:
-        return False
-    if name in _INPLACE_OPERATORS:
-        return True
-    return (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+        return () if node.target in _HARMLESS else tuple(node.all_input_nodes)
+    if name in _WRITES_STATISTICS or "out" in node.kwargs:
+        return tuple(node.all_input_nodes)
+    inplace = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    if inplace or arg(node, _INPLACE_ARGUMENT.get(name, 99), "inplace", False):
+        return tuple(node.all_input_nodes[:1])
+    return ()
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether `node` may write to one of its inputs."""
+    return bool(written(node))

@@ -42,6 +42,8 @@ def check_rows(body: Body) -> None:
 
 
 def _check(op: Op) -> None:
+    if not op.args or any(isinstance(value, Gathered) and value.leading for value in nested_values(op.args)):
+        raise _refused(op, f"`{op.name}` is called in a way that no rule speaks of")
     for names, check in _CHECKS:
         if op.name in names:
             check(op)
@@ -72,6 +74,18 @@ def _check_pointwise(op: Op) -> None:
             raise _refused(op, "the number of rows is used as a value")
         elif isinstance(value, Shared) and not _broadcasts_over_rows(value, result):
             raise _refused(op, "a tensor from outside the loop has a dim where the rows are")
+        elif isinstance(value, PerExpert) and not _repeats_over_rows(value, op, result):
+            raise _refused(
+                op, "an expert's parameter does not broadcast over its rows as it would after being repeated"
+            )
+
+
+def _repeats_over_rows(value: PerExpert, op: Op, result: int | None) -> bool:
+    """A parameter is repeated for each row: one that is a scalar then takes part in type promotion."""
+    own, tensor, output = rank(value), fake_tensor(value.node), fake_tensor(op.node)
+    if own is None or tensor is None or output is None or result is None or value.transposed:
+        return False
+    return own - value.leading < result and (own > 0 or tensor.dtype == output.dtype)
 
 
 def _changes_device(op: Op) -> bool:
@@ -87,8 +101,11 @@ def _broadcasts_over_rows(value: Shared, result: int | None) -> bool:
 
 
 def _check_matmul(op: Op) -> None:
-    rows, weight = op.args[0], op.args[1]
-    bias = op.arg(2, "bias")
+    rows, weight, bias = op.args[0], op.arg(1, "weight"), op.arg(2, "bias")
+    if len(op.args) < 2 or (bias is not None and type(bias) is not type(weight)):
+        raise _refused(op, "weight and bias of a linear layer are not alike")
+    if isinstance(weight, PerExpert) and weight.leading:
+        raise _refused(op, "a stack of one weight matrix")
     if not _is_row_tensor(rows) or rank(rows) != 2:
         raise _refused(op, "the left side of a matrix product is not a matrix of rows")
     if not isinstance(weight, (PerExpert, Shared)) or rank(weight) != 2:
@@ -114,7 +131,7 @@ def _check_dims(op: Op) -> None:
     dims = op.arg(_DIM_ARGUMENT.get(op.name, 1), "dim", _DIM_DEFAULT.get(op.name))
     dims = (dims,) if isinstance(dims, int) else dims
     places = operand_rank + (op.name in ("unsqueeze", "stack"))
-    if not isinstance(dims, (tuple, list)) or any(normalized_dim(dim, places) == 0 for dim in dims):
+    if not isinstance(dims, (tuple, list)) or not dims or any(normalized_dim(dim, places) == 0 for dim in dims):
         raise _refused(op, f"`{op.name}` works along the rows")
 
 
@@ -122,13 +139,13 @@ def _check_permutation(op: Op) -> None:
     dims = varargs(op.node, 1, "dims")
     places = rank(op.args[0]) or 0
     dims = tuple(normalized_dim(dim, places) for dim in dims)
-    if not _is_row_tensor(op.args[0]) or (dims[0] != 0 if op.name == "permute" else 0 in dims):
+    if not _is_row_tensor(op.args[0]) or len(dims) < 2 or (dims[0] != 0 if op.name == "permute" else 0 in dims):
         raise _refused(op, f"`{op.name}` moves the row dim")
 
 
 def _check_reshape(op: Op) -> None:
     before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
-    if before is None or after is None or not _is_row_tensor(op.args[0]):
+    if before is None or after is None or not _is_row_tensor(op.args[0]) or before.dtype != after.dtype:
         raise _refused(op, f"`{op.name}` of something that is not rows")
     sizes = (*before.shape[1:], *after.shape[1:])
     if after.dim() == 0 or not all(isinstance(size, int) for size in sizes):
@@ -139,6 +156,8 @@ def _check_reshape(op: Op) -> None:
 
 def _check_getitem(op: Op) -> None:
     operand, index = op.args
+    if any(isinstance(item, list) for item in (index if isinstance(index, tuple) else (index,))):
+        raise _refused(op, "rows are indexed by a list")
     if isinstance(example(op.node.all_input_nodes[0]), (tuple, list)):
         return
     items = index if isinstance(index, tuple) else (index,)

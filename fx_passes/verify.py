@@ -12,17 +12,19 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fx_passes.body import Gathered, PerExpert, SlotGathered
+from fx_passes.body import Gathered, PerExpert, SlotGathered, has_rows
 from fx_passes.capture import guards_of
-from fx_passes.ops import arg, example, fake_tensor, is_inplace, known_tensor, op_name
+from fx_passes.ops import arg, example, fake_tensor, is_inplace, known_tensor, op_name, written
 from fx_passes.region import MoERegion, Rejected
-from fx_passes.row_wise import check_rows
+from fx_passes.row_wise import POINTWISE, check_rows
 
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
-_VIEWS = frozenset(
+_ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
     """
-    view reshape permute transpose t getitem select squeeze unsqueeze chunk split unbind expand expand_as contiguous
-    to detach flatten narrow float half bfloat16 view_as swapaxes movedim
+    zeros zeros_like new_zeros ones ones_like empty empty_like new_empty full full_like new_full rand randn arange
+    linear matmul mm bmm layer_norm rms_norm softmax log_softmax sum mean amax amin norm cumsum one_hot topk sort
+    argsort nonzero index_add index_select gather scatter cat stack embedding repeat_interleave clone eq ne gt ge lt le
+    greater greater_equal argmax max min any all where histc bincount logical_and logical_or logical_not
     """.split()
 )
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
@@ -105,7 +107,7 @@ def _is_plain(tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
 
 
 def accumulator_starts_as_zeros(region: MoERegion) -> None:
-    if op_name(region.accumulator) not in _ZEROS:
+    if op_name(region.accumulator) not in _ZEROS or is_inplace(region.accumulator):
         raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the loop does not add to fresh zeros")
     if region.accumulator.kwargs.get("requires_grad", False):
         raise Rejected(
@@ -119,8 +121,28 @@ def accumulator_is_not_read_inside(region: MoERegion) -> None:
     last, own = places[region.result], region.additions
     for output in region.outputs:
         for user in output.users:
-            if places[user] < last and user not in own and fake_tensor(user) is not None:
+            if places[user] < last and user not in own and not _asks_for_metadata(user):
                 raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
+
+
+def _asks_for_metadata(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.sym_size.int or op_name(node) in ("size", "dim", "numel", "stride")
+
+
+def additions_follow_each_other(region: MoERegion) -> None:
+    """Each addition goes on from the one before it; one in place may name the output by its first name."""
+    before = region.accumulator
+    for accumulation in region.accumulations:
+        in_place = is_inplace(accumulation.result)
+        if accumulation.accumulator is not before and not (in_place and accumulation.accumulator in region.outputs):
+            raise Rejected(
+                "additions_follow_each_other", accumulation.result, "an addition starts from an older output"
+            )
+        before = accumulation.result if not in_place else before
+    if region.symbol is not None and not is_inplace(region.result):
+        carried = region.symbol.meta.get("scatter_moe_carried", ())
+        if (region.accumulator, region.result) not in carried:
+            raise Rejected("additions_follow_each_other", region.result, "each iteration starts from the first output")
 
 
 def no_intermediate_escapes(region: MoERegion) -> None:
@@ -164,12 +186,12 @@ def nothing_is_written_inside(region: MoERegion) -> None:
     first = min(places[node] for node in region.routing())
     read = {_storage(node) for node in _outer_inputs(region)}
     for node, place in places.items():
-        if first < place < places[region.result] and node not in own and is_inplace(node):
-            target = _storage(node)
-            if target in read or target in region.inner:
-                raise Rejected(
-                    "nothing_is_written_inside", node, f"`{op_name(node)}` writes to something that the loop reads"
-                )
+        if not first < place < places[region.result] or node in own:
+            continue
+        targets = {_storage(target) for target in written(node)}
+        if targets & read or targets & region.inner:
+            name = op_name(node) or node.target
+            raise Rejected("nothing_is_written_inside", node, f"`{name}` writes to something that the loop reads")
 
 
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
@@ -183,9 +205,15 @@ def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
 
 def _storage(node: fx.Node) -> fx.Node:
     """The node whose storage `node` may alias."""
-    while node.all_input_nodes and (op_name(node) in _VIEWS or is_inplace(node)):
+    while node.all_input_nodes and op_name(node) not in _ALLOCATES and not _is_part_of_result(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def _is_part_of_result(node: fx.Node) -> bool:
+    """`topk(...)[1]`: a tensor of its own among the results of an operation that allocates them."""
+    source = arg(node, 0, "input")
+    return op_name(node) == "getitem" and isinstance(example(source), (tuple, list)) and op_name(source) in _ALLOCATES
 
 
 def grad_mode_is_constant(region: MoERegion) -> None:
@@ -195,7 +223,7 @@ def grad_mode_is_constant(region: MoERegion) -> None:
     for node in region.graph.nodes:
         if switches_grad_mode(node):
             enabled = bool(node.args[0])
-        elif node in region.inner and _is_differentiable(node):
+        elif (node in region.inner or node in region.body.nodes) and _is_differentiable(node):
             modes.add(enabled)
         if len(modes) > 1:
             raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the loop")
@@ -228,12 +256,17 @@ def repeated_ids_are_counted(region: MoERegion) -> None:
     """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk's are."""
     if all(accumulation.counts_duplicates for accumulation in region.accumulations) or _single_choice(region.ids_TK):
         return
-    if not ids_are_distinct(region.ids_TK):
+    if not ids_are_distinct(region.ids_TK) or _is_written(region.ids_TK):
         raise Rejected(
             "repeated_ids_are_counted",
             region.anchor,
             "`+=` at repeated tokens adds once, and the ids of a token may repeat",
         )
+
+
+def _is_written(node: fx.Node) -> bool:
+    storage = _storage(node)
+    return any(_storage(target) is storage for writer in node.graph.nodes for target in written(writer))
 
 
 def _single_choice(ids: fx.Node) -> bool:
@@ -300,6 +333,18 @@ def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
     output, value = example(region.accumulator), fake_tensor(region.accumulations[0].value)
     if value is None or not value.is_floating_point() or not output.is_floating_point():
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "rows or output are not floating point")
+    if not has_rows(region.body.root):
+        raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "what is added does not depend on the tokens")
+    for gathered in (*region.body.of(Gathered), *region.body.of(SlotGathered)):
+        if not known_tensor(gathered.source).is_floating_point() or known_tensor(gathered.source).dim() > 2:
+            raise Rejected("dtypes_are_those_of_a_layer", gathered.node, "gathered rows are no floating point vectors")
+
+
+def no_function_transform(region: MoERegion) -> None:
+    """The ops have derivatives, but no rules for torch.func's transforms."""
+    for node in region.graph.nodes:
+        if "functorch" in (getattr(node.target, "__module__", None) or "") or str(node.target).endswith("_nesting"):
+            raise Rejected("no_function_transform", node, "the loop runs under a transform of torch.func")
 
 
 RULES: tuple[Callable[[MoERegion], None], ...] = (
@@ -310,10 +355,12 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     accumulator_is_not_read_inside,
     guards_are_of_the_same_expert,
     carried_tensors_are_the_output,
+    additions_follow_each_other,
     no_intermediate_escapes,
     nothing_is_written_inside,
     grad_mode_is_constant,
     autocast_is_constant,
     repeated_ids_are_counted,
+    no_function_transform,
     body_is_row_wise,
 )

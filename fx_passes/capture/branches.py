@@ -25,8 +25,14 @@ def jump(capture: Any, tx: Any, instruction: Any) -> bool:
     sentinel = _sentinel(value.as_proxy().node)
     if sentinel is not None:
         expert, truth = sentinel
+        if not capture.is_in_iteration_of(expert) or any(
+            mask.expert is expert for mask in capture.masks_of_symbol.values()
+        ):
+            return False
         if isinstance(expert, int) or _skips_to_header(tx, instruction, truth):
             tx.stack[-1] = ConstantVariable.create(truth)
+            if isinstance(expert, fx.Node):
+                _exclude(expert, value.as_proxy().node)
         else:
             capture.reject(tx, "loop_runs_to_its_end", "a branch on the expert's number does more than to skip it")
         return False
@@ -60,9 +66,13 @@ def _sentinel(node: fx.Node) -> tuple[Expert, bool] | None:
         return None
     if isinstance(expert, int):
         return expert, {"eq": expert == other, "ne": expert != other, "ge": expert >= other}[name]
-    excluded = expert.meta.setdefault("scatter_moe_excluded", {})
-    excluded[other] = "ge" if name == "ge" else "eq"
     return expert, name == "ne"
+
+
+def _exclude(expert: fx.Node, node: fx.Node) -> None:
+    """From here on the symbolic expert is none of the classes that the branch on `node` skips."""
+    excluded = expert.meta.setdefault("scatter_moe_excluded", {})
+    excluded[arg(node, 1, "other")] = "ge" if op_name(node) == "ge" else "eq"
 
 
 def _skips_to_header(tx: Any, instruction: Any, truth: bool) -> Any | None:

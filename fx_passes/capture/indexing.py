@@ -32,13 +32,17 @@ def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
 
 
 def _by_expert(capture: Any, tx: Any, container: Any, index: TensorVariable, expert: Expert) -> bool:
+    if not capture.is_in_iteration_of(expert):
+        return False
     keepdim = rank_of(index) == 1
     if isinstance(expert, int):
         is_slice = keepdim and isinstance(container, TensorVariable)
         tx.stack[-1] = _constant_slice(expert) if is_slice else ConstantVariable.create(expert)
         return False
     if not isinstance(container, TensorVariable):
-        loop = next(scope for scope in capture.scopes if scope.symbol is expert)
+        loop = next((scope for scope in capture.scopes if scope.symbol is expert), None)
+        if loop is None:
+            return False
         capture.trace_again_unrolled(loop.event)
     return _finish(tx, _call(capture, tx, select_expert, container.as_proxy(), index.as_proxy(), 0, keepdim))
 
@@ -50,6 +54,8 @@ def _by_tuple(capture: Any, tx: Any, container: Any, index: BaseListVariable) ->
         return False
     place = marked[0]
     expert, rank = expert_of_variable(items[place]), rank_of(items[place])
+    if not capture.is_in_iteration_of(expert):
+        return False
     if isinstance(expert, int):
         if rank == 0:
             tx.stack[-1] = TupleVariable([*items[:place], ConstantVariable.create(expert), *items[place + 1 :]])

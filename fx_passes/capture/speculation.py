@@ -76,6 +76,11 @@ class Capture:
     def is_denied(self, event: Event) -> bool:
         return event.number in self.memory.denied
 
+    def is_in_iteration_of(self, expert: Any) -> bool:
+        """Whether the trace is inside the iteration of a hit loop that `expert` stands for."""
+        guards = [scope.guard for scope in self.scopes if scope.loop_over is not None and scope.guard is not None]
+        return any(guard[1] is expert or (type(expert) is int and guard[1] == expert) for guard in guards)
+
     def reject(self, tx: Any, rule: str, detail: str) -> None:
         """Says why a place that looks like part of an expert loop is left to Dynamo."""
         if self._has_routing():
@@ -91,10 +96,11 @@ class Capture:
         live = [event for event in self.events if not self.is_denied(event)]
         return [event for event in live if event.failed or event.number not in erased or event.number in remaining]
 
-    def trace_again_without(self, event: Event) -> None:
-        """Restarts the frame; what stood at `event` is then left to Dynamo."""
-        self.memory.denied.add(event.number)
-        self._restart(f"{event.kind} at {event.location[0]}:{event.location[1]} was not part of a rewritten region")
+    def trace_again_without(self, events: list[Event]) -> None:
+        """Restarts the frame; what stood at `events` is then left to Dynamo."""
+        self.memory.denied.update(event.number for event in events)
+        places = ", ".join(f"{event.kind} at {event.location[0]}:{event.location[1]}" for event in events)
+        self._restart(f"not part of a rewritten region: {places}")
 
     def break_where_dynamo_would(self) -> None:
         """Denies an assumption that moved a graph break.

@@ -265,7 +265,7 @@ MISSES = (
     NearMiss("range_reversed", "every_expert_is_covered", Reversed, may_rewrite=True),
     NearMiss("range_index_in_body", "bodies_are_isomorphic", IndexInBody),
     NearMiss("hit_index_in_body", "operations_are_known", IndexInHitBody),
-    NearMiss("hit_branch_on_index", "loop_runs_to_its_end", BranchOnIndex),
+    NearMiss("hit_branch_on_index", "loop_can_be_traced", BranchOnIndex),
     *(NearMiss(f"range_{name}", rule, partial(make, RangeLoop), may) for name, rule, make, may in PER_EXPERT),
     *(NearMiss(f"hit_{name}", rule, partial(make, HitLoop), may) for name, rule, make, may in PER_EXPERT),
 )
