@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fx_passes.facts import Mask, Rows, fact
 from fx_passes.markers import Expert, expert_of, index_with_expert, select_expert
-from fx_passes.ops import arg, fake_tensor, op_name, varargs
+from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, varargs
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,12 @@ class PerExpert:
     @property
     def parameters(self) -> tuple[fx.Node, ...]:
         return (self.stacked,) if self.stacked is not None else self.tensors
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of one expert's, as it is stored."""
+        shape = known_tensor(self.parameters[0]).shape
+        return shape[1:] if self.stacked is not None else shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +158,8 @@ def has_rows(value: Value) -> bool:
 
 def rank(value: Any) -> int | None:
     """How many dims `value` has; None where it is no value or no tensor."""
+    if isinstance(value, PerExpert):
+        return value.leading + len(value.shape)
     tensor = fake_tensor(getattr(value, "node", None))
     return tensor.dim() if tensor is not None else None
 

@@ -24,6 +24,7 @@ def _public_functions() -> dict[Callable[..., Any], str]:
             if callable(value) and not inspect.isclass(value) and not name.startswith("_"):
                 names.setdefault(value, name)
     names[getattr] = "getattr"
+    names[torch._grouped_mm] = "grouped_mm"
     return names
 
 
@@ -35,6 +36,8 @@ _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
 )
 _FUNCTION_NAMES = _public_functions()
+_OPERATOR_NAMES = {"transformers::grouped_mm_fallback": "grouped_mm"}
+"""Custom operators with the meaning and the arguments (without options) of a torch function."""
 
 
 def op_name(node: fx.Node) -> str | None:
@@ -43,6 +46,10 @@ def op_name(node: fx.Node) -> str | None:
         name = str(node.target)
         return name[2:-2] if name in _OPERATOR_METHODS else name
     if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return _OPERATOR_NAMES.get(node.target.name())
+        if isinstance(node.target, torch._ops.OpOverloadPacket):
+            return _OPERATOR_NAMES.get(node.target._qualified_op_name)
         try:
             return _FUNCTION_NAMES.get(node.target)
         except TypeError:

@@ -13,23 +13,23 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_passes.body import Gathered, PerExpert, SlotGathered
-from fx_passes.capture import guards_of
-from fx_passes.ops import arg, example, fake_tensor, is_inplace, known_tensor, op_name
-from fx_passes.region import MoERegion, Rejected
+from fx_passes.loop_rules import LOOP_RULES
+from fx_passes.ops import fake_tensor, is_inplace, known_tensor, op_name
+from fx_passes.region import LoopRegion, MoERegion, Rejected
 from fx_passes.row_wise import check_rows
 
-_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 _VIEWS = frozenset(
     """
     view reshape permute transpose t getitem select squeeze unsqueeze chunk split unbind expand expand_as contiguous
     to detach flatten narrow float half bfloat16 view_as swapaxes movedim
     """.split()
 )
-_PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
 
 
 def verify(region: MoERegion) -> None:
-    """All rules on `region`; raises Rejected at the first that doesn't hold."""
+    """All rules on `region`, for a loop also those of loops; raises Rejected at the first that doesn't hold."""
+    for rule in LOOP_RULES if isinstance(region, LoopRegion) else ():
+        rule(region)
     for rule in RULES:
         rule(region)
 
@@ -46,19 +46,11 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
     for value in region.body.of(SlotGathered):
         sizes = torch.Size((*ids.shape[:1], region.num_experts)) if value.table else ids.shape
         _require_size(value.source, sizes, value.node)
-    _require_size(region.accumulator, ids.shape[:1], region.accumulator)
-    accumulator = fake_tensor(region.accumulator)
-    if accumulator is None or accumulator.dim() != 2 or accumulator.shape[1:] != _value_shape(region)[1:]:
+    rows, sizes = fake_tensor(region.body.root.node), region.output.shape
+    if len(sizes) != 2 or not _is_same(sizes[0], ids.shape[0]) or rows is None or sizes[1:] != rows.shape[1:]:
         raise Rejected(
-            "rows_belong_to_tokens",
-            region.accumulator,
-            "the output is not of shape [tokens, width of the experts' rows]",
+            "rows_belong_to_tokens", region.anchor, "the output is not of shape [tokens, width of the experts' rows]"
         )
-
-
-def _value_shape(region: MoERegion) -> torch.Size:
-    value = fake_tensor(region.accumulations[0].value)
-    return value.shape if value is not None else torch.Size(())
 
 
 def _require_size(node: fx.Node, sizes: torch.Size, at: fx.Node) -> None:
@@ -94,7 +86,7 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
             raise Rejected(
                 "every_expert_is_covered",
                 parameter.node,
-                f"weights of another number of experts than the {region.num_experts} of the loop",
+                f"weights of another number of experts than the {region.num_experts} that are routed to",
             )
         if parameter.tensors and len(set(parameter.tensors)) != len(parameter.tensors):
             raise Rejected("experts_have_their_own_parameters", parameter.node, "two experts share a parameter")
@@ -104,49 +96,30 @@ def _is_plain(tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     return tensor is not None and not is_traceable_wrapper_subclass(tensor)
 
 
-def accumulator_starts_as_zeros(region: MoERegion) -> None:
-    if op_name(region.accumulator) not in _ZEROS:
-        raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the loop does not add to fresh zeros")
-    if region.accumulator.kwargs.get("requires_grad", False):
-        raise Rejected(
-            "accumulator_starts_as_zeros", region.accumulator, "the output is a leaf that requires gradients"
-        )
-
-
-def accumulator_is_not_read_inside(region: MoERegion) -> None:
-    """Until the last addition only additions touch the output. Shape and dtype may be asked for: they don't change."""
-    places = region.places()
-    last, own = places[region.result], region.additions
-    for output in region.outputs:
-        for user in output.users:
-            if places[user] < last and user not in own and fake_tensor(user) is not None:
-                raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
-
-
 def no_intermediate_escapes(region: MoERegion) -> None:
-    """What is computed from an expert's rows ends in the output, or in a check that dies with the loop."""
+    """What is computed from an expert's rows ends in the output, or in a check that dies with the region."""
     inside = set(region.inner)
     needed = _ancestors(region, inside)
     for node in inside - needed:
         if not _is_dead_end(node, inside, {}):
-            raise Rejected("no_intermediate_escapes", node, f"`{node.name}` is used outside the loop")
+            raise Rejected("no_intermediate_escapes", node, f"`{node.name}` is used outside the experts")
     for node in needed - {region.result}:
         for user in node.users:
             if user not in inside:
-                raise Rejected("no_intermediate_escapes", user, f"`{node.name}` is used outside the loop")
+                raise Rejected("no_intermediate_escapes", user, f"`{node.name}` is used outside the experts")
 
 
 def _ancestors(region: MoERegion, inside: set[fx.Node]) -> set[fx.Node]:
-    """Nodes of the loop that the accumulations need."""
+    """Nodes of the region that its writes and its result need."""
     seen: set[fx.Node] = set()
-    stack = [node for node in region.additions if node is not region.result]
-    stack += [source for node in region.additions for source in node.all_input_nodes]
+    stack = [node for node in region.writes if node is not region.result]
+    stack += [source for node in {*region.writes, region.result} for source in node.all_input_nodes]
     while stack:
         node = stack.pop()
         if node in inside and node not in seen:
             seen.add(node)
             stack.extend(node.all_input_nodes)
-    return seen | {accumulation.result for accumulation in region.accumulations}
+    return seen | {region.result}
 
 
 def _is_dead_end(node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, bool]) -> bool:
@@ -159,26 +132,25 @@ def _is_dead_end(node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, bool]
 
 
 def nothing_is_written_inside(region: MoERegion) -> None:
-    """From the routing's first node to the last addition nothing that the loop reads is written, save the output."""
-    places, own = region.places(), region.additions
-    first = min(places[node] for node in region.routing())
+    """From the routing's first node to the result nothing that the region reads is written, save by itself."""
+    places, own = region.places(), region.writes
+    first = min(places[node] for node in region.routing)
     read = {_storage(node) for node in _outer_inputs(region)}
     for node, place in places.items():
         if first < place < places[region.result] and node not in own and is_inplace(node):
             target = _storage(node)
             if target in read or target in region.inner:
                 raise Rejected(
-                    "nothing_is_written_inside", node, f"`{op_name(node)}` writes to something that the loop reads"
+                    "nothing_is_written_inside", node, f"`{op_name(node)}` writes to something that the experts read"
                 )
 
 
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield region.ids_TK
-    yield from region.routing()
+    yield from region.routing
+    own = region.inner.union(region.outputs)
     for node in region.inner:
-        yield from (
-            source for source in node.all_input_nodes if source not in region.inner and source is not region.accumulator
-        )
+        yield from (source for source in node.all_input_nodes if source not in own)
 
 
 def _storage(node: fx.Node) -> fx.Node:
@@ -189,7 +161,7 @@ def _storage(node: fx.Node) -> fx.Node:
 
 
 def grad_mode_is_constant(region: MoERegion) -> None:
-    """All that is differentiable in the loop, its additions too, is recorded for backward, or none of it."""
+    """All that is differentiable in the region, its result too, is recorded for backward, or none of it."""
     enabled = torch.is_grad_enabled()
     modes = set()
     for node in region.graph.nodes:
@@ -198,16 +170,16 @@ def grad_mode_is_constant(region: MoERegion) -> None:
         elif node in region.inner and _is_differentiable(node):
             modes.add(enabled)
         if len(modes) > 1:
-            raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the loop")
+            raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
 
 
 def autocast_is_constant(region: MoERegion) -> None:
-    """Autocast doesn't change between the first differentiable node of the loop and its last addition."""
+    """Autocast doesn't change between the first differentiable node of the region and its result."""
     places = region.places()
     start = min(places[node] for node in region.inner if _is_differentiable(node))
     for node, place in places.items():
         if start < place < places[region.result] and _switches_autocast(node):
-            raise Rejected("autocast_is_constant", node, "autocast or inference mode changes inside the loop")
+            raise Rejected("autocast_is_constant", node, "autocast or inference mode changes inside the region")
 
 
 def _is_differentiable(node: fx.Node) -> bool:
@@ -224,81 +196,10 @@ def _switches_autocast(node: fx.Node) -> bool:
     return node.op == "call_function" and any(word in name for word in ("autocast", "inference_mode"))
 
 
-def repeated_ids_are_counted(region: MoERegion) -> None:
-    """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk's are."""
-    if all(accumulation.counts_duplicates for accumulation in region.accumulations) or _single_choice(region.ids_TK):
-        return
-    if not ids_are_distinct(region.ids_TK):
-        raise Rejected(
-            "repeated_ids_are_counted",
-            region.anchor,
-            "`+=` at repeated tokens adds once, and the ids of a token may repeat",
-        )
-
-
-def _single_choice(ids: fx.Node) -> bool:
-    tensor = fake_tensor(ids)
-    return tensor is not None and (tensor.dim() == 1 or tensor.shape[1] == 1)
-
-
-def ids_are_distinct(node: fx.Node) -> bool:
-    """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only."""
-    name = op_name(node)
-    source = arg(node, 0, "input")
-    if name == "getitem" and op_name(source) in ("topk", "sort") and node.args[1] == 1:
-        tensor = fake_tensor(arg(source, 0, "input"))
-        dim = arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
-        return tensor is not None and tensor.dim() == 2 and dim in (-1, 1)
-    if name == "getitem" and _keeps_columns(node.args[1]):
-        return ids_are_distinct(source)
-    if name in _PRESERVES_VALUES and _keeps_rows(node):
-        return ids_are_distinct(source)
-    if name == "argsort":
-        return arg(node, 1, "dim", -1) in (-1, 1)
-    return False
-
-
-def _keeps_columns(index: object) -> bool:
-    return isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice)
-
-
-def _keeps_rows(node: fx.Node) -> bool:
-    before, after = fake_tensor(node.args[0]), fake_tensor(node)
-    if op_name(node) in ("to", "long", "int"):
-        return after is not None and after.dtype in (torch.int32, torch.int64)
-    return (
-        before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
-    )
-
-
-def guards_are_of_the_same_expert(region: MoERegion) -> None:
-    """What runs only if an expert has a token is that expert's own work."""
-    for accumulation, mask in zip(region.accumulations, region.masks, strict=True):
-        for node in accumulation.nodes:
-            if any(ids is not mask.ids or expert != mask.expert for ids, expert in guards_of(node)):
-                raise Rejected(
-                    "guards_are_of_the_same_expert",
-                    node,
-                    "an expert's work depends on whether another expert has a token",
-                )
-
-
-def carried_tensors_are_the_output(region: MoERegion) -> None:
-    """Where one iteration stands for all, the only tensor that an iteration hands to the next is the output."""
-    if region.symbol is None:
-        return
-    for before, after in region.symbol.meta.get("scatter_moe_carried", ()):
-        is_output = before is region.accumulations[0].accumulator and after is region.result
-        if before is not None and not is_output:
-            raise Rejected(
-                "carried_tensors_are_the_output", after, f"`{after.name}` is handed from one iteration to the next"
-            )
-
-
 def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
     """Expert rows are floating point, and so is the output that they are added to."""
-    output, value = example(region.accumulator), fake_tensor(region.accumulations[0].value)
-    if value is None or not value.is_floating_point() or not output.is_floating_point():
+    rows = fake_tensor(region.body.root.node)
+    if rows is None or not rows.is_floating_point() or not region.output.is_floating_point():
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "rows or output are not floating point")
 
 
@@ -306,14 +207,9 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     dtypes_are_those_of_a_layer,
     rows_belong_to_tokens,
     experts_have_their_own_parameters,
-    accumulator_starts_as_zeros,
-    accumulator_is_not_read_inside,
-    guards_are_of_the_same_expert,
-    carried_tensors_are_the_output,
     no_intermediate_escapes,
     nothing_is_written_inside,
     grad_mode_is_constant,
     autocast_is_constant,
-    repeated_ids_are_counted,
     body_is_row_wise,
 )
