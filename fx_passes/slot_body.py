@@ -35,12 +35,13 @@ from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, inpla
 
 @dataclass(frozen=True)
 class SlotBody:
-    """`writes` are the writes that `body` has followed; `absent` says whether it fills the rows of sentinels."""
+    """`writes` are the writes that `body` has followed; `fills_absent` says whether it fills
+    the rows of sentinels."""
 
     body: Body
     num_experts: int
     writes: frozenset[fx.Node]
-    absent: bool
+    fills_absent: bool
 
 
 def translate(root: fx.Node, order: Order, inner: frozenset[fx.Node]) -> SlotBody:
@@ -113,7 +114,7 @@ class _Translator:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), self.value)
         operands = list(nested_values((args, kwargs)))
         for operand in operands:
-            if isinstance(operand, PerExpert) and (name not in POINTWISE or rank(node_like(node)) != rank(operand) + 1):
+            if isinstance(operand, PerExpert) and (name not in POINTWISE or _dims(node) != 1 + len(operand.shape)):
                 raise Rejected("body_is_row_wise", node, f"`{name}` of experts' parameters that were gathered by slot")
         return Op(name, node, args, kwargs, any(map(has_rows, operands)))
 
@@ -134,27 +135,24 @@ class _Translator:
         flat = slot_fact(source)
         if known == self.order and isinstance(flat, Flat):
             return SlotGathered(flat.source, node, trailing=0)
-        if known == Experts(self.order.ids, self.order.sort):
+        if known == Experts(self.order):
             return PerExpert(source, stacked=source)
         raise Rejected("rows_are_taken_in_one_order", node, f"`{node.name}` is not in the order of the experts' rows")
 
     def _grouped_linear(self, node: fx.Node) -> Value:
-        rows, weight, offsets = (arg(node, at, name) for at, name in enumerate(("input", "weight", "offs")))
-        rows = arg(node, 0, "mat_a", rows)
-        weight = arg(node, 1, "mat_b", weight)
-        known = slot_fact(offsets)
-        if not isinstance(known, Offsets) or known.ids is not self.order.ids:
+        known = slot_fact(arg(node, 2, "offs"))
+        if not isinstance(known, Offsets) or known.order != self.order:
             raise Rejected(
                 "offsets_are_those_of_the_rows", node, "the offsets are not proven to be those of the sorted ids"
             )
-        if any(node.kwargs.get(option) is not None for option in ("bias", "out_dtype")) or len(node.args) > 3:
+        options = [name for name, value in node.kwargs.items() if name != "offs" and value is not None]
+        if options or len(node.args) not in (2, 3):
             raise Rejected("operations_are_known", node, "grouped_mm with a bias or an output dtype")
+        rows, weight = node.args[:2]
         self.expert_counts.add(known.num_experts)
         parameter = _stacked(weight)
         if parameter is None or weight in self.inner:
-            raise Rejected(
-                "experts_have_their_own_parameters", node, "grouped_mm with weights that are not [E, in, out]"
-            )
+            raise Rejected("experts_have_their_own_parameters", node, "grouped_mm of weights that are not [E, in, out]")
         self.values.append(parameter)
         return Op("linear", node, (self.value(rows), parameter), {}, has_rows=True)
 
@@ -191,13 +189,13 @@ class _Translator:
         if op_name(write) == "add_" and is_linear and len(write.args) == 2 and not write.kwargs:
             bias = self.value(write.args[1]) if isinstance(write.args[1], fx.Node) else None
             if isinstance(bias, PerExpert) and rank(bias) == 1:
-                self.values.append(value)
                 return Op("linear", write, (*value.args, bias), {}, has_rows=True)
         raise Rejected("nothing_is_written_inside", write, f"`{op_name(write)}` writes to the experts' rows")
 
 
-def node_like(node: fx.Node) -> Shared:
-    return Shared(node)
+def _dims(node: fx.Node) -> int | None:
+    tensor = fake_tensor(node)
+    return tensor.dim() if tensor is not None else None
 
 
 def _stacked(weight: Any) -> PerExpert | None:

@@ -1,7 +1,7 @@
 """What index tensors over slots mean, where all slots are sorted by expert at once.
 
-A slot is one (token, expert) pair; `slot_fact(node)` says what a node holds for each of the N = T * K slots, or for each
-expert, and is None where nothing is known:
+A slot is one (token, expert) pair. `slot_fact(node)` says what a node holds for each of the N = T * K slots, or for
+each expert, and is None where nothing is known:
 
     Flat        value[s] is entry s of a [T, K] tensor
     Sorted      what torch.sort(ids.flatten()) returns
@@ -35,21 +35,19 @@ class Flat:
 
 
 @dataclass(frozen=True)
-class Sorted:
+class Order:
     ids: fx.Node
     sort: fx.Node
+
+
+@dataclass(frozen=True)
+class Sorted:
+    order: Order
 
 
 @dataclass(frozen=True)
 class Experts:
-    ids: fx.Node
-    sort: fx.Node
-
-
-@dataclass(frozen=True)
-class Order:
-    ids: fx.Node
-    sort: fx.Node
+    order: Order
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,13 @@ class Inverse:
 
 @dataclass(frozen=True)
 class Counts:
-    ids: fx.Node
+    order: Order
     num_experts: int
 
 
 @dataclass(frozen=True)
 class Offsets:
-    ids: fx.Node
+    order: Order
     num_experts: int
 
 
@@ -98,7 +96,7 @@ def slot_fact(node: Any) -> SlotFact | None:
 
 def inplace_users(node: fx.Node) -> list[fx.Node]:
     """What writes to `node`, in graph order."""
-    return sorted(user for user in node.users if is_inplace(user) and user.args[0] is node)
+    return sorted(user for user in node.users if is_inplace(user) and arg(user, 0, "input") is node)
 
 
 def _flat(node: fx.Node) -> SlotFact | None:
@@ -119,7 +117,8 @@ def _sort(node: fx.Node) -> SlotFact | None:
     ids = _flat_ids(arg(node, 0, "input"))
     if ids is None or not _is_ascending(node):
         return None
-    return Sorted(ids, node) if op_name(node) == "sort" else Order(ids, node)
+    order = Order(ids, node)
+    return Sorted(order) if op_name(node) == "sort" else order
 
 
 def _argsort(node: fx.Node) -> SlotFact | None:
@@ -138,7 +137,7 @@ def _getitem(node: fx.Node) -> SlotFact | None:
     inner, index = slot_fact(node.args[0]), node.args[1]
     if not isinstance(inner, Sorted) or index not in (0, 1):
         return None
-    return Experts(inner.ids, inner.sort) if index == 0 else Order(inner.ids, inner.sort)
+    return Experts(inner.order) if index == 0 else inner.order
 
 
 def _floor_divide(node: fx.Node) -> SlotFact | None:
@@ -162,21 +161,21 @@ def _histc(node: fx.Node) -> SlotFact | None:
     bins, low, high = arg(node, 1, "bins", 100), arg(node, 2, "min", 0), arg(node, 3, "max", 0)
     if type(bins) is not int or bins < 2 or low != 0 or high != bins - 1:
         return None
-    return Counts(inner.ids, bins) if isinstance(inner, Experts) else None
+    return Counts(inner.order, bins) if isinstance(inner, Experts) else None
 
 
 def _cumsum(node: fx.Node) -> SlotFact | None:
     inner, tensor = slot_fact(arg(node, 0, "input")), fake_tensor(node)
     if not isinstance(inner, Counts) or arg(node, 1, "dim") not in (0, -1):
         return None
-    return Offsets(inner.ids, inner.num_experts) if tensor is not None and tensor.dtype == torch.int32 else None
+    return Offsets(inner.order, inner.num_experts) if tensor is not None and tensor.dtype == torch.int32 else None
 
 
 def _greater_equal(node: fx.Node) -> SlotFact | None:
     inner, bound = slot_fact(arg(node, 0, "input")), arg(node, 1, "other")
     if not isinstance(inner, Experts) or type(bound) is not int:
         return None
-    return Absent(Order(inner.ids, inner.sort), bound if op_name(node) == "ge" else bound + 1)
+    return Absent(inner.order, bound if op_name(node) == "ge" else bound + 1)
 
 
 def _unsqueeze(node: fx.Node) -> SlotFact | None:

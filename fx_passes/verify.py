@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fx_passes.body import Gathered, PerExpert, SlotGathered
+from fx_passes.body import Gathered, Op, PerExpert, SlotGathered
 from fx_passes.loop_rules import LOOP_RULES
 from fx_passes.ops import fake_tensor, is_inplace, known_tensor, op_name
 from fx_passes.region import LoopRegion, MoERegion, Rejected
@@ -182,6 +182,32 @@ def autocast_is_constant(region: MoERegion) -> None:
             raise Rejected("autocast_is_constant", node, "autocast or inference mode changes inside the region")
 
 
+def products_keep_their_dtype(region: MoERegion) -> None:
+    """Autocast leaves `grouped_mm` alone and casts what our ops read: it must be off, or of the rows' dtype."""
+    for op in region.body.of(Op):
+        product = op.node.args[0] if is_inplace(op.node) else op.node
+        tensor = fake_tensor(product)
+        if op_name(product) == "grouped_mm" and tensor is not None:
+            dtype = _autocast_dtype(product, tensor.device.type)
+            if dtype not in (None, tensor.dtype):
+                raise Rejected("products_keep_their_dtype", product, f"autocast to {dtype} would reach the products")
+
+
+def _autocast_dtype(node: fx.Node, device_type: str) -> torch.dtype | None:
+    """What autocast casts to where `node` stands; None where it is off."""
+    ambient = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    entered: dict[fx.Node, torch.dtype | None] = {}
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.target is torch.amp.autocast_mode._enter_autocast and other.args[0] == device_type:
+            _, dtype, enabled, _ = other.args
+            entered[other] = (dtype or torch.get_autocast_dtype(device_type)) if enabled else None
+        elif other.target is torch.amp.autocast_mode._exit_autocast:
+            entered.pop(other.args[0], None)
+    return list(entered.values())[-1] if entered else ambient
+
+
 def _is_differentiable(node: fx.Node) -> bool:
     tensor = fake_tensor(node)
     return tensor is not None and tensor.is_floating_point()
@@ -211,5 +237,6 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     nothing_is_written_inside,
     grad_mode_is_constant,
     autocast_is_constant,
+    products_keep_their_dtype,
     body_is_row_wise,
 )

@@ -13,14 +13,16 @@ filled with zeros, and `experts` is clamped once the offsets are made.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_passes.accumulation import closure
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
 from fx_passes.region import MoERegion, Rejected
-from fx_passes.slot_body import SlotBody, translate
+from fx_passes.slot_body import translate
 from fx_passes.slots import Experts, Flat, Inverse, Order, inplace_users, slot_fact
 
 NAME = "sorted_slots"
@@ -28,107 +30,107 @@ NAME = "sorted_slots"
 UNDEFINED = "ids outside 0..E-1 give zeros where grouped_mm leaves their rows undefined"
 
 
-def candidates(graph: fx.Graph) -> Iterator[fx.Node]:
+@dataclass(frozen=True)
+class PutBack:
+    """`total = rows[inverse].view(...).sum(...)`: rows in `order`, put back into the order of slots."""
+
+    total: fx.Node
+    view: fx.Node
+    taken: fx.Node
+    rows: fx.Node
+    inverse: fx.Node
+    order: Order
+
+
+def candidates(graph: fx.Graph) -> Iterator[PutBack]:
     """Sums over rows that were sorted by expert and put back."""
-    return (node for node in graph.nodes if op_name(node) == "sum" and _put_back(node) is not None)
+    found = (_put_back(node) for node in graph.nodes if op_name(node) == "sum")
+    return (put_back for put_back in found if put_back is not None)
 
 
-def match(total: fx.Node) -> MoERegion:
-    put_back = _put_back(total)
-    assert put_back is not None
-    rows, order = put_back
-    _require_sum_over_slots(total, order)
-    result = _with_cast(total)
-    inner = closure([order.sort], stops=frozenset((result,))) | {result}
-    found = translate(rows, order, inner)
-    writes = found.writes.union(_inverse_writes(total), _clamps(order, found))
-    routing = frozenset(node for node in _routing(order, inner, result))
+def match(found: PutBack) -> MoERegion:
+    _require_sum_over_slots(found)
+    result = _with_cast(found.total)
+    inner = closure([found.order.sort], stops=frozenset((result,))) | {result}
+    translated = translate(found.rows, found.order, inner)
+    clamps = _clamps(found.order, translated.num_experts)
     return MoERegion(
         form=NAME,
-        ids_TK=order.ids,
-        num_experts=found.num_experts,
-        body=found.body,
-        routing=routing,
+        ids_TK=found.order.ids,
+        num_experts=translated.num_experts,
+        body=translated.body,
+        routing=frozenset(_routing(found.order, inner)),
         inner=inner,
         result=result,
         output=known_tensor(result),
-        writes=writes,
-        deviations=() if found.absent else (UNDEFINED,),
+        writes=translated.writes.union(inplace_users(found.inverse), clamps),
+        deviations=() if translated.fills_absent else (UNDEFINED,),
     )
 
 
-def _put_back(total: fx.Node) -> tuple[fx.Node, Order] | None:
-    """The sorted rows behind `rows[inverse].view(...).sum(...)` and their order; None for any other sum."""
+def _put_back(total: fx.Node) -> PutBack | None:
     view = arg(total, 0, "input")
     if not isinstance(view, fx.Node) or op_name(view) not in ("view", "reshape", "unflatten"):
         return None
-    taken = view.args[0]
+    taken = arg(view, 0, "input")
     if not isinstance(taken, fx.Node) or op_name(taken) not in ("getitem", "index_select"):
         return None
-    index = taken.args[1] if op_name(taken) == "getitem" else arg(taken, 2, "index")
-    inverse, rows = slot_fact(index), taken.args[0]
-    if not isinstance(inverse, Inverse) or not isinstance(rows, fx.Node):
+    rows, inverse = arg(taken, 0, "input"), arg(taken, 1 if op_name(taken) == "getitem" else 2, "index")
+    if op_name(taken) == "index_select" and arg(taken, 1, "dim") != 0:
         return None
-    return rows, inverse.order
+    known = slot_fact(inverse)
+    return PutBack(total, view, taken, rows, inverse, known.order) if isinstance(known, Inverse) else None
 
 
-def _require_sum_over_slots(total: fx.Node, order: Order) -> None:
+def _require_sum_over_slots(found: PutBack) -> None:
     """`.view(T, K, D).sum(1)`."""
-    view, taken = fake_tensor(total.args[0]), fake_tensor(total.args[0].args[0])
-    ids = known_tensor(order.ids)
-    dim = arg(total, 1, "dim")
-    dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
-    wide = view is not None and taken is not None and view.dim() == 3 and taken.dim() == 2
-    sizes = (*ids.shape, taken.shape[1]) if wide else ()
-    same = wide and all(statically_known_true(a == b) for a, b in zip(view.shape, sizes, strict=True))
-    if not same or dims not in ((1,), (-2,)) or arg(total, 2, "keepdim", False):
-        raise Rejected("slots_of_a_token_are_summed", total, "not the sum over dim 1 of [tokens, top_k, width]")
+    before, after = known_tensor(found.taken).shape, known_tensor(found.view).shape
+    sizes = (*known_tensor(found.order.ids).shape, *before[1:])
+    same = len(after) == len(sizes) == 3 and all(map(_is_same, after, sizes))
+    dim = arg(found.total, 1, "dim")
+    if not same or dim not in (1, -2, (1,), (-2,), [1], [-2]) or arg(found.total, 2, "keepdim", False):
+        raise Rejected("slots_of_a_token_are_summed", found.total, "not the sum over dim 1 of [tokens, top_k, width]")
+
+
+def _is_same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    return statically_known_true(left == right)
 
 
 def _with_cast(total: fx.Node) -> fx.Node:
-    """The cast of `total` where that alone is used and drops digits: the op then rounds once, to its dtype."""
-    if len(total.users) != 1:
-        return total
-    (user,) = total.users
+    """The cast of `total` where nothing else reads it and the cast drops digits: the op then rounds once."""
+    user = next(iter(total.users), total)
     before, after = fake_tensor(total), fake_tensor(user)
-    if op_name(user) != "to" or before is None or after is None or before.device != after.device:
+    if len(total.users) != 1 or op_name(user) != "to" or before is None or after is None:
         return total
-    narrows = after.is_floating_point() and after.dtype.itemsize <= before.dtype.itemsize
-    return user if narrows and before.shape == after.shape else total
+    narrows = after.dtype == before.dtype or (
+        after.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize
+    )
+    return user if narrows and after.device == before.device else total
 
 
-def _inverse_writes(total: fx.Node) -> list[fx.Node]:
-    """The write that makes the inverse of the order."""
-    taken = total.args[0].args[0]
-    return [write for index in taken.all_input_nodes[1:] for write in inplace_users(index)]
-
-
-def _clamps(order: Order, found: SlotBody) -> list[fx.Node]:
+def _clamps(order: Order, num_experts: int) -> list[fx.Node]:
     """`experts.clamp_(max=E - 1)`, once the offsets and the mask of sentinels are made."""
-    clamps: list[fx.Node] = []
-    for experts in order.sort.users:
-        if isinstance(slot_fact(experts), Experts):
-            for write in inplace_users(experts):
-                _require_clamp(write, experts, found.num_experts)
-                clamps.append(write)
+    copies = [node for node in order.sort.users if slot_fact(node) == Experts(order)]
+    clamps = [write for experts in copies for write in inplace_users(experts)]
+    for write in clamps:
+        low, high = arg(write, 1, "min"), arg(write, 2, "max")
+        if op_name(write) not in ("clamp_", "clip_") or low not in (None, 0) or high != num_experts - 1:
+            raise Rejected("nothing_is_written_inside", write, "the sorted ids are changed")
+        for experts in copies:
+            _require_told_before(write, experts)
     return clamps
 
 
-def _require_clamp(write: fx.Node, experts: fx.Node, num_experts: int) -> None:
-    low, high = arg(write, 1, "min"), arg(write, 2, "max")
-    keeps = op_name(write) in ("clamp_", "clip_") and (low is None or low == 0) and high == num_experts - 1
-    if not keeps:
-        raise Rejected("nothing_is_written_inside", write, "the sorted ids are changed")
+def _require_told_before(write: fx.Node, experts: fx.Node) -> None:
+    """What is concluded from the sorted ids was read before `write`, into other memory."""
     for reader in experts.users:
-        told = slot_fact(reader) is not None
-        if told and (reader > write or known_tensor(reader).dtype == known_tensor(experts).dtype):
+        concluded = slot_fact(reader) is not None
+        if concluded and (reader > write or known_tensor(reader).dtype == known_tensor(experts).dtype):
             raise Rejected("nothing_is_written_inside", write, "the sorted ids are changed before they are counted")
 
 
-def _routing(order: Order, inner: frozenset[fx.Node], result: fx.Node) -> Iterator[fx.Node]:
+def _routing(order: Order, inner: frozenset[fx.Node]) -> Iterator[fx.Node]:
     """The sort, and the flattened ids and weights."""
     yield order.sort
-    for node in inner - {result}:
-        for source in node.all_input_nodes:
-            if source not in inner and isinstance(slot_fact(source), Flat):
-                yield source
+    sources = {source for node in inner for source in node.all_input_nodes if source not in inner}
+    yield from (source for source in sources if isinstance(slot_fact(source), Flat))
