@@ -102,7 +102,8 @@ def no_intermediate_escapes(region: MoERegion) -> None:
     needed = _ancestors(region, inside)
     for node in inside - needed:
         if not _is_dead_end(node, inside, {}):
-            raise Rejected("no_intermediate_escapes", node, f"`{node.name}` is used outside the experts")
+            seen = next((source for source in node.all_input_nodes if source in needed - {region.result}), node)
+            raise Rejected("no_intermediate_escapes", seen, f"`{seen.name}` is used outside the experts")
     for node in needed - {region.result}:
         for user in node.users:
             if user not in inside:

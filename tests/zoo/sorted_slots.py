@@ -114,14 +114,18 @@ class SortedBlock(nn.Module):
         self.gate = nn.Linear(D, E + elsewhere, bias=False)
         self.experts = experts()
 
-    def forward(self, hidden_states):
-        x = hidden_states.reshape(-1, D)
+    def route(self, x):
+        """Return topk_ids_TK and topk_weights_TK."""
         probs = F.softmax(self.gate(x), dim=-1, dtype=torch.float)
         weights, ids = torch.topk(probs, K, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.gate.out_features > E:
             weights, ids = weights.masked_fill(ids >= E, 0.0), ids.clamp(max=E)
-        return self.experts(x, ids, weights.to(x.dtype)).view(hidden_states.shape)
+        return ids, weights.to(x.dtype)
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        return self.experts(x, *self.route(x)).view(hidden_states.shape)
 
 
 CASES = (
