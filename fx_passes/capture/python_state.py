@@ -84,10 +84,10 @@ def _is_node(value: Any) -> TypeGuard[tuple[str, fx.Node]]:
 def _side_effects(side_effects: Any) -> Snapshot:
     """Pending writes: attributes, cells and globals; the content of containers and of objects that hold one."""
     state: Snapshot = {}
-    for owner, attributes in side_effects.store_attr_mutations.items():
-        for name, value in attributes.items():
+    for owner, attributes in list(side_effects.store_attr_mutations.items()):
+        for name, value in list(attributes.items()):
             state[f"attribute {name} of {type(owner).__name__} {id(owner)}"] = _describe(value)
-    for key, value in side_effects.id_to_variable.items():
+    for key, value in list(side_effects.id_to_variable.items()):
         mutation = value.mutation_type
         name = f"content of {type(value).__name__} {key}"
         if isinstance(mutation, ValueMutationExisting) and mutation.is_modified:
@@ -117,6 +117,8 @@ def _modes() -> tuple[Any, ...]:
 
 def _describe(value: VariableTracker, depth: int = 0) -> Any:
     if isinstance(value, LazyVariableTracker):
+        if not value.is_realized():
+            return ("source", value.source)
         value = value.unwrap()
     if value.source is not None and not isinstance(value, _ITERATORS):
         return ("source", value.source)
@@ -142,7 +144,7 @@ def _describe_field(field: Any, depth: int) -> Any:
     if isinstance(field, VariableTracker):
         return _describe(field, depth)
     if isinstance(field, dict):
-        return tuple((hash(key), _describe_field(item, depth)) for key, item in field.items())
+        return tuple((hash(key), _describe_field(item, depth)) for key, item in list(field.items()))
     if isinstance(field, (list, tuple)):
         return tuple(_describe_field(item, depth) for item in field)
     if isinstance(field, (set, frozenset)):
