@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, has_rows, nested_values, rank
-from fx_passes.ops import example, fake_tensor, normalized_dim, varargs
+from fx_passes.ops import example, fake_tensor, known_tensor, normalized_dim, varargs
 from fx_passes.region import Rejected
 
 POINTWISE = frozenset(
@@ -104,6 +104,8 @@ def _check_matmul(op: Op) -> None:
     rows, weight, bias = op.args[0], op.arg(1, "weight"), op.arg(2, "bias")
     if len(op.args) < 2 or (bias is not None and type(bias) is not type(weight)):
         raise _refused(op, "weight and bias of a linear layer are not alike")
+    if bias is not None and known_tensor(bias.node).dtype != known_tensor(weight.node).dtype:
+        raise _refused(op, "weight and bias of a linear layer differ in dtype")
     if isinstance(weight, PerExpert) and weight.leading:
         raise _refused(op, "a stack of one weight matrix")
     if not _is_row_tensor(rows) or rank(rows) != 2:

@@ -342,8 +342,11 @@ def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
 
 def no_function_transform(region: MoERegion) -> None:
     """The ops have derivatives, but no rules for torch.func's transforms."""
+    level = 0
     for node in region.graph.nodes:
-        if "functorch" in (getattr(node.target, "__module__", None) or "") or str(node.target).endswith("_nesting"):
+        name = getattr(node.target, "__name__", "")
+        level += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+        if node in region.inner and level > 0:
             raise Rejected("no_function_transform", node, "the loop runs under a transform of torch.func")
 
 
