@@ -149,8 +149,9 @@ def no_intermediate_escapes(region: MoERegion) -> None:
     """What is computed from an expert's rows ends in the output, or in a check that dies with the loop."""
     inside = set(region.inner)
     needed = _ancestors(region, inside)
+    known: dict[fx.Node, bool] = {}
     for node in inside - needed:
-        if not _is_dead_end(node, inside, {}):
+        if not _is_dead_end(node, inside, known):
             raise Rejected("no_intermediate_escapes", node, f"`{node.name}` is used outside the loop")
     for node in needed - {region.result}:
         for user in node.users:
