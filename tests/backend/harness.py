@@ -94,7 +94,7 @@ def send_back(outputs, seed, grad_dtype):
         torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(grad_dtype or leaf.dtype)
         for leaf in differentiable
     ]
-    upstream = [grad.to(leaf.dtype) for grad, leaf in zip(drawn, differentiable, strict=True)]
+    upstream = [grad.to(leaf) for grad, leaf in zip(drawn, differentiable, strict=True)]
     if differentiable:
         torch.autograd.backward(differentiable, upstream)
 

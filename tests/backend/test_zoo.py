@@ -30,8 +30,8 @@ def named(*names):
     return [case for case in ZOO if case.name in names]
 
 
-def any_length(tokens, seed=0):
-    x = hidden_states(tokens, seed=seed)
+def any_length(tokens, seed=0, device="cpu"):
+    x = hidden_states(tokens, seed=seed, device=device)
     torch._dynamo.mark_dynamic(x, 1)
     return x
 
@@ -42,12 +42,12 @@ def _fresh_dynamo():
 
 
 @pytest.mark.parametrize("case", quick(MUST))
-def test_block_is_rewritten_and_equal(case):
-    eager, module = case.make(), case.make()
+def test_block_is_rewritten_and_equal(case, device):
+    eager, module = case.make().to(device), case.make().to(device)
     compiled = compile_ours(module, fullgraph=True)
     for seed, tokens in enumerate((24, 32, 4)):
-        actual = observe(compiled, module, any_length(tokens, seed), seed=seed)
-        assert_same(actual, observe(eager, eager, any_length(tokens, seed), seed=seed))
+        actual = observe(compiled, module, any_length(tokens, seed, device), seed=seed)
+        assert_same(actual, observe(eager, eager, any_length(tokens, seed, device), seed=seed))
     assert rewritten() == 1
     assert len(graphs) == 1
 
@@ -75,10 +75,11 @@ def test_block_is_equal_whether_rewritten_or_not(case):
 
 
 @pytest.mark.parametrize("case", quick(named(*WITH_INDUCTOR), ("stacked_sentinel",)))
-def test_block_through_inductor(case):
-    eager, module = case.make(), case.make()
+def test_block_through_inductor(case, device):
+    eager, module = case.make().to(device), case.make().to(device)
     compiled = compile_ours(module, inner="inductor", fullgraph=True)
-    assert_same(observe(compiled, module, hidden_states()), observe(eager, eager, hidden_states()))
+    x = hidden_states(device=device)
+    assert_same(observe(compiled, module, x), observe(eager, eager, x))
     assert rewritten() == 1
 
 

@@ -32,7 +32,7 @@ def by_role(seen: Seen, learning):
     roles = defaultdict(list)
     for name, tensor in named.items():
         if name in learning and tensor is None:
-            tensor = torch.zeros(learning[name])
+            tensor = torch.zeros(learning[name], device=seen.outputs[0].device)
         if name.startswith(("output", "input")) or name in learning:
             roles[role_of(name)].append(tensor.flatten())
         else:
@@ -40,13 +40,13 @@ def by_role(seen: Seen, learning):
     return {role: torch.cat(tensors) for role, tensors in roles.items()}
 
 
-def sample(case, compiled, module, seed):
+def sample(case, compiled, module, seed, device):
     """One seed: ours, naive, and float64 with the experts that naive chose."""
-    naive = case.make(seed, torch.bfloat16)
+    naive = case.make(seed, torch.bfloat16).to(device)
     exact = copy.deepcopy(naive).double()
     module.load_state_dict(naive.state_dict())
     learning = {name: parameter.shape for name, parameter in naive.named_parameters() if parameter.requires_grad}
-    x = hidden_states(TOKENS, seed, torch.bfloat16)
+    x = hidden_states(TOKENS, seed, torch.bfloat16, device=device)
     x_exact = x.detach().double().requires_grad_()
     with RecordChoices() as record:
         seen_naive = observe(naive, naive, x, seed=seed)
@@ -70,10 +70,10 @@ def seeds_needed(case):
     [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
     ids=lambda case: case.name,
 )
-def test_errors_are_those_of_naive_code(case):
+def test_errors_are_those_of_naive_code(case, device):
     fresh_dynamo()
-    module = case.make(0, torch.bfloat16)
+    module = case.make(0, torch.bfloat16).to(device)
     compiled = compile_ours(module, fullgraph=True)
-    samples = [sample(case, compiled, module, seed) for seed in range(seeds_needed(case))]
+    samples = [sample(case, compiled, module, seed, device) for seed in range(seeds_needed(case))]
     assert rewritten() == 1
     assert_low_precision(samples, torch.bfloat16)

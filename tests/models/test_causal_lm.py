@@ -28,18 +28,19 @@ def flat(call):
     return run
 
 
-def check(model, *, train, **call):
-    eager, module = model.make().train(train), model.make().train(train)
+def check(model, *, train, device="cpu", **call):
+    eager, module = model.make().to(device).train(train), model.make().to(device).train(train)
     compiled = compile_ours(module, fullgraph=True)
-    actual = observe(flat(compiled), module, **batch(), **call)
-    assert_same(actual, observe(flat(eager), eager, **batch(), **call))
+    inputs = {name: tensor.to(device) for name, tensor in batch().items()}
+    actual = observe(flat(compiled), module, **inputs, **call)
+    assert_same(actual, observe(flat(eager), eager, **inputs, **call))
     assert rewritten() == model.moe_layers
     assert len(graphs) == 1
 
 
 @each_model
-def test_training_step(model):
-    check(model, train=True, use_cache=False)
+def test_training_step(model, device):
+    check(model, train=True, device=device, use_cache=False)
 
 
 @each_model

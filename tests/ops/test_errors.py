@@ -92,7 +92,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "position", "change", "error", "message"), MISTAKES, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("case", "position", "change", "error", "message"), MISTAKES, ids=lambda v: getattr(v, "__name__", str(v)[:40])
+)
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 def test_message_names_the_argument(case, position, change, error, message, fake, device):
     with torch.no_grad():

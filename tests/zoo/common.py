@@ -59,8 +59,8 @@ def unit_scale_(module):
     return module
 
 
-def hidden_states(tokens=TOKENS, seed=0, dtype=torch.float32, requires_grad=True):
-    """Unit-scale [B, S, D] hidden states with B * S = tokens."""
+def hidden_states(tokens=TOKENS, seed=0, dtype=torch.float32, requires_grad=True, device="cpu"):
+    """Unit-scale [B, S, D] hidden states with B * S = tokens, the same values on every device."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(BATCH, tokens // BATCH, D, generator=generator, dtype=torch.float64)
-    return x.to(dtype).requires_grad_(requires_grad)
+    return x.to(device, dtype).requires_grad_(requires_grad)
