@@ -121,15 +121,16 @@ class _Emitter:
         args, kwargs = map_values((op.args, op.kwargs), lambda child: self._operand(child, dims))
         return self.graph.create_node(op.node.op, op.node.target, args, kwargs, name=op.node.name)
 
-    def _operand(self, value: Value, dims: int) -> fx.Node:
-        return self._expand(value, dims) if isinstance(value, PerExpert) else self.emit(value)
+    def _operand(self, value: Value, dims: int, dtype: torch.dtype | None = None) -> fx.Node:
+        return self._expand(value, dims, dtype) if isinstance(value, PerExpert) else self.emit(value)
 
-    def _expand(self, parameter: PerExpert, dims: int) -> fx.Node:
+    def _expand(self, parameter: PerExpert, dims: int, dtype: torch.dtype | None) -> fx.Node:
         """An expert's parameter for each of its rows, shaped to broadcast against rows with `dims` dims."""
         assert not parameter.transposed
         sizes = [int(size) for size in known_tensor(parameter.node).shape[parameter.leading :]]
         rows = self._method("size", self.order_N, 0)
-        expanded = self._call(ops.expand.default, list(parameter.parameters), self.offsets_E, rows)
+        arguments = (list(parameter.parameters), self.offsets_E, rows)
+        expanded = self._call(ops.expand.default, *arguments, *([] if dtype is None else [dtype]))
         missing = dims - 1 - len(sizes)
         return self._method("reshape", expanded, (-1, *[1] * missing, *sizes)) if missing > 0 else expanded
 
@@ -179,15 +180,16 @@ class _Emitter:
             return self._replay(op)
         result = known_tensor(op.node)
         dims, dtype = result.dim(), result.dtype
-        rows = self._method("float", self.emit(given["input"])) if dtype.itemsize < 4 else self.emit(given["input"])
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = self._method("to", self.emit(given["input"]), wide)
         settings = {"eps": given["eps"]} if given.get("eps") is not None else {}
         if op.name == "rms_norm" and not settings:
             settings = {"eps": torch.finfo(dtype).eps}
         rows = self._function(op.node.target, rows, given["normalized_shape"], **settings)
         if given.get("weight") is not None:
-            rows = self._method("mul", rows, self._operand(given["weight"], dims))
+            rows = self._method("mul", rows, self._operand(given["weight"], dims, wide))
         if given.get("bias") is not None:
-            rows = self._method("add", rows, self._operand(given["bias"], dims))
+            rows = self._method("add", rows, self._operand(given["bias"], dims, wide))
         return self._method("to", rows, dtype)
 
     def _ones(self, x: fx.Node) -> fx.Node:

@@ -64,7 +64,7 @@ def combine_backward(
         tensors.same_size("y", "columns", y.shape[1], grad_out.shape[1], "the columns of grad_out")
 
 
-def expand(param: Sequence[Tensor], offsets: Tensor, num_rows: int) -> None:
+def expand(param: Sequence[Tensor], offsets: Tensor, num_rows: int, out_dtype: torch.dtype | None = None) -> None:
     if not param:
         raise ValueError("param: got an empty list, accepted is one tensor [E, *rest] or one tensor [*rest] per expert")
     first = param[0]
@@ -74,6 +74,7 @@ def expand(param: Sequence[Tensor], offsets: Tensor, num_rows: int) -> None:
     tensors.alike("param", param, first)
     given = first.shape[0] if len(param) == 1 else len(param)
     tensors.same_size("param", "experts", given, offsets.shape[0], "the length of offsets")
+    tensors.output_dtype(out_dtype)
 
 
 def expand_backward(grad: Tensor, offsets: Tensor) -> None:

@@ -78,8 +78,8 @@ def combine_backward(
     return grad_y, grad_weights
 
 
-def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
-    per_expert = param[0] if len(param) == 1 else torch.stack(tuple(param))
+def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int, out_dtype: torch.dtype | None = None) -> Tensor:
+    per_expert = (param[0] if len(param) == 1 else torch.stack(tuple(param))).to(out_dtype or param[0].dtype)
     experts_N = torch.searchsorted(offsets_E, torch.arange(num_rows, dtype=torch.int32), right=True, out_int32=True)
     y = per_expert.index_select(0, experts_N.clamp_(max=per_expert.shape[0] - 1))
     return zero_sentinels(y, offsets_E)

@@ -98,13 +98,13 @@ def combine_backward(
 
 
 @on_its_device
-def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
+def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int, out_dtype: torch.dtype | None = None) -> Tensor:
     """Each expert's parameter repeated for its grouped rows; zero from offsets[-1] on."""
     stacked = len(param) == 1
     rest = param[0].shape[1:] if stacked else param[0].shape
     out = torch.empty(num_rows, *rest, dtype=param[0].dtype, device=param[0].device)
     if out.numel() == 0:
-        return out
+        return out.to(out_dtype or out.dtype)
     num_columns = math.prod(rest)
     flat = expert_bias([p.reshape(-1, num_columns) if stacked else p.flatten() for p in param])
     num_experts = offsets_E.numel()
@@ -119,7 +119,7 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
         flat.kind == "list",
         column_block(num_columns),
     )
-    return out
+    return out.to(out_dtype or out.dtype)
 
 
 @on_its_device

@@ -77,13 +77,14 @@ def combine_backward(
     return grad_y, grad_weights
 
 
-def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int) -> Tensor:
+def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int, out_dtype: torch.dtype | None = None) -> Tensor:
     """Each expert's parameter repeated for its grouped rows; rows past the last expert's are zero.
 
     param: one tensor is always stacked, [E, *rest]; several are one tensor [*rest] per expert.
+    out_dtype: that of the rows, param's if None. Gradients are summed in it and rounded once to param's.
     """
     per_expert = param[0] if len(param) == 1 else param
-    y = per_expert[0].new_zeros(num_rows, *per_expert[0].shape)
+    y = per_expert[0].new_zeros(num_rows, *per_expert[0].shape, dtype=out_dtype)
     for e, start, end in segments(offsets_E):
         y[start:end] = per_expert[e]
     return y

@@ -145,7 +145,8 @@ def _combine_backward(m: Maker) -> tuple:
 
 
 def _expand(m: Maker) -> tuple:
-    return m._parameter(*m.options.get("rest", (m.sizes.D,)), scale=1.0), m.routing()[1], m.num_slots
+    arguments = m._parameter(*m.options.get("rest", (m.sizes.D,)), scale=1.0), m.routing()[1], m.num_slots
+    return (*arguments, m.options["out_dtype"]) if "out_dtype" in m.options else arguments
 
 
 def _mlp(m: Maker) -> tuple:
@@ -253,6 +254,7 @@ CASES: Sequence[Case] = (
     Case("expand", "sentinels", parameters="list"),
     Case("expand", "empty experts", options={"rest": ()}),
     Case("expand", options={"rest": (2, 3)}, sizes={"T": 0}),
+    Case("expand", parameters="list", options={"out_dtype": torch.float64}),
     Case("expand_backward", "sentinels"),
     Case("expand_backward", "empty experts", strided_inputs=True),
     Case("mlp", options=SILU),

@@ -37,11 +37,11 @@ def combine(y, topk_weights, order, offsets, top_k, grouped_in, out_dtype=None):
     return out.to(out_dtype or y.dtype)
 
 
-def expand(param, offsets, num_rows):
+def expand(param, offsets, num_rows, out_dtype=None):
     param = param[0] if len(param) == 1 else param
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     parts = [param[e].expand(size, *param[e].shape) for e, size in enumerate(sizes)]
-    return torch.cat([*parts, param[0].new_zeros(num_rows - sum(sizes), *param[0].shape)])
+    return torch.cat([*parts, param[0].new_zeros(num_rows - sum(sizes), *param[0].shape)]).to(out_dtype)
 
 
 def mlp(
