@@ -12,9 +12,10 @@ from torch._dynamo import register_backend
 
 from fx_passes.backend import backend, install
 from fx_passes.prepared import prepare
+from scatter_moe import routers
 from scatter_moe.explain import Explanation, explain
 
-__all__ = ["Explanation", "backend", "explain", "prepare"]
+__all__ = ["Explanation", "backend", "explain", "prepare", "routers"]
 
 install()
 if not entry_points(group="torch_dynamo_backends", name="scatter_moe"):
