@@ -13,9 +13,23 @@ from torch._dynamo import register_backend
 from fx_passes.backend import backend, install
 from fx_passes.prepared import prepare
 from scatter_moe import routers
+from scatter_moe.dispatch import Dispatch
+from scatter_moe.expert_mlp import ExpertMLP
 from scatter_moe.explain import Explanation, explain
+from scatter_moe.moe import MoE
+from scatter_moe.parallel_linear import ParallelLinear
 
-__all__ = ["Explanation", "backend", "explain", "prepare", "routers"]
+__all__ = [
+    "Dispatch",
+    "ExpertMLP",
+    "Explanation",
+    "MoE",
+    "ParallelLinear",
+    "backend",
+    "explain",
+    "prepare",
+    "routers",
+]
 
 install()
 if not entry_points(group="torch_dynamo_backends", name="scatter_moe"):

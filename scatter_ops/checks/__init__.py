@@ -5,7 +5,7 @@ TypeError for a wrong dtype and ValueError for anything else. Nothing here reads
 """
 
 from scatter_ops.checks.linear import parallel_linear, parallel_linear_bias_grad, parallel_linear_weight_grad
-from scatter_ops.checks.mlp import mlp_backward, mlp_forward
+from scatter_ops.checks.mlp import mlp_backward, mlp_forward, mlp_options
 from scatter_ops.checks.routing import combine, combine_backward, dispatch, expand, expand_backward, route
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "expand_backward",
     "mlp_backward",
     "mlp_forward",
+    "mlp_options",
     "parallel_linear",
     "parallel_linear_bias_grad",
     "parallel_linear_weight_grad",

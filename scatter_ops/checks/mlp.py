@@ -30,7 +30,7 @@ def mlp(
     limit: float = 7.0,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    _options(activation, layout, weight_on)
+    mlp_options(activation, layout, weight_on)
     tensors.output_dtype(out_dtype)
     top_k = _routing(topk_weights, order, offsets, x)
     tensors.rows_of_tokens("x", x, order, top_k)
@@ -49,7 +49,7 @@ def mlp_backward(
 ) -> None:
     """grad_out and h, arguments of `mlp`, then needs."""
     gate_up, up, down, gate_up_bias, up_bias, down_bias, activation, layout, transposed, weight_on, *_, needs = rest
-    _options(activation, layout, weight_on)
+    mlp_options(activation, layout, weight_on)
     tensors.rows_of_tokens("grad_out", grad_out, order, _routing(topk_weights, order, offsets, x))
     _parameters(x, offsets, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed)
     if len(needs) != 8:
@@ -60,7 +60,8 @@ def mlp_backward(
         tensors.rows_of_tokens("x", x, order, topk_weights.shape[1])
 
 
-def _options(activation: str, layout: str, weight_on: str) -> None:
+def mlp_options(activation: str, layout: str, weight_on: str) -> None:
+    """The arguments that are words."""
     tensors.one_of("activation", activation, ACTIVATIONS)
     tensors.one_of("layout", layout, LAYOUTS)
     tensors.one_of("weight_on", weight_on, WEIGHT_ON)

@@ -1,0 +1,53 @@
+"""Wrong arguments of the layers raise errors that name them."""
+
+import pytest
+import torch
+
+from scatter_moe import Dispatch, ExpertMLP, ParallelLinear
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "swish"}, "activation: got 'swish'"),
+        ({"layout": "stacked"}, "layout: got 'stacked'"),
+        ({"weight_on": "both"}, "weight_on: got 'both'"),
+        ({"layout": "plain", "activation": "clamped_swiglu"}, "layout: got 'plain' with activation 'clamped_swiglu'"),
+    ],
+)
+def test_expert_mlp_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertMLP(4, 8, 8, **options)
+
+
+def test_expert_mlp_inputs():
+    layer, ids, weights = ExpertMLP(4, 8, 8), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="x: got 9 columns, accepted is 8"):
+        layer(torch.ones(3, 9), ids, weights)
+    with pytest.raises(TypeError, match=r"gate_up: got torch.float32, accepted is x's dtype torch.float16"):
+        layer(torch.ones(3, 8, dtype=torch.half), ids, weights)
+    with pytest.raises(TypeError, match=r"topk_ids: got torch.float32"):
+        layer(torch.ones(3, 8), weights, weights)
+    with pytest.raises(ValueError, match="gate_up: got 4 experts, accepted is 5"):
+        layer.forward_grouped(torch.ones(3, 8), torch.ones(5, dtype=torch.long))
+
+
+def test_parallel_linear_inputs():
+    layer = ParallelLinear(4, 8, 8)
+    dispatch = Dispatch.of_ids(torch.zeros(3, 2, dtype=torch.long), 4)
+    with pytest.raises(ValueError, match="rows_in: got 'scattered', accepted are 'tokens', 'slots' and 'grouped'"):
+        layer(torch.ones(3, 8), dispatch, rows_in="scattered")
+    with pytest.raises(ValueError, match="rows_out: got 'tokens', accepted are 'slots' and 'grouped'"):
+        layer(torch.ones(3, 8), dispatch, rows_out="tokens")
+    with pytest.raises(ValueError, match="x: got 3 rows, accepted is 6"):
+        layer(torch.ones(3, 8), dispatch, rows_in="slots")
+
+
+def test_initialised_as_a_stack_of_linear_layers():
+    torch.manual_seed(0)
+    layer, linear = ParallelLinear(64, 16, 32), torch.nn.Linear(16, 32)
+    for ours, theirs in ((layer.weight, linear.weight), (layer.bias, linear.bias)):
+        assert ours.shape == (64, *theirs.shape)
+        bound = 16**-0.5
+        assert ours.abs().max() <= bound
+        assert ours.std().item() == pytest.approx(2 * bound / 12**0.5, rel=0.05)
