@@ -1,7 +1,36 @@
-"""Routers: modules that score experts for each token and return a `Routing`."""
+"""Routers: modules that score experts for each token and return a `Routing`; capacity; losses."""
 
+from scatter_moe.routers.capacity import CapacityRouter, expert_capacity, limit_capacity, pass_overflow
+from scatter_moe.routers.gshard import GShardRouter
 from scatter_moe.routers.jitter import jitter
+from scatter_moe.routers.losses import (
+    cv_squared,
+    importance_loss,
+    load_balancing_loss,
+    router_z_loss,
+    tokens_per_expert,
+)
+from scatter_moe.routers.noisy import NoisyTopKRouter
 from scatter_moe.routers.router import Router, Routing
+from scatter_moe.routers.sigmoid import SigmoidRouter
 from scatter_moe.routers.topk import SwitchRouter, TopKRouter
 
-__all__ = ["Router", "Routing", "SwitchRouter", "TopKRouter", "jitter"]
+__all__ = [
+    "CapacityRouter",
+    "GShardRouter",
+    "NoisyTopKRouter",
+    "Router",
+    "Routing",
+    "SigmoidRouter",
+    "SwitchRouter",
+    "TopKRouter",
+    "cv_squared",
+    "expert_capacity",
+    "importance_loss",
+    "jitter",
+    "limit_capacity",
+    "load_balancing_loss",
+    "pass_overflow",
+    "router_z_loss",
+    "tokens_per_expert",
+]

@@ -17,7 +17,8 @@ class Routing(NamedTuple):
 
     Attributes:
         topk_weights: [T, K], float32 (float64 where the logits are), differentiable.
-        topk_ids: [T, K], int64. An id of E is a sentinel: nobody computes that slot, and its weight is zero.
+        topk_ids: [T, K], int64. Ids from E up are sentinels: nobody computes that slot, and its weight is zero. E + e
+            is a slot that wanted expert e and was dropped.
         logits: [T, E], float32 (float64), differentiable: what losses read.
     """
 
@@ -35,7 +36,7 @@ class Router(nn.Module):
         top_k: K, experts per token, 1..E.
         bias: adds a bias to the logits (as GPT-OSS does).
         jitter: in training x is multiplied by uniform noise within 1 - jitter and 1 + jitter, for the
-            router alone (Switch Transformer, arXiv 2101.03961, section 2.2).
+            router alone (Switch Transformer, arXiv 2101.03961, appendix C).
         logits_dtype: the dtype that logits are computed in. None: that of the weight, so that a router whose parameters
             are float32 in a bfloat16 model computes in float32 (selective precision, section 2.4 there).
         device, dtype: of the parameters.
