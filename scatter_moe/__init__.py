@@ -18,6 +18,7 @@ from scatter_moe.expert_mlp import ExpertMLP
 from scatter_moe.explain import Explanation, explain
 from scatter_moe.moe import MoE
 from scatter_moe.parallel_linear import ParallelLinear
+from scatter_moe.parameters import expert_parameters, router_parameters, set_dropout
 
 __all__ = [
     "Dispatch",
@@ -26,9 +27,12 @@ __all__ = [
     "MoE",
     "ParallelLinear",
     "backend",
+    "expert_parameters",
     "explain",
     "prepare",
+    "router_parameters",
     "routers",
+    "set_dropout",
 ]
 
 install()
