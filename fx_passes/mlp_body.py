@@ -103,7 +103,12 @@ def as_linear(value: Any) -> Linear | None:
     terms = _binary(value, ("add",))
     for product, bias in (terms, terms[::-1]) if terms is not None else ():
         inner = as_linear(product)
-        if inner is not None and inner.bias is None and isinstance(bias, PerExpert):
+        if (
+            inner is not None
+            and inner.bias is None
+            and isinstance(bias, PerExpert)
+            and _dtype(value) == _dtype(product)
+        ):
             return _linear(inner.rows, inner.weight, bias, inner.transposed != inner.weight.transposed)
     return None
 
@@ -111,9 +116,14 @@ def as_linear(value: Any) -> Linear | None:
 def _linear(rows: Value, weight: Any, bias: Any, transposed: bool) -> Linear | None:
     if not isinstance(weight, PerExpert) or weight.leading or not (bias is None or isinstance(bias, PerExpert)):
         return None
-    if isinstance(bias, PerExpert) and rank(bias) != 1 + bias.leading:
+    if isinstance(bias, PerExpert) and (rank(bias) != 1 + bias.leading or _dtype(bias) != _dtype(weight)):
         return None
     return Linear(rows, weight, bias, transposed != weight.transposed)
+
+
+def _dtype(value: Value) -> torch.dtype | None:
+    tensor = fake_tensor(value.node)
+    return tensor.dtype if tensor is not None else None
 
 
 def _match_activation(value: Value) -> tuple[str, str, Linear, Linear | None, dict[str, float]] | None:

@@ -5,6 +5,7 @@ about operations, so both become one name here. Functions are matched by identit
 be called `silu` has no name.
 """
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -48,6 +49,7 @@ _INPLACE_ARGUMENT = {
     ),
     "rrelu": 4,
 }
+_CASTS = frozenset("bool long int half bfloat16 float double getattr".split())
 _HARMLESS = frozenset((current_expert, select_expert, index_with_expert, index_list, torch._C._set_grad_enabled))
 
 
@@ -119,6 +121,23 @@ def written(node: fx.Node) -> tuple[fx.Node, ...]:
     if inplace or arg(node, _INPLACE_ARGUMENT.get(name, 99), "inplace", False):
         return tuple(node.all_input_nodes[:1])
     return ()
+
+
+def draws_random(node: fx.Node) -> bool:
+    """Whether `node` may advance a random number generator."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    name = op_name(node)
+    return name is not None and _draws_random(name)
+
+
+@functools.cache
+def _draws_random(name: str) -> bool:
+    """What is no operator of aten, Python or a cast is composed of others, which may."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return not hasattr(operator, name) and name not in _CASTS
+    return any(torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads())
 
 
 def is_inplace(node: fx.Node) -> bool:

@@ -15,13 +15,11 @@ from torch import fx
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.capture import events_of
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
-from fx_passes.ops import known_tensor, op_name, written
+from fx_passes.ops import draws_random, known_tensor, written
 from fx_passes.region import MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
 
 ops = torch.ops.scatter_moe
-
-_RANDOM = frozenset("dropout rand randn rand_like randn_like randint randint_like bernoulli multinomial normal".split())
 
 _NO_TENSOR = 2
 """Dims of what is no tensor but a tuple of them, as `chunk` of rows."""
@@ -232,7 +230,7 @@ def _erase(region: MoERegion) -> frozenset[int]:
     stack = [source for node in doomed for source in node.all_input_nodes]
     while stack:
         node = stack.pop()
-        if node not in doomed and not node.is_impure() and not written(node) and op_name(node) not in _RANDOM:
+        if node not in doomed and not node.is_impure() and not written(node) and not draws_random(node):
             doomed.add(node)
             stack.extend(node.all_input_nodes)
     events: set[int] = set()

@@ -12,21 +12,15 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Gathered, PerExpert, SlotGathered, has_rows
 from fx_passes.capture import guards_of
-from fx_passes.ops import arg, example, fake_tensor, is_inplace, known_tensor, op_name, written
+from fx_passes.facts import Hit, Rows, Selection, fact
+from fx_passes.ops import arg, draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, written
 from fx_passes.region import MoERegion, Rejected
-from fx_passes.row_wise import POINTWISE, check_rows
+from fx_passes.row_wise import check_rows
 
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
-_ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
-    """
-    zeros zeros_like new_zeros ones ones_like empty empty_like new_empty full full_like new_full rand randn arange
-    linear matmul mm bmm layer_norm rms_norm softmax log_softmax sum mean amax amin norm cumsum one_hot topk sort
-    argsort nonzero index_add index_select gather scatter cat stack embedding repeat_interleave clone eq ne gt ge lt le
-    greater greater_equal argmax max min any all where histc bincount logical_and logical_or logical_not
-    """.split()
-)
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
 
 
@@ -86,7 +80,7 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
             raise Rejected(
                 "experts_have_their_own_parameters", parameter.node, "an expert's parameter is a tensor subclass"
             )
-        if len({(tensor.shape, tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors}) != 1:
+        if not all(_is_laid_out_as(tensor, tensors[0]) for tensor in tensors):
             raise Rejected(
                 "experts_have_their_own_parameters",
                 parameter.node,
@@ -102,6 +96,12 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
             raise Rejected("experts_have_their_own_parameters", parameter.node, "two experts share a parameter")
 
 
+def _is_laid_out_as(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    sizes = zip((*tensor.shape, *tensor.stride()), (*other.shape, *other.stride()), strict=False)
+    same_kind = (tensor.dim(), tensor.dtype, tensor.device) == (other.dim(), other.dtype, other.device)
+    return same_kind and all(_is_same(left, right) for left, right in sizes)
+
+
 def _is_plain(tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     return tensor is not None and not is_traceable_wrapper_subclass(tensor)
 
@@ -113,6 +113,14 @@ def accumulator_starts_as_zeros(region: MoERegion) -> None:
         raise Rejected(
             "accumulator_starts_as_zeros", region.accumulator, "the output is a leaf that requires gradients"
         )
+    if not _is_contiguous(fake_tensor(region.accumulator)):
+        raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the output is not a contiguous matrix")
+
+
+def _is_contiguous(tensor: torch.Tensor | None) -> bool:
+    if tensor is None or tensor.dim() != 2:
+        return False
+    return all(map(_is_same, tensor.stride(), (tensor.shape[1], 1)))
 
 
 def accumulator_is_not_read_inside(region: MoERegion) -> None:
@@ -173,26 +181,66 @@ def _ancestors(region: MoERegion, inside: set[fx.Node]) -> set[fx.Node]:
 
 
 def _is_dead_end(node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, bool]) -> bool:
-    """Nothing outside sees `node`: it is pure, or an assertion on a size, and so is all that uses it."""
+    """Nothing outside sees `node`: it has no effect, or is an assertion that always holds, and so are its users."""
     if node not in known:
         known[node] = True
-        harmless = node.op != "output" and not is_inplace(node) and (fake_tensor(node) is None or not node.is_impure())
+        harmless = node.op != "output" and (_always_holds(node) or not _has_effect(node))
         known[node] = harmless and node in inside and all(_is_dead_end(user, inside, known) for user in node.users)
     return known[node]
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return is_inplace(node) or draws_random(node) or node.is_impure()
+
+
+def _always_holds(node: fx.Node) -> bool:
+    """Dynamo's own assertions: an expert has at least no slot, and at most all; at most all experts are hit."""
+    if node.target is not torch.ops.aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
+        return False
+    question = node.args[0]
+    most = _largest_length(question.args[0]) if len(question.args) == 2 else None
+    if most is None:
+        return False
+    bound = example(question.args[1]) if isinstance(question.args[1], fx.Node) else question.args[1]
+    if op_name(question) == "ge":
+        return type(bound) is int and bound <= 0
+    return op_name(question) == "le" and isinstance(bound, (int, torch.SymInt)) and statically_known_true(bound >= most)
+
+
+def _largest_length(size: object) -> int | torch.SymInt | None:
+    """The largest value of `size`, where it is how many slots an expert has or how many experts are hit."""
+    if not isinstance(size, fx.Node) or size.target is not torch.ops.aten.sym_size.int or size.args[1] != 0:
+        return None
+    listed = fact(size.args[0])
+    if isinstance(listed, Hit):
+        return listed.num_classes
+    return known_tensor(listed.mask.ids).numel() if isinstance(listed, (Rows, Selection)) else None
 
 
 def nothing_is_written_inside(region: MoERegion) -> None:
     """From the routing's first node to the last addition nothing that the loop reads is written, save the output."""
     places, own = region.places(), region.additions
-    first = min(places[node] for node in region.routing())
-    read = {_storage(node) for node in _outer_inputs(region)}
-    for node, place in places.items():
-        if not first < place < places[region.result] or node in own:
-            continue
-        targets = {_storage(target) for target in written(node)}
-        if targets & read or targets & region.inner:
+    first, last = min(places[node] for node in region.routing()), places[region.result]
+    writers = {writer for node in _outer_inputs(region) for writer in writers_of(storage_of(node))}
+    writers |= {user for node in region.inner for user in node.users if node in written(user)}
+    for node in sorted(writers - own, key=places.__getitem__):
+        if first < places[node] < last:
             name = op_name(node) or node.target
             raise Rejected("nothing_is_written_inside", node, f"`{name}` writes to something that the loop reads")
+
+
+def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
+    """The loop keeps copies of rows for backward, the rewritten one what they are gathered from."""
+    value = fake_tensor(region.accumulations[0].value)
+    if value is None or not value.requires_grad:
+        return
+    places = region.places()
+    for gathered in (*region.body.of(Gathered), *region.body.of(SlotGathered)):
+        for node in writers_of(storage_of(gathered.source)):
+            if places[node] > places[region.result]:
+                raise Rejected(
+                    "gathered_tensors_stay_as_they_are", node, f"`{gathered.source.name}` is written after the loop"
+                )
 
 
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
@@ -202,19 +250,6 @@ def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
         yield from (
             source for source in node.all_input_nodes if source not in region.inner and source is not region.accumulator
         )
-
-
-def _storage(node: fx.Node) -> fx.Node:
-    """The node whose storage `node` may alias."""
-    while node.all_input_nodes and op_name(node) not in _ALLOCATES and not _is_part_of_result(node):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_part_of_result(node: fx.Node) -> bool:
-    """`topk(...)[1]`: a tensor of its own among the results of an operation that allocates them."""
-    source = arg(node, 0, "input")
-    return op_name(node) == "getitem" and isinstance(example(source), (tuple, list)) and op_name(source) in _ALLOCATES
 
 
 def grad_mode_is_constant(region: MoERegion) -> None:
@@ -257,17 +292,12 @@ def repeated_ids_are_counted(region: MoERegion) -> None:
     """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk's are."""
     if all(accumulation.counts_duplicates for accumulation in region.accumulations) or _single_choice(region.ids_TK):
         return
-    if not ids_are_distinct(region.ids_TK) or _is_written(region.ids_TK):
+    if not ids_are_distinct(region.ids_TK) or any(writers_of(storage_of(region.ids_TK))):
         raise Rejected(
             "repeated_ids_are_counted",
             region.anchor,
             "`+=` at repeated tokens adds once, and the ids of a token may repeat",
         )
-
-
-def _is_written(node: fx.Node) -> bool:
-    storage = _storage(node)
-    return any(_storage(target) is storage for writer in node.graph.nodes for target in written(writer))
 
 
 def _single_choice(ids: fx.Node) -> bool:
@@ -362,6 +392,7 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     additions_follow_each_other,
     no_intermediate_escapes,
     nothing_is_written_inside,
+    gathered_tensors_stay_as_they_are,
     grad_mode_is_constant,
     autocast_is_constant,
     repeated_ids_are_counted,

@@ -7,7 +7,7 @@ assumption, and the nodes traced under it carry its number.
     dynamic op     speculation.py   the output's length is left open
     hit loop       loops.py         one iteration stands for all, over an expert without a value; or one an expert
     empty branch   branches.py      the side that handles a token is taken; the other must go on to the next iteration
-    index list     indexing.py      a list of row positions stays the tensor that it was
+    index list     index_list.py    a list of row positions stays the tensor that it was
 
 After the rewrite every event must be *dissolved*: all its nodes were replaced. Otherwise the frame is traced again with
 the event denied, which is to say as Dynamo alone does it. So nothing that was assumed ever runs.

@@ -1,24 +1,23 @@
-"""Indexing by the expert of the iteration, and lists of row positions that only serve as an index."""
+"""Indexing by the expert of the iteration."""
 
 from typing import Any
 
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.lists import BaseListVariable, SliceVariable, TupleVariable
+from torch._dynamo.variables.lists import SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
-from fx_passes.capture.events import tag
-from fx_passes.capture.variables import expert_of_variable, is_full_slice, rank_of
-from fx_passes.facts import Rows, fact
+from fx_passes.capture.index_list import index_by_tensors
+from fx_passes.capture.variables import call_in_graph, expert_of_variable, is_full_slice, rank_of
 from fx_passes.markers import Expert, index_with_expert, mark_expert, select_expert
-from fx_passes.markers import index_list as index_list_marker
 
 
 def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
     """`container[index]` where one of them is the expert of the iteration."""
+    index_by_tensors(tx)
     container, index = tx.stack[-2].realize(), tx.stack[-1].realize()
-    if isinstance(index, BaseListVariable):
+    if isinstance(index, TupleVariable):
         return _by_tuple(capture, tx, container, index)
     expert = expert_of_variable(index)
     if expert is not None:
@@ -44,10 +43,10 @@ def _by_expert(capture: Any, tx: Any, container: Any, index: TensorVariable, exp
         if loop is None:
             return False
         capture.trace_again_unrolled(loop.event)
-    return _finish(tx, _call(capture, tx, select_expert, container.as_proxy(), index.as_proxy(), 0, keepdim))
+    return _finish(tx, call_in_graph(tx, select_expert, container.as_proxy(), index.as_proxy(), 0, keepdim))
 
 
-def _by_tuple(capture: Any, tx: Any, container: Any, index: BaseListVariable) -> bool:
+def _by_tuple(capture: Any, tx: Any, container: Any, index: TupleVariable) -> bool:
     items = [item.realize() for item in index.items]
     marked = [place for place, item in enumerate(items) if expert_of_variable(item) is not None]
     if len(marked) != 1 or not isinstance(container, TensorVariable):
@@ -61,32 +60,11 @@ def _by_tuple(capture: Any, tx: Any, container: Any, index: BaseListVariable) ->
             tx.stack[-1] = TupleVariable([*items[:place], ConstantVariable.create(expert), *items[place + 1 :]])
         return False
     if all(is_full_slice(item) for at, item in enumerate(items) if at != place):
-        selected = _call(capture, tx, select_expert, container.as_proxy(), items[place].as_proxy(), place, rank == 1)
+        selected = call_in_graph(tx, select_expert, container.as_proxy(), items[place].as_proxy(), place, rank == 1)
         return _finish(tx, selected)
     if rank == 0:
-        return _finish(tx, _call(capture, tx, index_with_expert, container.as_proxy(), index.as_proxy(), place))
+        return _finish(tx, call_in_graph(tx, index_with_expert, container.as_proxy(), index.as_proxy(), place))
     return False
-
-
-def index_list(capture: Any, tx: Any, instruction: Any) -> bool:
-    """`tokens.tolist()`: goes on with the tensor, which indexes as the list does."""
-    if instruction.argval != "tolist" or not tx.stack:
-        return False
-    indices = tx.stack[-1].realize()
-    if not isinstance(indices, TensorVariable) or not isinstance(fact(indices.as_proxy().node), Rows):
-        return False
-    after = _past_call_without_arguments(tx)
-    event = capture.event(tx, "index list")
-    if after is None or capture.is_denied(event):
-        return False
-    tx.stack[-1] = _call(capture, tx, index_list_marker, indices.as_proxy())
-    tag(tx.stack[-1].as_proxy().node, (event.number,), ())
-    tx.instruction_pointer = after
-    return True
-
-
-def _call(capture: Any, tx: Any, target: Any, *args: Any) -> VariableTracker:
-    return wrap_fx_proxy(tx, capture.output.create_proxy("call_function", target, args, {}))
 
 
 def _finish(tx: Any, result: VariableTracker) -> bool:
@@ -98,12 +76,3 @@ def _finish(tx: Any, result: VariableTracker) -> bool:
 
 def _constant_slice(start: int) -> SliceVariable:
     return SliceVariable([ConstantVariable.create(value) for value in (start, start + 1, None)])
-
-
-def _past_call_without_arguments(tx: Any) -> int | None:
-    """Where a method call without arguments that begins at the current instruction has ended."""
-    at = tx.instruction_pointer + 1
-    while tx.instructions[at].opname in ("PRECALL", "CACHE", "PUSH_NULL"):
-        at += 1
-    call = tx.instructions[at]
-    return at + 1 if call.opname == "CALL" and call.arg == 0 else None

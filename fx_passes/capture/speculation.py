@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
-from fx_passes.capture import branches, indexing, loops
+from fx_passes.capture import branches, index_list, indexing, loops
 from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
 from fx_passes.facts import Mask, Selection, fact
 from fx_passes.ops import op_name
@@ -24,8 +24,9 @@ _HANDLERS: dict[str, Handler] = {
     "GET_ITER": loops.get_iter,
     "FOR_ITER": loops.for_iter,
     "BINARY_SUBSCR": indexing.subscript,
-    "LOAD_METHOD": indexing.index_list,
-    "LOAD_ATTR": indexing.index_list,
+    "STORE_SUBSCR": index_list.store_subscript,
+    "LOAD_METHOD": index_list.load_method,
+    "LOAD_ATTR": index_list.load_method,
 }
 
 

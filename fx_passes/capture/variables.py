@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import SliceVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -31,6 +33,11 @@ def has_open_length(variable: TensorVariable) -> bool:
 def is_open(number: Any) -> bool:
     """Whether a symbolic number depends on data."""
     return isinstance(number, (torch.SymInt, torch.SymBool)) and bool(free_unbacked_symbols(number))
+
+
+def call_in_graph(tx: Any, target: Any, *args: Any) -> VariableTracker:
+    """The result of a new node that calls `target`."""
+    return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", target, args, {}))
 
 
 def is_full_slice(variable: Any) -> bool:

@@ -1,0 +1,54 @@
+"""Which nodes may share storage, and who writes to it.
+
+Whatever isn't known to allocate its result may return a view of its first input.
+"""
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from fx_passes.ops import arg, example, op_name, written
+from fx_passes.row_wise import POINTWISE
+
+_ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
+    """
+    zeros zeros_like new_zeros ones ones_like empty empty_like new_empty full full_like new_full rand randn arange
+    linear matmul mm bmm layer_norm rms_norm softmax log_softmax sum mean amax amin norm cumsum one_hot topk sort
+    argsort nonzero index_add index_select gather scatter cat stack embedding repeat_interleave clone eq ne gt ge lt le
+    greater greater_equal argmax max min any all where histc bincount logical_and logical_or logical_not
+    """.split()
+)
+
+
+def storage_of(node: fx.Node) -> fx.Node:
+    """The node whose storage `node` may alias."""
+    source = _aliased(node)
+    while source is not None:
+        node, source = source, _aliased(source)
+    return node
+
+
+def writers_of(storage: fx.Node) -> Iterator[fx.Node]:
+    """Nodes that may write to what `storage`, or a tensor that aliases it, holds."""
+    aliases, stack = {storage}, [storage]
+    while stack:
+        alias = stack.pop()
+        for user in alias.users:
+            if alias in written(user):
+                yield user
+            if user not in aliases and _aliased(user) is alias:
+                aliases.add(user)
+                stack.append(user)
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """The input whose storage `node` may share; None where its storage is its own."""
+    if not node.all_input_nodes or op_name(node) in _ALLOCATES or _is_part_of_result(node):
+        return None
+    return node.all_input_nodes[0]
+
+
+def _is_part_of_result(node: fx.Node) -> bool:
+    """`topk(...)[1]`: a tensor of its own among the results of an operation that allocates them."""
+    source = arg(node, 0, "input")
+    return op_name(node) == "getitem" and isinstance(example(source), (tuple, list)) and op_name(source) in _ALLOCATES

@@ -1,0 +1,91 @@
+"""`tokens.tolist()` where the list only serves as an index: then the tensor does as well.
+
+The list has no known items, so a question about them that Python could ask (`==`, truth, iteration, `append`) takes the
+assumption back. What it shares with every list of its length is answered: `len`, `isinstance`, `type`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.lists import ListVariable, TupleVariable
+from torch._dynamo.variables.tensor import TensorVariable
+
+from fx_passes.capture.events import tag
+from fx_passes.capture.variables import call_in_graph
+from fx_passes.facts import Rows, fact
+from fx_passes.markers import index_list
+
+
+class IndexListVariable(ListVariable):
+    """A list of row positions, of which only the tensor that it was made from is known."""
+
+    def __init__(self, tensor: TensorVariable, take_back: Callable[[], NoReturn], **kwargs: Any) -> None:
+        super().__init__([], **kwargs)
+        self.tensor = tensor
+        self.take_back = take_back
+
+    @property
+    def items(self) -> list[VariableTracker]:
+        self.take_back()
+
+    @items.setter
+    def items(self, _items: list[VariableTracker]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The items stay unknown."""
+
+    def sq_length(self, tx: Any) -> VariableTracker:
+        return self.tensor.call_method(tx, "size", [ConstantVariable.create(0)], {})
+
+    def call_method(self, tx: Any, name: str, args: Any, kwargs: Any) -> VariableTracker:
+        return self.sq_length(tx) if name == "__len__" else self.take_back()
+
+    def __repr__(self) -> str:
+        return f"IndexListVariable({self.tensor})"
+
+
+def load_method(capture: Any, tx: Any, instruction: Any) -> bool:
+    """`tokens.tolist()`: the call is done at once."""
+    if instruction.argval != "tolist" or not tx.stack:
+        return False
+    indices = tx.stack[-1].realize()
+    if not isinstance(indices, TensorVariable) or not isinstance(fact(indices.as_proxy().node), Rows):
+        return False
+    after = _past_call_without_arguments(tx)
+    event = capture.event(tx, "index list")
+    if after is None or capture.is_denied(event):
+        return False
+    tensor = call_in_graph(tx, index_list, indices.as_proxy())
+    tag(tensor.as_proxy().node, (event.number,), ())
+    tx.stack[-1] = IndexListVariable(tensor, lambda: capture.trace_again_without([event]))
+    tx.instruction_pointer = after
+    return True
+
+
+def index_by_tensors(tx: Any) -> None:
+    """`tensor[index]`, about to be read or written: lists of row positions in the index become tensors."""
+    container, index = tx.stack[-2].realize(), tx.stack[-1].realize()
+    if not isinstance(container, TensorVariable):
+        return
+    if isinstance(index, TupleVariable) and any(isinstance(item, IndexListVariable) for item in index.items):
+        tx.stack[-1] = TupleVariable([_as_tensor(item) for item in index.items])
+    else:
+        tx.stack[-1] = _as_tensor(index)
+
+
+def store_subscript(_capture: Any, tx: Any, _instruction: Any) -> bool:
+    index_by_tensors(tx)
+    return False
+
+
+def _as_tensor(index: VariableTracker) -> VariableTracker:
+    return index.tensor if isinstance(index, IndexListVariable) else index
+
+
+def _past_call_without_arguments(tx: Any) -> int | None:
+    """Where a method call without arguments that begins at the current instruction has ended."""
+    at = tx.instruction_pointer + 1
+    while tx.instructions[at].opname in ("PRECALL", "CACHE", "PUSH_NULL"):
+        at += 1
+    call = tx.instructions[at]
+    return at + 1 if call.opname == "CALL" and call.arg == 0 else None
