@@ -14,6 +14,7 @@ from fx_passes.backend import backend, install
 from fx_passes.prepared import prepare
 from scatter_moe import routers
 from scatter_moe.dispatch import Dispatch
+from scatter_moe.distributed import ExpertParallel, clip_grad_norm_
 from scatter_moe.expert_mlp import ExpertMLP
 from scatter_moe.explain import Explanation, explain
 from scatter_moe.moe import MoE
@@ -23,10 +24,12 @@ from scatter_moe.parameters import expert_parameters, router_parameters, set_dro
 __all__ = [
     "Dispatch",
     "ExpertMLP",
+    "ExpertParallel",
     "Explanation",
     "MoE",
     "ParallelLinear",
     "backend",
+    "clip_grad_norm_",
     "expert_parameters",
     "explain",
     "prepare",

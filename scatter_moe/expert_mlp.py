@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scatter_moe.dispatch import Dispatch
+from scatter_moe.distributed.exchange import Exchange, zeros_of
 from scatter_moe.parallel_linear import reset_like_linear
 from scatter_ops.checks import mlp_options
 
@@ -72,6 +73,7 @@ class ExpertMLP(nn.Module):
         self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
         self.activation, self.layout, self.weight_on = activation, layout, weight_on
         self.alpha, self.limit = alpha, limit
+        self.exchange: Exchange | None = None  # set by ExpertParallel
         width = 2 * d_expert if layout in ("concatenated", "interleaved") else d_expert
         shapes = dict.fromkeys(_FIRST_PROJECTIONS[layout], (num_experts, width, d_model))
         shapes["down_proj"] = (num_experts, d_model, d_expert)
@@ -101,6 +103,8 @@ class ExpertMLP(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument that isn't as above.
         """
+        if self.exchange is not None:
+            return self.exchange(self._local_experts, x, topk_ids, topk_weights)
         return self._mlp(x, topk_weights, Dispatch.of_ids(topk_ids, self.num_experts))
 
     def forward_grouped(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -115,6 +119,14 @@ class ExpertMLP(nn.Module):
         """
         weights = x.new_ones(x.shape[0], 1)
         return self._mlp(x, weights, Dispatch.of_counts(num_tokens_per_expert, x.shape[0]))
+
+    def _local_experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The experts of this rank on the tokens of all ranks; ids count from its first expert."""
+        assert self.exchange is not None
+        num_local = self.exchange.partition.num_local
+        if num_local == 0:
+            return zeros_of(x, topk_weights, *(self.exchange.local(parameter) for parameter in self.parameters()))
+        return self._mlp(x, topk_weights, Dispatch.of_ids(topk_ids, num_local))
 
     def _mlp(self, x: Tensor, topk_weights: Tensor, dispatch: Dispatch) -> Tensor:
         first, *second = _FIRST_PROJECTIONS[self.layout]
@@ -140,7 +152,8 @@ class ExpertMLP(nn.Module):
     def _stacked(self, *names: str) -> list[Tensor]:
         """Parameters as the operator takes them: a list, empty where there is none."""
         parameters = [getattr(self, name) for name in names]
-        return [parameter for parameter in parameters if parameter is not None]
+        given = [parameter for parameter in parameters if parameter is not None]
+        return given if self.exchange is None else [self.exchange.local(parameter) for parameter in given]
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,75 @@
+"""Four processes with a gloo group that stay up for all tests: starting them costs more than what a test does.
+
+    pool.run(function, *args) calls function(*args) in each process and returns the four results.
+
+The function is one of a module's own, its arguments and results can be pickled. Inside, torch.distributed is as after
+torchrun. After an error the processes are started anew, since their collectives may be out of step.
+"""
+
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD_SIZE = 4
+_PATIENCE = 120  # seconds that one call may take, compilation included
+
+
+class Pool:
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Any]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if not self._workers:
+            self._workers = _start()
+        for _, connection in self._workers:
+            connection.send((function, args))
+        results = [_receive(connection) for _, connection in self._workers]
+        errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(results) if error]
+        if errors:
+            self.close()
+            raise AssertionError("\n".join(errors))
+        return [value for value, _ in results]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
+
+
+def _start() -> list[tuple[Any, Any]]:
+    context = mp.get_context("spawn")
+    workers = []
+    with NamedTemporaryFile(delete=False) as store:
+        for rank in range(WORLD_SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, store.name, theirs), daemon=True)
+            process.start()
+            workers.append((process, ours))
+    return workers
+
+
+def _receive(connection: Any) -> tuple[Any, str | None]:
+    try:
+        return connection.recv() if connection.poll(_PATIENCE) else (None, f"no answer in {_PATIENCE} seconds")
+    except EOFError:
+        return None, "the process ended"
+
+
+def _serve(rank: int, store: str, connection: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
+    with closing(connection):
+        while True:
+            function, args = connection.recv()
+            try:
+                connection.send((function(*args), None))
+            except Exception:  # noqa: BLE001  (whatever it is, the test shall show it)
+                connection.send((None, traceback.format_exc()))
