@@ -1,0 +1,44 @@
+"""torch.compile of a model whose experts are divided by the all-gather exchange."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from scatter_moe import ExpertParallel
+from tests.distributed.models import model
+from tests.distributed.layouts import D
+from tests.distributed.pool import WORLD_SIZE
+
+NUM_TOKENS = 8
+
+
+def results(compiled, layers, step: int) -> dict[str, Tensor]:
+    layers.zero_grad()
+    generator = torch.Generator().manual_seed(WORLD_SIZE * step + dist.get_rank())
+    x = torch.randn(NUM_TOKENS, D, dtype=torch.float64, generator=generator, requires_grad=True)
+    y = compiled(x)
+    y.square().sum().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in layers.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def compile_on_rank(backend: str) -> int:
+    """Compiled against eager on changing routing; the number of graphs that were compiled."""
+    torch._dynamo.reset()
+    layers = model()
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("ep",))
+    parallelize_module(layers, mesh, {"blocks.*.moe": ExpertParallel("all_gather")})
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layers, backend=counter, fullgraph=True)
+    for step in range(5):
+        expected = results(layers, layers, step)
+        for name, tensor in results(compiled, layers, step).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    return counter.frame_count
+
+
+def test_all_gather_compiles_to_one_graph_and_never_again(pool):
+    assert pool.run(compile_on_rank, "aot_eager") == [1] * WORLD_SIZE
