@@ -13,9 +13,9 @@ from fx_passes.row_wise import POINTWISE
 _ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
     """
     zeros zeros_like new_zeros ones ones_like empty empty_like new_empty full full_like new_full rand randn arange
-    linear matmul mm bmm layer_norm rms_norm softmax log_softmax sum mean amax amin norm cumsum one_hot topk sort
-    argsort nonzero index_add index_select gather scatter cat stack embedding repeat_interleave clone eq ne gt ge lt le
-    greater greater_equal argmax max min any all where histc bincount logical_and logical_or logical_not
+    linear matmul mm bmm grouped_mm layer_norm rms_norm softmax log_softmax sum mean amax amin norm cumsum one_hot topk
+    sort argsort nonzero index_add index_select gather scatter cat stack embedding repeat_interleave clone eq ne gt ge
+    lt le greater greater_equal argmax max min any all where histc bincount logical_and logical_or logical_not
     """.split()
 )
 

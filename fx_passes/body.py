@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fx_passes.facts import Mask, Rows, fact
@@ -59,6 +60,12 @@ class PerExpert:
     @property
     def parameters(self) -> tuple[fx.Node, ...]:
         return (self.stacked,) if self.stacked is not None else self.tensors
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of one expert's, as it is stored."""
+        shape = known_tensor(self.parameters[0]).shape
+        return shape[1:] if self.stacked is not None else shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +159,8 @@ def has_rows(value: Value) -> bool:
 
 def rank(value: Any) -> int | None:
     """How many dims `value` has; None where it is no value or no tensor."""
+    if isinstance(value, PerExpert):
+        return value.leading + len(value.shape)
     tensor = fake_tensor(getattr(value, "node", None))
     return tensor.dim() if tensor is not None else None
 

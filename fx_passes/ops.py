@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_passes.markers import current_expert, index_list, index_with_expert, select_expert
 
@@ -27,6 +28,7 @@ def _public_functions() -> dict[Callable[..., Any], str]:
             if callable(value) and not inspect.isclass(value) and not name.startswith("_"):
                 names.setdefault(value, name)
     names[getattr] = "getattr"
+    names[torch._grouped_mm] = "grouped_mm"
     return names
 
 
@@ -38,6 +40,8 @@ _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
 )
 _FUNCTION_NAMES = _public_functions()
+_OPERATOR_NAMES = {"transformers::grouped_mm_fallback": "grouped_mm"}
+"""Custom operators with the meaning and the arguments (without options) of a torch function."""
 
 
 _WRITES_STATISTICS = frozenset("batch_norm instance_norm embedding embedding_bag".split())
@@ -59,6 +63,10 @@ def op_name(node: fx.Node) -> str | None:
         name = str(node.target)
         return name[2:-2] if name in _OPERATOR_METHODS else name
     if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return _OPERATOR_NAMES.get(node.target.name())
+        if isinstance(node.target, torch._ops.OpOverloadPacket):
+            return _OPERATOR_NAMES.get(node.target._qualified_op_name)
         try:
             return _FUNCTION_NAMES.get(node.target)
         except TypeError:
@@ -100,6 +108,11 @@ def known_tensor(node: fx.Node) -> torch.Tensor:
     tensor = fake_tensor(node)
     assert tensor is not None
     return tensor
+
+
+def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for every length that the graph is compiled for."""
+    return statically_known_true(left == right)
 
 
 def normalized_dim(dim: int, rank: int) -> int:

@@ -1,21 +1,20 @@
-"""The pass: find accumulators of expert rows, recognise the loop around each, verify it, rewrite it.
+"""The pass: each form finds its candidates; one that is recognised is verified and rewritten.
 
 Plan, then commit: a region is rewritten whole or not at all. Graphs of higher-order ops (checkpointing) are visited
 like the main one.
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 from torch import fx
 
-from fx_passes.accumulation import accumulations
-from fx_passes.capture import events_of, guards_of
+from fx_passes.capture import events_of
 from fx_passes.forms import FORMS
-from fx_passes.ops import op_name
-from fx_passes.region import Accumulation, MoERegion, Rejected, Rejection
-from fx_passes.report import GRADIENTS, RANGE, RegionReport, module_path_of, source_of
+from fx_passes.region import MoERegion, Rejected, Rejection
+from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
 from fx_passes.verify import switches_grad_mode, verify
 
@@ -44,8 +43,9 @@ def run(gm: fx.GraphModule) -> Outcome:
 
 def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     changed = False
-    for accumulator, found in _candidates(gm.graph, outcome):
-        changed |= _rewrite_candidate(accumulator, found, outcome)
+    for form in FORMS:
+        for candidate in _candidates(form, gm.graph, outcome):
+            changed |= _rewrite_candidate(form, candidate, outcome)
     for node in gm.graph.nodes:
         if not switches_grad_mode(node):
             outcome.remaining_events.update(events_of(node))
@@ -54,17 +54,17 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
         gm.recompile()
 
 
-def _candidates(graph: fx.Graph, outcome: Outcome) -> list[tuple[fx.Node, list[Accumulation]]]:
+def _candidates(form: ModuleType, graph: fx.Graph, outcome: Outcome) -> list[Any]:
     try:
-        return list(accumulations(graph).items())
+        return list(form.candidates(graph))
     except Rejected as reason:
         outcome.rejections.append(rejection(reason))
         return []
 
 
-def _rewrite_candidate(accumulator: fx.Node, found: list[Accumulation], outcome: Outcome) -> bool:
+def _rewrite_candidate(form: ModuleType, candidate: Any, outcome: Outcome) -> bool:
     try:
-        region = _recognise(accumulator, found)
+        region = form.match(candidate)
         verify(region)
     except Rejected as reason:
         outcome.rejections.append(rejection(reason))
@@ -77,14 +77,6 @@ def _rewrite_candidate(accumulator: fx.Node, found: list[Accumulation], outcome:
     return True
 
 
-def _recognise(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion:
-    for form in FORMS:
-        region = form.match(accumulator, found)
-        if region is not None:
-            return region
-    raise Rejected("loop_has_a_known_form", found[0].result, "rows are added by token, but not in a loop over experts")
-
-
 def _describe(region: MoERegion) -> dict[str, object]:
     source, code = source_of(region.anchor)
     return {
@@ -94,17 +86,8 @@ def _describe(region: MoERegion) -> dict[str, object]:
         "code": code,
         "num_experts": region.num_experts,
         "top_k": region.top_k,
-        "deviations": tuple(_deviations(region)),
+        "deviations": region.deviations,
     }
-
-
-def _deviations(region: MoERegion) -> Iterator[str]:
-    """Where the rewritten region may differ from eager."""
-    skips_empty_experts = any(guards_of(node) for node in region.additions)
-    if skips_empty_experts:
-        yield GRADIENTS
-    if any(op_name(node) == "one_hot" for node in region.routing()):
-        yield RANGE
 
 
 def rejection(reason: Rejected) -> Rejection:

@@ -5,10 +5,11 @@ T tokens, K experts per token, E experts, D model width.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from fx_passes.body import Body
-from fx_passes.facts import Mask, fact
+from fx_passes.facts import Mask
 from fx_passes.ops import known_tensor
 
 
@@ -57,30 +58,28 @@ class Accumulation:
 
 @dataclass(frozen=True)
 class MoERegion:
-    """A naive MoE loop: `out[t] = sum over k of body_e(x[t]) with e = ids[t, k]`, and the nodes that compute it.
+    """Naive MoE code: `out[t] = sum over k of body_e(x[t]) with e = ids[t, k]`, and the nodes that compute it.
 
-    `inner` are the nodes that depend on an expert's rows (or on the list of hit experts) and die with the loop. `hit`
-    and `symbol` are there where one iteration over a symbolic expert stands for the loop.
+    `routing` are the nodes between the ids and the positions of rows. `inner` are the nodes that depend on an expert's
+    rows and die with the region. `result` is the last node, `output` a tensor of the output's shape and dtype.
+    `writes` are the nodes that write, all to tensors which the region itself made, and what belongs to these writes.
     """
 
     form: str
     ids_TK: fx.Node
     num_experts: int
     body: Body
-    accumulator: fx.Node
-    accumulations: tuple[Accumulation, ...]
-    masks: tuple[Mask, ...]
+    routing: frozenset[fx.Node] = field(repr=False)
     inner: frozenset[fx.Node] = field(repr=False)
-    symbol: fx.Node | None = None
-
-    @property
-    def result(self) -> fx.Node:
-        return self.accumulations[-1].result
+    result: fx.Node
+    output: torch.Tensor = field(repr=False)
+    writes: frozenset[fx.Node] = field(repr=False)
+    deviations: tuple[str, ...]
 
     @property
     def anchor(self) -> fx.Node:
         """The node whose source line stands for the region."""
-        return self.accumulations[0].result
+        return self.result
 
     @property
     def graph(self) -> fx.Graph:
@@ -93,26 +92,31 @@ class MoERegion:
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """The nodes that hold the output: its zeros, then what each addition gives."""
-        return (self.accumulator, *(accumulation.result for accumulation in self.accumulations))
-
-    @property
-    def additions(self) -> frozenset[fx.Node]:
-        """All nodes of the additions to the output."""
-        return frozenset(node for accumulation in self.accumulations for node in accumulation.nodes)
+        """The nodes that hold the output."""
+        return (self.result,)
 
     def places(self) -> dict[fx.Node, int]:
         """Each node's place in the graph as it is now."""
         return {node: place for place, node in enumerate(self.graph.nodes)}
 
-    def routing(self) -> frozenset[fx.Node]:
-        """Nodes between the ids and the row positions: one_hot, permute, comparison, where."""
-        nodes: set[fx.Node] = set()
-        stack = [accumulation.tokens for accumulation in self.accumulations]
-        stack += [self.symbol] if self.symbol is not None else []
-        while stack:
-            node = stack.pop()
-            if node not in nodes and node is not self.ids_TK and (fact(node) is not None or node is self.symbol):
-                nodes.add(node)
-                stack.extend(node.all_input_nodes)
-        return frozenset(nodes)
+
+@dataclass(frozen=True)
+class LoopRegion(MoERegion):
+    """A loop over experts: number i of `accumulations` adds the rows of `masks[i]` to `accumulator`.
+
+    `symbol` is there where one iteration over a symbolic expert stands for the loop. `writes` are the additions.
+    """
+
+    accumulator: fx.Node
+    accumulations: tuple[Accumulation, ...]
+    masks: tuple[Mask, ...]
+    symbol: fx.Node | None
+
+    @property
+    def anchor(self) -> fx.Node:
+        return self.accumulations[0].result
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """Its zeros, then what each addition gives."""
+        return (self.accumulator, *(accumulation.result for accumulation in self.accumulations))

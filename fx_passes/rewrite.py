@@ -1,8 +1,9 @@
 """Writes a verified region back into its graph as `torch.ops.scatter_moe.*`.
 
 A body that is an MLP becomes one `mlp`. Any other body is replayed once on all N grouped rows, each per-expert linear
-layer as a `parallel_linear`, and combined. Then the loop is erased. T tokens, K experts per token, N = T * K slots, E
-experts.
+layer as a `parallel_linear`, and combined. Then the naive code is erased.
+
+T tokens, K experts per token, N = T * K slots, E experts.
 """
 
 import operator
@@ -40,7 +41,7 @@ def rewrite(region: MoERegion) -> Rewritten:
     with region.graph.inserting_before(region.result):
         emitter = _Emitter(region)
         output = emitter.mlp(mlp) if mlp is not None else emitter.general()
-    output.meta["example_value"] = region.accumulator.meta["example_value"]
+    output.meta["example_value"] = region.output
     _redirect_users(region, output)
     erased = _erase(region)
     return Rewritten(
@@ -49,12 +50,12 @@ def rewrite(region: MoERegion) -> Rewritten:
 
 
 class _Emitter:
-    """Creates nodes in front of the region's last addition."""
+    """Creates nodes in front of the region's result."""
 
     def __init__(self, region: MoERegion) -> None:
         self.region = region
         self.graph = region.graph
-        self.out_dtype = known_tensor(region.accumulator).dtype
+        self.out_dtype = region.output.dtype
         self.top_k = region.top_k
         is_matrix = known_tensor(region.ids_TK).dim() == 2
         self.ids_TK = region.ids_TK if is_matrix else self._method("unsqueeze", region.ids_TK, -1)
@@ -125,7 +126,7 @@ class _Emitter:
     def _expand(self, parameter: PerExpert, dims: int, dtype: torch.dtype | None) -> fx.Node:
         """An expert's parameter for each of its rows, shaped to broadcast against rows with `dims` dims."""
         assert not parameter.transposed
-        sizes = [int(size) for size in known_tensor(parameter.node).shape[parameter.leading :]]
+        sizes = [int(size) for size in parameter.shape]
         rows = self._method("size", self.order_N, 0)
         arguments = (list(parameter.parameters), self.offsets_E, rows)
         expanded = self._call(ops.expand.default, *arguments, *([] if dtype is None else [dtype]))
@@ -216,7 +217,7 @@ def _sizes(op: Op) -> list[int]:
 
 
 def _redirect_users(region: MoERegion, output: fx.Node) -> None:
-    """Whoever reads the output after the loop reads the op's."""
+    """Whoever reads the output after the region reads the op's."""
     places = region.places()
     for holder in region.outputs:
         for user in list(holder.users):
@@ -225,8 +226,8 @@ def _redirect_users(region: MoERegion, output: fx.Node) -> None:
 
 
 def _erase(region: MoERegion) -> frozenset[int]:
-    """Erases the loop and what only the loop needed."""
-    doomed = set(region.inner) | {region.accumulator}
+    """Erases the region and what only the region needed."""
+    doomed = {*region.inner, *region.outputs}
     stack = [source for node in doomed for source in node.all_input_nodes]
     while stack:
         node = stack.pop()

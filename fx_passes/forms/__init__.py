@@ -1,8 +1,9 @@
-"""The naive forms. A form is one file with `NAME` and `match`; `FORMS` is tried in order on each accumulator.
+"""The naive forms. A form is one file with `NAME`, `candidates` and `match`; `FORMS` is tried in order on each graph.
 
-`match(accumulator, accumulations)` returns a MoERegion, returns None where the form is another one, or raises Rejected.
+`candidates(graph)` yields the places where the form may stand. `match(candidate)` returns the MoERegion there. Both
+raise Rejected where what they see is almost the form.
 """
 
-from fx_passes.forms import hit_loop, range_loop
+from fx_passes.forms import hit_loop, range_loop, sorted_slots
 
-FORMS = (hit_loop, range_loop)
+FORMS = (hit_loop, range_loop, sorted_slots)

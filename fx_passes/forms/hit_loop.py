@@ -10,20 +10,24 @@
 It is captured as one iteration over a symbolic expert, whatever the number of experts.
 """
 
+from collections.abc import Iterator
+
 from torch import fx
 
 from fx_passes.facts import Hit, fact
-from fx_passes.forms.loop import masks_of, region_of
-from fx_passes.region import Accumulation, MoERegion, Rejected
+from fx_passes.forms.loop import Loop, loops, masks_of, region_of
+from fx_passes.region import LoopRegion, Rejected
 
 NAME = "hit_loop"
 
 
-def match(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion | None:
-    masks = masks_of(found)
-    symbol = masks[0].expert
-    if isinstance(symbol, int):
-        return None
+def candidates(graph: fx.Graph) -> Iterator[Loop]:
+    return (loop for loop in loops(graph) if loop.symbol is not None)
+
+
+def match(loop: Loop) -> LoopRegion:
+    found, symbol, masks = loop.found, loop.symbol, masks_of(loop)
+    assert symbol is not None
     if len(found) != 1:
         raise Rejected(
             "every_expert_is_covered", found[0].result, "the loop adds to its output more than once an iteration"
@@ -36,7 +40,7 @@ def match(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion | None:
     classes = [c for c in range(hit.num_classes) if not _is_excluded(c, symbol)]
     if classes != list(range(len(classes))):
         raise Rejected("every_expert_is_covered", symbol, "the loop skips an expert that is not the last")
-    return region_of(NAME, accumulator, found, masks, len(classes), symbol)
+    return region_of(NAME, loop, masks, len(classes))
 
 
 def _is_excluded(number: int, symbol: fx.Node) -> bool:

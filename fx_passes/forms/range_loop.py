@@ -8,27 +8,34 @@ Dynamo unrolls it. A loop over the experts that were hit becomes the same where 
 Guards that skip an expert without tokens (`if mask.any():`, `if tokens.numel() == 0: continue`) are seen through.
 """
 
+from collections.abc import Iterator
+
 from torch import fx
 
-from fx_passes.forms.loop import masks_of, region_of
-from fx_passes.region import Accumulation, MoERegion, Rejected
+from fx_passes.forms.loop import Loop, loops, masks_of, region_of
+from fx_passes.region import LoopRegion, Rejected
 
 NAME = "range_loop"
 
 
-def match(accumulator: fx.Node, found: list[Accumulation]) -> MoERegion | None:
-    masks = masks_of(found)
-    experts = [mask.expert for mask in masks]
-    numbers = [expert for expert in experts if isinstance(expert, int)]
-    if len(numbers) != len(experts):
-        return None
+def candidates(graph: fx.Graph) -> Iterator[Loop]:
+    return (loop for loop in loops(graph) if loop.symbol is None)
+
+
+def match(loop: Loop) -> LoopRegion:
+    masks = masks_of(loop)
+    numbers = [mask.expert for mask in masks if isinstance(mask.expert, int)]
+    if len(numbers) != len(masks):
+        raise Rejected(
+            "loop_has_a_known_form", loop.found[0].result, "rows are added by token, but not in one loop over experts"
+        )
     if sorted(numbers) != list(range(len(numbers))):
         raise Rejected(
             "every_expert_is_covered",
-            found[0].result,
+            loop.found[0].result,
             f"the loop runs over {_brief(numbers)}, not over 0..E-1, each once",
         )
-    return region_of(NAME, accumulator, found, masks, len(numbers), symbol=None)
+    return region_of(NAME, loop, masks, len(numbers))
 
 
 def _brief(numbers: list[int]) -> str:

@@ -1,6 +1,6 @@
 """Naive Mixture-of-Experts blocks as people write them: the programs which the rewrite must find."""
 
-from tests.zoo import bodies, deepseek, gpt_oss, loops, mixtral, others, qwen, stacked
+from tests.zoo import bodies, deepseek, gpt_oss, loops, mixtral, others, qwen, sorted_slots, stacked
 from tests.zoo.case import Case
 from tests.zoo.common import hidden_states
 
@@ -13,6 +13,7 @@ ZOO: tuple[Case, ...] = (
     *others.CASES,
     *loops.CASES,
     *bodies.CASES,
+    *sorted_slots.CASES,
 )
 
 __all__ = ["ZOO", "Case", "hidden_states"]

@@ -1,0 +1,236 @@
+"""The expert body of code that works on all slots at once, sorted by expert: the same values as of a loop.
+
+    x[order // K]                       Gathered
+    weights.reshape(-1)[order]          SlotGathered
+    bias[experts]                       PerExpert: the row of its expert, for each slot
+    grouped_mm(rows, W, offs=offsets)   Op("linear") with an expert's own W
+
+Rows whose expert is num_experts or more (sentinels of expert parallelism) are nobody's: filling them with zeros changes
+nothing that counts. Writes to fresh tensors are followed where everybody else reads later. K experts per token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from fx_passes.body import (
+    Body,
+    Gathered,
+    Op,
+    PerExpert,
+    Shared,
+    SlotGathered,
+    Value,
+    has_rows,
+    nested_values,
+    rank,
+)
+from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, op_name, varargs
+from fx_passes.region import Rejected
+from fx_passes.row_wise import POINTWISE
+from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, inplace_users, slot_fact
+
+
+@dataclass(frozen=True)
+class SlotBody:
+    """`writes` are the writes that `body` has followed; `fills_absent` says whether it fills
+    the rows of sentinels."""
+
+    body: Body
+    num_experts: int
+    writes: frozenset[fx.Node]
+    fills_absent: bool
+
+
+def translate(root: fx.Node, order: Order, inner: frozenset[fx.Node]) -> SlotBody:
+    """The body that computes `root`, whose rows are the slots in `order`; `inner` are the nodes that depend on it.
+
+    Raises:
+        Rejected: where `root` is computed in another way than slot by slot, each with its own expert.
+    """
+    walk = _Translator(order, inner)
+    value = walk.value(root)
+    if len(walk.expert_counts) != 1:
+        raise Rejected("every_expert_is_covered", root, f"grouped products over {sorted(walk.expert_counts)} experts")
+    (num_experts,) = walk.expert_counts
+    if any(number != num_experts for number in walk.absent_from):
+        raise Rejected("every_expert_is_covered", root, "rows are filled that belong to an expert")
+    if walk.absent_from and not walk.vanishes(root):
+        raise Rejected("rows_of_nobody_are_zero", root, "rows without an expert add something to the output")
+    body = Body(value, tuple(walk.values), frozenset(walk.nodes))
+    return SlotBody(body, num_experts, frozenset(walk.writes), bool(walk.absent_from))
+
+
+class _Translator:
+    def __init__(self, order: Order, inner: frozenset[fx.Node]) -> None:
+        self.order = order
+        self.inner = inner
+        self.values: list[Value] = []
+        self.writes: list[fx.Node] = []
+        self.nodes: set[fx.Node] = set()
+        self.expert_counts: set[int] = set()
+        self.absent_from: set[int] = set()
+        self._memo: dict[fx.Node, Value] = {}
+
+    def value(self, node: fx.Node) -> Value:
+        """What `node` holds once all is written to it."""
+        if node not in self._memo:
+            value = self._written(node, self._derive(node))
+            self._memo[node] = value
+            if not isinstance(value, Shared):
+                self.nodes.add(node)
+            if value not in self.values:
+                self.values.append(value)
+        return self._memo[node]
+
+    def vanishes(self, node: fx.Node) -> bool:
+        """Whether the rows of sentinels are zero in `node`."""
+        name = op_name(node)
+        if name in ("masked_fill", "masked_fill_") and self._fills_absent(node):
+            return True
+        operands = node.all_input_nodes
+        if name in ("mul", "multiply"):
+            return any(self.vanishes(operand) for operand in operands)
+        return name in ("to", "float") and self.vanishes(operands[0])
+
+    def _derive(self, node: fx.Node) -> Value:
+        name = op_name(node)
+        if node not in self.inner:
+            return Shared(node)
+        if is_inplace(node):
+            return self.value(node.all_input_nodes[0])
+        if name == "grouped_mm":
+            return self._grouped_linear(node)
+        gathered = self._gathered(node) if name in ("getitem", "index_select") else None
+        if gathered is not None:
+            return gathered
+        if name == "masked_fill" and self._fills_absent(node):
+            return self.value(node.args[0])
+        if name == "to" and _changes_nothing(node):
+            return self.value(node.args[0])
+        if name is None:
+            raise Rejected("operations_are_known", node, f"an expert calls `{node.target}`")
+        return self._operation(node, name)
+
+    def _operation(self, node: fx.Node, name: str) -> Value:
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), self.value)
+        operands = list(nested_values((args, kwargs)))
+        for operand in operands:
+            if isinstance(operand, PerExpert) and (name not in POINTWISE or _dims(node) != 1 + len(operand.shape)):
+                raise Rejected("body_is_row_wise", node, f"`{name}` of experts' parameters that were gathered by slot")
+        return Op(name, node, args, kwargs, any(map(has_rows, operands)))
+
+    def _gathered(self, node: fx.Node) -> Value | None:
+        """`source[index]` with an index over slots; None with any other index."""
+        source, index = node.args[0], node.args[1]
+        if op_name(node) == "index_select":
+            source, dim, index = (arg(node, at, key) for at, key in enumerate(("input", "dim", "index")))
+            if dim != 0:
+                return None
+        known = slot_fact(index)
+        if known is None:
+            return None
+        if source in self.inner:
+            raise Rejected("rows_are_taken_in_one_order", node, "rows that were sorted are taken in another order")
+        if known == Tokens(self.order):
+            return Gathered(source, node)
+        flat = slot_fact(source)
+        if known == self.order and isinstance(flat, Flat):
+            self.nodes.add(source)
+            return SlotGathered(flat.source, node, trailing=0)
+        if known == Experts(self.order):
+            return PerExpert(source, stacked=source)
+        raise Rejected("rows_are_taken_in_one_order", node, f"`{node.name}` is not in the order of the experts' rows")
+
+    def _grouped_linear(self, node: fx.Node) -> Value:
+        known = slot_fact(arg(node, 2, "offs"))
+        if not isinstance(known, Offsets) or known.order != self.order:
+            raise Rejected(
+                "offsets_are_those_of_the_rows", node, "the offsets are not proven to be those of the sorted ids"
+            )
+        options = [name for name, value in node.kwargs.items() if name != "offs" and value is not None]
+        if options or len(node.args) not in (2, 3):
+            raise Rejected("operations_are_known", node, "grouped_mm with a bias or an output dtype")
+        rows, weight = node.args[:2]
+        self.expert_counts.add(known.num_experts)
+        parameter = _stacked(weight)
+        if parameter is None or weight in self.inner:
+            raise Rejected("experts_have_their_own_parameters", node, "grouped_mm of weights that are not [E, in, out]")
+        self.values.append(parameter)
+        if parameter.stacked is not weight:
+            self.nodes.add(weight)
+        return Op("linear", node, (self.value(rows), parameter), {}, has_rows=True)
+
+    def _fills_absent(self, node: fx.Node) -> bool:
+        """`masked_fill(rows, absent, 0)`, with one mask value a row."""
+        _, mask, value = (arg(node, at, name) for at, name in enumerate(("input", "mask", "value")))
+        known, rows, shape = slot_fact(mask), fake_tensor(node), fake_tensor(mask)
+        if not isinstance(known, Absent) or known.order != self.order or value != 0 or rows is None or shape is None:
+            return False
+        self.absent_from.add(known.num_experts)
+        return rows.dim() == shape.dim() and all(size == 1 for size in shape.shape[1:])
+
+    def _written(self, node: fx.Node, value: Value) -> Value:
+        """`value` after all writes to `node`."""
+        writes = inplace_users(node)
+        if not writes or node not in self.inner:
+            return value
+        if is_inplace(node) or not isinstance(value, (Gathered, Op)) or not _is_fresh(node):
+            raise Rejected("nothing_is_written_inside", writes[0], f"`{op_name(writes[0])}` writes to `{node.name}`")
+        for reader in node.users:
+            if reader not in writes and reader < writes[-1]:
+                raise Rejected("nothing_is_written_inside", writes[-1], f"`{node.name}` is written after it was read")
+        if any(write.users for write in writes[:-1]):
+            raise Rejected("nothing_is_written_inside", writes[-1], f"`{node.name}` is written after it was read")
+        for write in writes:
+            value = self._after(write, value)
+            self.writes.append(write)
+        return value
+
+    def _after(self, write: fx.Node, value: Value) -> Value:
+        if op_name(write) == "masked_fill_" and self._fills_absent(write):
+            return value
+        is_linear = isinstance(value, Op) and value.name == "linear" and len(value.args) == 2
+        if op_name(write) == "add_" and is_linear and len(write.args) == 2 and not write.kwargs:
+            bias = self.value(write.args[1]) if isinstance(write.args[1], fx.Node) else None
+            if isinstance(bias, PerExpert) and rank(bias) == 1:
+                return Op("linear", write, (*value.args, bias), {}, has_rows=True)
+        raise Rejected("nothing_is_written_inside", write, f"`{op_name(write)}` writes to the experts' rows")
+
+
+def _dims(node: fx.Node) -> int | None:
+    tensor = fake_tensor(node)
+    return tensor.dim() if tensor is not None else None
+
+
+def _stacked(weight: Any) -> PerExpert | None:
+    """Weights [E, in, out] of a grouped product. `linear` reads [E, out, in]: they are that, transposed."""
+    tensor = fake_tensor(weight)
+    if tensor is None or tensor.dim() != 3:
+        return None
+    if _swaps_last_dims(weight):
+        return PerExpert(weight.args[0], stacked=weight.args[0])
+    return PerExpert(weight, stacked=weight, transposed=True)
+
+
+def _swaps_last_dims(node: fx.Node) -> bool:
+    name = op_name(node)
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return {normalized_dim(dim, 3) for dim in varargs(node, 1, "dims")} == {1, 2}
+    if name == "permute":
+        return tuple(normalized_dim(dim, 3) for dim in varargs(node, 1, "dims")) == (0, 2, 1)
+    return name == "getattr" and node.args[1] == "mT"
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether `node` holds memory of its own: a product, or rows taken by an index tensor."""
+    return op_name(node) == "grouped_mm" or slot_fact(node.args[1]) is not None
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    if before is None or after is None:
+        return False
+    return (before.dtype, before.device, before.shape) == (after.dtype, after.device, after.shape)
