@@ -55,10 +55,12 @@ def test_wheel_holds_every_source_file(wheel):
     assert sources == {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
-def test_wheel_names_the_backend_and_the_license(wheel):
+def test_wheel_names_the_backend_the_command_and_the_license(wheel):
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
-    assert "[torch_dynamo_backends]\nscatter_moe = scatter_moe:backend" in archive.read(metadata).decode()
+    entry_points = archive.read(metadata).decode()
+    assert "[torch_dynamo_backends]\nscatter_moe = scatter_moe:backend" in entry_points
+    assert "[console_scripts]\nscatter-moe = scatter_moe.cli:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
 
 

@@ -131,8 +131,13 @@ def _heuristic(op: str, capability: tuple[int, int], shape: ShapeClass, dtype: t
 
 @functools.cache
 def _rows(capability: tuple[int, int]) -> list[dict[str, Any]]:
-    path = CONFIGS / f"sm_{capability[0]}{capability[1]}.json"
+    path = config_file(capability)
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def config_file(capability: tuple[int, int]) -> Path:
+    """Where the rows of a device family are; without that file the heuristic decides alone."""
+    return CONFIGS / f"sm_{capability[0]}{capability[1]}.json"
 
 
 def _matches(row: dict[str, Any], op: str, shape: ShapeClass, dtype: torch.dtype) -> bool:
