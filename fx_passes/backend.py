@@ -18,6 +18,7 @@ import registrations  # noqa: F401  (the ops must exist before a graph names the
 from fx_passes import hook, pipeline
 from fx_passes.cache_key import caches_keyed_by_sources
 from fx_passes.capture import Capture, Event
+from fx_passes.faults import own_code
 from fx_passes.hook_guards import guard_hooks_of
 from fx_passes.region import Rejection
 from fx_passes.report import current_report, record_rejections, source_line
@@ -54,9 +55,14 @@ def backend(
 def rewrite_graph(gm: fx.GraphModule) -> bool:
     """Rewrites `gm` in place and counts what was done.
 
-    Asks Dynamo to trace the frame again where an assumption did not hold.
+    Asks Dynamo to trace the frame again where an assumption did not hold, and without us after a fault of ours.
     """
     capture = hook.current_capture()
+    return (capture is None or not capture.memory.faulty) and _rewrite_captured(capture, gm)
+
+
+@own_code
+def _rewrite_captured(capture: Capture | None, gm: fx.GraphModule) -> bool:
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
     outcome = pipeline.run(gm)
     record_rejections(outcome.rejections, capture.memory.reported if capture is not None else set())

@@ -1,7 +1,11 @@
 """Fixtures of all tests."""
 
+import os
+
 import pytest
 import torch
+
+os.environ["SCATTER_MOE_RAISE_FAULTS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

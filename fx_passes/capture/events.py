@@ -65,7 +65,8 @@ class Scope:
 class Memory:
     """What is known of a frame from earlier attempts.
 
-    Events that must not be assumed, hit loops to unroll, what was reported, and how often tracing failed.
+    Events that must not be assumed, hit loops to unroll, what was reported, how often tracing failed, and whether it
+    failed by a fault of ours.
     """
 
     denied: set[int] = field(default_factory=set)
@@ -73,6 +74,7 @@ class Memory:
     reported: set[Rejection] = field(default_factory=set)
     interrupted: list[int] = field(default_factory=list)
     errors: int = 0
+    faulty: bool = False
 
     @classmethod
     def of_current_frame(cls) -> "Memory":

@@ -8,9 +8,11 @@ import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
+from fx_passes import faults
 from fx_passes.capture import branches, index_list, indexing, loops
 from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
 from fx_passes.facts import Mask, Selection, fact
+from fx_passes.faults import own_code
 from fx_passes.ops import op_name
 from fx_passes.region import Rejection
 from fx_passes.report import record_rejections, source_line
@@ -31,7 +33,10 @@ _HANDLERS: dict[str, Handler] = {
 
 
 class Capture:
-    """The events of one attempt at tracing one frame."""
+    """The events of one attempt at tracing one frame.
+
+    `_routed`: the trace holds what a router computes. Only then is a place that is left to Dynamo worth a word.
+    """
 
     def __init__(self, output: Any) -> None:
         self.output = output
@@ -40,20 +45,16 @@ class Capture:
         self.scopes: list[Scope] = []
         self.masks_of_symbol: dict[Any, Mask] = {}
         self._last_node: dict[fx.Graph, fx.Node | None] = {}
+        self._routed = False
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
         self._unbacked_seen = output.shape_env.unbacked_symint_counter
 
     def step(self, tx: Any, original: Callable[[Any], bool]) -> bool:
         """One instruction of `tx`, with what Dynamo cannot do replaced by an assumption."""
-        pointer = tx.instruction_pointer
-        if pointer is None:
+        if self.memory.faulty or tx.instruction_pointer is None:
             return original(tx)
-        instruction = tx.instructions[pointer]
-        handler = _handler(instruction.opname)
-        if handler is not None and handler(self, tx, instruction):
-            self._tag_new_nodes(tx)
+        if self._handle(tx):
             return True
-        self._allow_dynamic_op()
         try:
             return original(tx)
         except RestartAnalysis as restart:
@@ -61,16 +62,40 @@ class Capture:
                 self.memory.interrupted = [event.root_place for event in self.events]
             raise
         except Exception as error:
-            self._trace_again_without_assumptions(tx, error)
+            if not self.memory.faulty:
+                self._trace_again_without_assumptions(tx, error)
             raise
         finally:
             self._tag_new_nodes(tx)
+
+    @own_code
+    def _handle(self, tx: Any) -> bool:
+        """Whether the instruction's work was done here."""
+        instruction = tx.instructions[tx.instruction_pointer]
+        handler = _handler(instruction.opname)
+        if handler is not None and handler(self, tx, instruction):
+            self._tag_new_nodes(tx)
+            return True
+        self._allow_dynamic_op()
+        return False
+
+    def give_up(self, error: Exception) -> None:
+        """After a fault of ours the frame is left to Dynamo alone, unless faults are raised."""
+        self.memory.faulty = True
+        if faults.are_raised():
+            return
+        faults.warn_of(error)
+        frame = self.output.root_tx.frame_summary()
+        place = source_line(frame.filename, frame.lineno or 0)
+        rejection = Rejection("scatter_moe_has_no_fault", f"{type(error).__name__}: {error}", *place)
+        record_rejections([rejection], self.memory.reported)
+        self._restart("a fault of its own")
 
     def event(self, tx: Any, kind: str) -> Event:
         """The next event, at the current line of `tx`."""
         frame = tx.frame_summary()
         location = (frame.filename, frame.lineno or 0)
-        event = Event(len(self.events), kind, location, self._has_routing(), self._root_place())
+        event = Event(len(self.events), kind, location, self._routed, self._root_place())
         self.events.append(event)
         return event
 
@@ -84,7 +109,7 @@ class Capture:
 
     def reject(self, tx: Any, rule: str, detail: str) -> None:
         """Says why a place that looks like part of an expert loop is left to Dynamo."""
-        if self._has_routing():
+        if self._routed:
             frame = tx.frame_summary()
             rejection = Rejection(rule, detail, *source_line(frame.filename, frame.lineno or 0))
             record_rejections([rejection], self.memory.reported)
@@ -147,18 +172,16 @@ class Capture:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         record_rejections([Rejection("loop_can_be_traced", reason, *place)], self.memory.reported)
 
-    def _has_routing(self) -> bool:
-        """Whether the graph so far holds what a router computes: only then is a place worth a word."""
-        return any(op_name(node) in _ROUTING for node in self.output.graph.nodes)
-
     def _allow_dynamic_op(self) -> None:
         allowed = self._stock_allows_dynamic or len(self.events) not in self.memory.denied
         shape_env = self.output.shape_env
         if shape_env.allow_dynamic_output_shape_ops != allowed:
             shape_env.settings = dataclasses.replace(shape_env.settings, allow_dynamic_output_shape_ops=allowed)
 
+    @own_code
     def _tag_new_nodes(self, tx: Any) -> None:
         nodes = self._new_nodes(self.output.current_tracer.graph)
+        self._routed = self._routed or any(op_name(node) in _ROUTING for node in nodes)
         counter = self.output.shape_env.unbacked_symint_counter
         numbers = tuple(scope.event.number for scope in self.scopes)
         if counter != self._unbacked_seen:
