@@ -277,6 +277,7 @@ def no_function_transform(region: MoERegion) -> None:
 
 
 RULES: tuple[Callable[[MoERegion], None], ...] = (
+    no_function_transform,
     dtypes_are_those_of_a_layer,
     rows_belong_to_tokens,
     experts_have_their_own_parameters,
@@ -286,6 +287,5 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     grad_mode_is_constant,
     autocast_is_constant,
     products_keep_their_dtype,
-    no_function_transform,
     body_is_row_wise,
 )

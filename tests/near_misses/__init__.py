@@ -1,16 +1,37 @@
 """Programs that look like Mixture-of-Experts loops and must be left exactly as they are."""
 
-from tests.near_misses import accumulators, bodies, escapes, experts, indices, iterations, modes, slots
+from tests.near_misses import (
+    accumulators,
+    bodies,
+    dtypes,
+    escapes,
+    exits,
+    experts,
+    indices,
+    iterations,
+    masks,
+    modes,
+    python_state,
+    shapes,
+    slots,
+    writes,
+)
 from tests.near_misses.common import NearMiss
 
 NEAR_MISSES: tuple[NearMiss, ...] = (
     *experts.MISSES,
     *bodies.MISSES,
+    *shapes.MISSES,
+    *dtypes.MISSES,
     *accumulators.MISSES,
+    *writes.MISSES,
     *escapes.MISSES,
+    *exits.MISSES,
     *indices.MISSES,
+    *masks.MISSES,
     *modes.MISSES,
     *iterations.MISSES,
+    *python_state.MISSES,
     *slots.MISSES,
 )
 

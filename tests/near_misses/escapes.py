@@ -1,4 +1,4 @@
-"""Something born inside the loop is seen outside it, or the loop does not run to its end."""
+"""What is computed in a loop and seen after it."""
 
 import torch
 
@@ -202,150 +202,6 @@ class TokensAfterHit(Loop):
         return out.index_fill(0, tokens, 0.5)
 
 
-class BreakAtTwo(Loop):
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in range(self.num_experts):
-            if e == 2:
-                break
-            slots, tokens = torch.where(mask[e])
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class BreakAtTwoHit(Loop):
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in hits(mask):
-            if e == 2:
-                break
-            slots, tokens = torch.where(mask[e].squeeze(0))
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class SkipsTwoHit(Loop):
-    """`continue` on a real expert, not on the sentinel."""
-
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in hits(mask):
-            e = e[0]
-            if e == 2:
-                continue
-            slots, tokens = torch.where(mask[e])
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class BreakWhenEmpty(Loop):
-    """The first expert without tokens ends the loop."""
-
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in range(self.num_experts):
-            slots, tokens = torch.where(mask[e])
-            if tokens.numel() < 8:
-                break
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class ReturnInside(Loop):
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in hits(mask):
-            slots, tokens = torch.where(mask[e].squeeze(0))
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-            if e == 1:
-                return out
-        return out
-
-
-class ElseBranch(Loop):
-    """An expert without tokens changes the result."""
-
-    def __init__(self):
-        super().__init__(num_experts=6, top_k=1)
-
-    def forward(self, hidden_states):
-        x, ids, weights, _, out = self.begin(hidden_states)
-        for e in range(self.num_experts):
-            chosen = ids == e
-            if chosen.any():
-                tokens, slots = torch.where(chosen)
-                out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-            else:
-                out = out + 1
-        return out
-
-
-class CountGuard(Loop):
-    """Experts with few tokens are skipped."""
-
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in range(self.num_experts):
-            slots, tokens = torch.where(mask[e])
-            if tokens.shape[0] < 12:
-                continue
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class CountGuardHit(Loop):
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in hits(mask):
-            slots, tokens = torch.where(mask[e].squeeze(0))
-            if tokens.numel() > 11:
-                out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class AllGuard(Loop):
-    """`all` where `any` was meant."""
-
-    def forward(self, hidden_states):
-        x, ids, weights, _, out = self.begin(hidden_states)
-        for e in range(self.num_experts):
-            chosen = ids == e
-            if not chosen.all():
-                continue
-            tokens, slots = torch.where(chosen)
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out + x
-
-
-class GuardOfAnother(Loop):
-    """The guard looks at the next expert's tokens."""
-
-    def __init__(self):
-        super().__init__(num_experts=6, top_k=1)
-
-    def forward(self, hidden_states):
-        x, ids, weights, _, out = self.begin(hidden_states)
-        for e in range(self.num_experts):
-            chosen = ids == e
-            if (ids == (e + 1) % self.num_experts).sum() > 4:
-                tokens, slots = torch.where(chosen)
-                out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class ForElse(Loop):
-    """The else of a for without break always runs."""
-
-    def forward(self, hidden_states):
-        x, _, weights, mask, out = self.begin(hidden_states)
-        for e in hits(mask):
-            slots, tokens = torch.where(mask[e].squeeze(0))
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        else:
-            out = out * 2
-        return out
-
-
 class AuxiliaryLoss(Loop):
     """A penalty summed inside the loop."""
 
@@ -434,17 +290,6 @@ MISSES = (
     NearMiss("hit_variable_after", "no_intermediate_escapes", VariableAfterHit),
     NearMiss("range_tokens_after", "no_intermediate_escapes", TokensAfter),
     NearMiss("hit_tokens_after", "no_intermediate_escapes", TokensAfterHit),
-    NearMiss("range_break_at_two", "every_expert_is_covered", BreakAtTwo, may_rewrite=True),
-    NearMiss("hit_break_at_two", "loop_runs_to_its_end", BreakAtTwoHit),
-    NearMiss("hit_skips_two", "every_expert_is_covered", SkipsTwoHit),
-    NearMiss("range_break_when_empty", "guards_only_skip_empty_experts", BreakWhenEmpty),
-    NearMiss("hit_return_inside", "loop_runs_to_its_end", ReturnInside),
-    NearMiss("range_else_branch", "guards_only_skip_empty_experts", ElseBranch),
-    NearMiss("range_count_guard", "guards_only_skip_empty_experts", CountGuard),
-    NearMiss("hit_count_guard", "guards_only_skip_empty_experts", CountGuardHit),
-    NearMiss("range_all_guard", "guards_only_skip_empty_experts", AllGuard),
-    NearMiss("range_guard_of_another", "guards_only_skip_empty_experts", GuardOfAnother),
-    NearMiss("hit_for_else", "loop_has_a_known_form", ForElse, may_rewrite=True),
     NearMiss("range_auxiliary_loss", "no_intermediate_escapes", AuxiliaryLoss),
     NearMiss("hit_auxiliary_loss", "no_intermediate_escapes", AuxiliaryLossHit),
     NearMiss("hit_keeps_logits", "loop_has_a_known_form", KeepsLogits, may_rewrite=True),

@@ -1,8 +1,12 @@
 """Grad mode and autocast that change within the loop."""
 
-import torch
+from functools import partial
 
-from tests.near_misses.common import Loop, NearMiss, hits
+import torch
+from torch import nn
+
+from tests.near_misses.common import Loop, NearMiss, RangeLoop, hits
+from tests.zoo.common import D, E
 
 
 class NoGradOnOne(Loop):
@@ -124,6 +128,27 @@ class AutocastOnOne(Loop):
         return out
 
 
+class NoGradOnParameter(RangeLoop):
+    """The experts' matrices are read under no_grad: `cut` does that."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.more = nn.Parameter(torch.empty(E, D, D))
+        self.cut = cut
+
+    def value(self, x, weights, tokens, slots, e):
+        with torch.no_grad():
+            cut = self.cut(self.more[e])
+        return self.expert(x[tokens], e) @ cut * weights[tokens, slots, None]
+
+
+class UnderFunctionalGrad(RangeLoop):
+    """torch.func.grad of a loop."""
+
+    def forward(self, hidden_states):
+        return torch.func.grad(lambda x: super(UnderFunctionalGrad, self).forward(x).square().sum())(hidden_states)
+
+
 MISSES = (
     NearMiss("range_no_grad_on_one", "grad_mode_is_constant", NoGradOnOne),
     NearMiss("hit_no_grad_on_one", "loop_can_be_traced", NoGradOnOneHit),
@@ -135,4 +160,7 @@ MISSES = (
     NearMiss("range_autocast_on_experts", "autocast_is_constant", AutocastOnExperts),
     NearMiss("hit_autocast_on_experts", "autocast_is_constant", AutocastOnExpertsHit),
     NearMiss("range_autocast_on_one", "autocast_is_constant", AutocastOnOne),
+    NearMiss("range_no_grad_on_parameter", "grad_mode_is_constant", partial(NoGradOnParameter, lambda p: p)),
+    NearMiss("range_no_grad_on_transposed", "grad_mode_is_constant", partial(NoGradOnParameter, lambda p: p.t())),
+    NearMiss("range_under_functional_grad", "no_function_transform", UnderFunctionalGrad),
 )

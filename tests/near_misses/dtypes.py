@@ -1,0 +1,101 @@
+"""Casts that lose something, rows that are not floating point, promotions that a fused layer would not make."""
+
+import torch
+from torch import nn
+
+from tests.near_misses.common import NearMiss, RangeLoop, StackedLoop
+from tests.zoo.common import D, E
+
+
+class Weighted(RangeLoop):
+    """The router's weights, changed by `change`, as factors."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def prepare(self, x, ids, weights):
+        return x, ids, self.change(weights)
+
+
+class Kept(RangeLoop):
+    """A factor per token, made by `keep`."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, hidden_states):
+        x, weights, mask, _, out = self.begin(hidden_states)
+        keep = self.keep(x)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.value(x, weights, tokens, slots, e) * keep[tokens])
+        return out
+
+
+class Cast(RangeLoop):
+    """The expert's result goes through `cast`."""
+
+    def __init__(self, cast):
+        super().__init__()
+        self.cast = cast
+
+    def value(self, x, weights, tokens, slots, e):
+        return self.cast(self.expert(x[tokens], e)) * weights[tokens, slots, None]
+
+
+class WiderBias(RangeLoop):
+    """bfloat16 weights and a float32 bias: the sum is float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(E, D, D, dtype=torch.bfloat16))
+        self.bias = nn.Parameter(torch.empty(E, D))
+
+    def value(self, x, weights, tokens, slots, e):
+        y = x[tokens].bfloat16() @ self.weight[e] + self.bias[e]
+        return y * weights[tokens, slots, None]
+
+
+class ScaleOfExpert(RangeLoop):
+    """A float32 scalar an expert: multiplying by it leaves bfloat16 rows bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(E))
+
+    def value(self, x, weights, tokens, slots, e):
+        y = self.expert(x[tokens], e).bfloat16() * self.scale[e]
+        return y.float() * weights[tokens, slots, None]
+
+
+class Overflowing(StackedLoop):
+    """Tokens are counted in int8: 128 of them are negative."""
+
+    def forward(self, hidden_states):
+        x, weights, mask, _, out = self.begin(hidden_states)
+        hit = (mask.sum(dim=(-1, -2), dtype=torch.int8) > 0).nonzero()
+        for e in hit:
+            e = e[0]
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.expert(x[tokens], e) * weights[tokens, slots, None])
+        return out
+
+
+LAYER, ROWS = "dtypes_are_those_of_a_layer", "body_is_row_wise"
+
+MISSES = (
+    NearMiss("range_bool_weights", LAYER, lambda: Weighted(lambda weights: weights > 0.5)),
+    NearMiss("range_int_weights", LAYER, lambda: Weighted(lambda weights: (weights > 0.5).long())),
+    NearMiss("range_bool_rows", LAYER, lambda: Kept(lambda x: x > 0)),
+    NearMiss("range_int_rows", LAYER, lambda: Kept(lambda x: (x > 0).long())),
+    NearMiss(
+        "range_to_float8", ROWS, lambda: Cast(lambda y: y.to(torch.float8_e4m3fn).to(torch.float32)), may_rewrite=True
+    ),
+    NearMiss("range_to_int", ROWS, lambda: Cast(lambda y: y.to(torch.int32).to(torch.float32)), may_rewrite=True),
+    NearMiss("range_seen_as_int", ROWS, lambda: Cast(lambda y: y.view(torch.int32).float() * 1e-9)),
+    NearMiss("range_wider_bias", ROWS, WiderBias, may_rewrite=True),
+    NearMiss("range_scale_of_expert", ROWS, ScaleOfExpert),
+    NearMiss("hit_overflowing_counts", "loop_is_over_the_hit_experts", Overflowing),
+)
