@@ -76,7 +76,7 @@ def match_mlp(body: Body) -> Mlp | None:
     down = as_linear(weighted.core)
     if down is None:
         return None
-    activated = _match_activation(down.rows)
+    activated = match_activation(down.rows)
     if activated is None:
         return None
     activation, layout, gate_up, up, numbers = activated
@@ -126,7 +126,7 @@ def _dtype(value: Value) -> torch.dtype | None:
     return tensor.dtype if tensor is not None else None
 
 
-def _match_activation(value: Value) -> tuple[str, str, Linear, Linear | None, dict[str, float]] | None:
+def match_activation(value: Value) -> tuple[str, str, Linear, Linear | None, dict[str, float]] | None:
     clamped = _match_clamped(value)
     if clamped is not None:
         return clamped
