@@ -4,8 +4,8 @@
 
 `inputs_of(module, method)` reads what the method can read from its module. It is plain Python, so Dynamo traces it and
 guards all that it reads. `recognise` depends on that alone: the method runs on an object of the same class that has
-these attributes and no others, and the operations that it calls are matched as an expert's body is. A method that reads,
-writes or computes anything else is not recognised.
+these attributes and no others, and the operations that it calls are matched as an expert's body is. A method that
+reads, writes or computes anything else is not recognised.
 """
 
 import functools
@@ -41,8 +41,8 @@ class Unreadable:
     """Stands for what a method reads but no rule speaks of: a tensor, a list, a configuration."""
 
 
-# What a function `f(self, ...)` reads: f, the class of self, and (name, value) of its attributes, where a value is plain,
-# a function, or again such a triple for a submodule. Plain tuples, since Dynamo passes these as constants.
+# What a function `f(self, ...)` reads: f, the class of self, and (name, value) of its attributes, where a value is
+# plain, a function, or again such a triple for a submodule. Plain tuples, since Dynamo passes these as constants.
 Inputs = tuple[Any, type, tuple[tuple[str, Any], ...]]
 
 

@@ -1,8 +1,8 @@
 """The forward that transformers' experts modules call: `fn(self, hidden_states, top_k_index, top_k_weights)`.
 
 An expert is up projection -> gate -> down projection (-> norm). Where the gate is one that the fused operator knows,
-found by what it computes (`fx_passes.gate`), the whole layer is one operator; any other gate and any norm run in PyTorch
-on the grouped rows, between two grouped GEMMs.
+found by what it computes (`fx_passes.gate`), the whole layer is one operator; any other gate and any norm run in
+PyTorch on the grouped rows, between two grouped GEMMs.
 
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H = 2F (F without a gate).
 """
@@ -21,8 +21,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Args:
         self: a module of a class decorated with `@use_experts_implementation`: `gate_up_proj [E, H, D]` (`up_proj`
-            without a gate) and `down_proj [E, D, F]`, both with their last two dims swapped if `is_transposed`, each with a
-            `_bias` if `has_bias`. Attributes that an older transformers doesn't set have its behaviour.
+            without a gate) and `down_proj [E, D, F]`, both with their last two dims swapped if `is_transposed`, each with
+            a `_bias` if `has_bias`. Attributes that an older transformers doesn't set have its behaviour.
         hidden_states: `[T, D]`.
         top_k_index: `[T, K]`. An id of E or more is a sentinel of expert parallelism: its slot is not computed.
         top_k_weights: `[T, K]`.
