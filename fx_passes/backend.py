@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo import lookup_backend
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import counters
 
 import registrations  # noqa: F401  (the ops must exist before a graph names them)
@@ -46,7 +47,7 @@ def backend(
         ValueError: for `mode` or options together with an inner backend other than Inductor.
     """
     inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(hook.current_capture()))
-    if not rewrite_graph(gm):
+    if not hook.is_rewritten() and not rewrite_graph(gm):
         return inner(gm, example_inputs)
     with caches_keyed_by_sources():
         return inner(gm, example_inputs)
@@ -127,11 +128,22 @@ def is_ours(compiler_fn: Any) -> bool:
     return _find(compiler_fn, lambda fn: fn is backend or hasattr(fn, _OURS)) is not None
 
 
+def gets_whole_graphs(compiler_fn: Any) -> bool:
+    """Whether this backend gets the graphs as they were traced: DDP's optimizer cuts them where its buckets end."""
+    return is_ours(compiler_fn) and _find(compiler_fn, _cuts_graphs) is None
+
+
+def _cuts_graphs(compiler_fn: Any) -> bool:
+    return isinstance(getattr(compiler_fn, "__self__", None), DDPOptimizer)
+
+
 def _find(compiler_fn: Any, test: Callable[[Any], bool]) -> Any:
     seen = 0
     while compiler_fn is not None and seen < 16:
         if test(compiler_fn):
             return compiler_fn
+        if _cuts_graphs(compiler_fn):
+            compiler_fn = compiler_fn.__self__
         names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "backend_compile_fn")
         compiler_fn = next(
             (getattr(compiler_fn, name) for name in names if getattr(compiler_fn, name, None) is not None), None
@@ -142,4 +154,4 @@ def _find(compiler_fn: Any, test: Callable[[Any], bool]) -> Any:
 
 def install() -> None:
     """Extends Dynamo for frames of this backend. Safe to call again."""
-    hook.install(is_ours, rewrite_graph)
+    hook.install(is_ours, gets_whole_graphs, rewrite_graph)

@@ -20,14 +20,18 @@ log = logging.getLogger("scatter_moe")
 
 _CAPTURE = "scatter_moe_capture"
 _ORIGINAL = "scatter_moe_original"
+_REWRITTEN = "scatter_moe_rewritten"
 
 
-def install(is_ours: Callable[[Any], bool], rewrite: Callable[[Any], Any]) -> bool:
+def install(
+    is_ours: Callable[[Any], bool], gets_whole_graphs: Callable[[Any], bool], rewrite: Callable[[Any], Any]
+) -> bool:
     """Extends Dynamo once.
 
     Args:
-        is_ours: tells whether a compiler function is our backend, which rewrites by itself.
-        rewrite: rewrites a graph in place; used for prepared models under other backends.
+        is_ours: tells whether a compiler function is our backend.
+        gets_whole_graphs: tells whether it is our backend, which rewrites by itself, and nothing cuts graphs before it.
+        rewrite: rewrites a graph in place; used for prepared models under other backends and for graphs to be cut.
 
     Returns:
         Whether this PyTorch has what is extended.
@@ -39,7 +43,7 @@ def install(is_ours: Callable[[Any], bool], rewrite: Callable[[Any], Any]) -> bo
         return False
     if not hasattr(translator.step, _ORIGINAL):
         _extend_step(translator, is_ours)
-        _extend_call_user_compiler(graph, is_ours, rewrite)
+        _extend_call_user_compiler(graph, gets_whole_graphs, rewrite)
     return True
 
 
@@ -55,13 +59,16 @@ def _extend_step(translator: Any, is_ours: Callable[[Any], bool]) -> None:
     translator.step = step
 
 
-def _extend_call_user_compiler(graph: Any, is_ours: Callable[[Any], bool], rewrite: Callable[[Any], Any]) -> None:
+def _extend_call_user_compiler(
+    graph: Any, gets_whole_graphs: Callable[[Any], bool], rewrite: Callable[[Any], Any]
+) -> None:
     original = graph.call_user_compiler
 
     @functools.wraps(original)
     def call_user_compiler(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, _CAPTURE, None) is not None and not is_ours(self.compiler_fn):
+        if getattr(self, _CAPTURE, None) is not None and not gets_whole_graphs(self.compiler_fn):
             rewrite(gm)
+            setattr(self, _REWRITTEN, True)
         return original(self, gm, *args, **kwargs)
 
     graph.call_user_compiler = call_user_compiler
@@ -71,6 +78,12 @@ def current_capture() -> Capture | None:
     """The capture of the frame that is being traced in this thread."""
     tx = getattr(symbolic_convert.tls, "current_tx", None)
     return getattr(tx.output, _CAPTURE, None) if tx is not None else None
+
+
+def is_rewritten() -> bool:
+    """Whether the graph of the frame that is being traced in this thread was rewritten before the backend got it."""
+    tx = getattr(symbolic_convert.tls, "current_tx", None)
+    return tx is not None and getattr(tx.output, _REWRITTEN, False)
 
 
 def _capture_of(tx: Any, is_ours: Callable[[Any], bool]) -> Capture | None:

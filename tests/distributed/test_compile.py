@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from scatter_moe import ExpertParallel
-from tests.distributed.models import model
 from tests.distributed.layouts import D
+from tests.distributed.models import model
 from tests.distributed.pool import WORLD_SIZE
 
 NUM_TOKENS = 8
