@@ -68,8 +68,10 @@ bench: $(TO_TEST)
 goldens: $(TO_TEST)
 	EXPECTTEST_ACCEPT=1 $(RUN) -m pytest -q -m "not gpu" -k golden $(ARGS)
 
+# Writes the generated pages, then builds build/site.
 docs: $(TO_TEST)
 	$(RUN) -m docs.generate
+	$(RUN) -m mkdocs build --strict
 
 # The tests under each supported PyTorch, in an environment of its own; downloads gigabytes.
 matrix: $(addprefix .venv/matrix/,$(TORCH_VERSIONS))

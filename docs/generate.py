@@ -4,12 +4,16 @@
     python -m docs.generate --check    fails where one is out of date
 
 docs/forms.md       the docstring of each form
+docs/gallery.md     the naive code and the rewritten graph of each golden
+docs/parts.md       signatures and docstrings of the public Python API
+docs/limits.md      the README's section on limits and deviations
+docs/pictures/      bar charts of benchmarks/results
+docs/performance.md between its markers: where and what the pictures' numbers are from
 docs/ops.md         between its markers: each operator's schema and what its reference says
 README.md           between its markers: the last run of each model in benchmarks/results/models.jsonl
 """
 
 import inspect
-import json
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -18,6 +22,8 @@ from pathlib import Path
 import torch
 
 import registrations
+from benchmarks.shapes import SHAPES
+from docs import gallery, parts, pictures
 from fx_passes.forms import FORMS
 from scatter_ops import reference
 
@@ -46,7 +52,8 @@ class Page:
 
 
 def pages() -> list[Page]:
-    return [forms_page(), ops_page(), readme()]
+    written_whole = [Page(ROOT / "docs" / "gallery.md", gallery.text()), Page(ROOT / "docs" / "parts.md", parts.text())]
+    return [forms_page(), ops_page(), readme(), limits_page(), performance_page(), *written_whole, *charts()]
 
 
 def forms_page() -> Page:
@@ -78,17 +85,48 @@ def readme() -> Page:
     return Page(path, between_markers(path.read_text(), "models", models_table()))
 
 
+def limits_page() -> Page:
+    """The README's section as a page of its own; its links are those of docs/."""
+    section = (ROOT / "README.md").read_text().split("## Limits and deviations")[1].split("\n## ")[0].strip()
+    return Page(ROOT / "docs" / "limits.md", "# Limits and deviations\n\n" + section.replace("](docs/", "](") + "\n")
+
+
+def performance_page() -> Page:
+    path = ROOT / "docs" / "performance.md"
+    shapes = ["| shape | T | D | F | E | K |", "|---|---:|---:|---:|---:|---:|"]
+    shapes += [f"| {name} | " + " | ".join(f"{size:,}" for size in shape) + " |" for name, shape in SHAPES.items()]
+    steps = pictures.records("training_step")
+    text = between_markers(path.read_text(), "environments", "\n".join(map(_models_caption, last_runs_of_models())))
+    runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
+    return Page(path, between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs))
+
+
+def charts() -> list[Page]:
+    svg = {
+        "models_tokens": pictures.models("tokens_per_second", "tokens/s", "Tokens a second"),
+        "models_memory": pictures.models("peak_gib", "GiB", "Peak memory"),
+        "models_first_step": pictures.models("first_step_s", "s", "First step, compilation included"),
+        "layer_forward": pictures.training_steps("forward_ratio", "Forward, ratio to one dense product"),
+        "layer_step": pictures.training_steps("step_ratio", "Training step, ratio to dense products"),
+    }
+    return [Page(ROOT / "docs" / "pictures" / f"{name}.svg", text) for name, text in svg.items()]
+
+
+def last_runs_of_models() -> list[dict]:
+    """The last recorded run of each model on a GPU."""
+    records = [record for record in pictures.records("models") if record["environment"]["cuda"]]
+    return list({record["settings"]["model"]: record for record in records}.values())
+
+
 def models_table() -> str:
     """The last recorded run of each model on a GPU, as a Markdown table; a plain sentence before there is one."""
-    results = ROOT / "benchmarks" / "results" / "models.jsonl"
-    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    last = {record["settings"]["model"]: record for record in records if record["environment"]["cuda"]}
+    last = last_runs_of_models()
     if not last:
         return "No run on a GPU has been recorded yet: `python -m benchmarks.models` makes one."
     lines = ["| " + " | ".join(MODELS_COLUMNS.values()) + " |", "|---|---" + "|---:" * (len(MODELS_COLUMNS) - 2) + "|"]
-    for record in last.values():
+    for record in last:
         lines += [_models_row(record["settings"]["model"], row) for row in record["rows"]]
-    return "\n".join(lines) + "\n\n" + "\n".join(_models_caption(record) for record in last.values())
+    return "\n".join(lines) + "\n\n" + "\n".join(_models_caption(record) for record in last)
 
 
 def docstring(documented: object) -> str:
@@ -117,12 +155,13 @@ def _models_row(model: str, row: dict) -> str:
 
 
 def _models_caption(record: dict) -> str:
-    environment, settings = record["environment"], record["settings"]
+    return f"{record['settings']['model']}: {record['settings']['description']}. {_caption(record)}"
+
+
+def _caption(record: dict) -> str:
+    environment = record["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "transformers"))
-    return (
-        f"{settings['model']}: {settings['description']}. {environment['device']}, {versions}, "
-        f"commit {environment['commit']}, `{record['command']}`.\n"
-    )
+    return f"{environment['device']}, {versions}, commit {environment['commit']}, `{record['command']}`.\n"
 
 
 def _cell(value: object) -> str:

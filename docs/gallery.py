@@ -1,0 +1,51 @@
+"""docs/gallery.md: the naive code of each golden graph on the left, the graph itself on the right."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+INTRODUCTION = """\
+# Gallery
+
+Left: the experts as somebody wrote them, from the zoo of naive programs (`tests/zoo`). Right: the graph that Inductor
+gets instead. The graphs are the goldens of `tests/forms/test_goldens.py`: a test fails when one changes. Names that
+start with a dot are methods of tensors; `scatter_moe.*` are [operators](ops.md). What stands before the first of them
+is the program's own router, untouched."""
+
+
+def text() -> str:
+    from tests.zoo import ZOO  # builds modules: only where the page is wanted
+
+    cases = {case.name: case for case in ZOO}
+    sections = [INTRODUCTION]
+    for title, case, graph in goldens():
+        naive = source_of_experts(cases[case].make())
+        blocks = [f"<!-- not run: shown -->\n```python\n{code}\n```" for code in (naive, graph)]
+        sections += [f"## {title}", '<div class="grid" markdown>', *blocks, "</div>"]
+    return "\n\n".join(sections) + "\n"
+
+
+def goldens() -> Iterator[tuple[str, str, str]]:
+    """Title, name of the zoo's case and expected graph of each golden test."""
+    tree = ast.parse((ROOT / "tests" / "forms" / "test_goldens.py").read_text())
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+            strings = [
+                node.value
+                for node in ast.walk(function)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+            case, graph = sorted(strings, key=len)
+            yield function.name.removeprefix("test_").replace("_", " ").capitalize(), case, graph
+
+
+def source_of_experts(module: nn.Module) -> str:
+    """The forward that loops over experts, of the module or of what is inside it; without a loop, the longest one."""
+    own = [type(candidate).forward for candidate in module.modules() if type(candidate).__module__.startswith("tests.")]
+    sources = [textwrap.dedent(inspect.getsource(forward)).strip() for forward in own]
+    return max(sources, key=lambda source: ("for " in source, len(source)))

@@ -1,0 +1,56 @@
+"""Bar charts of benchmarks/results as plain SVG: the same bytes from the same results, with nothing to install."""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+WIDTH, LABELS, VALUES, BAR, GAP, TOP = 760, 210, 110, 18, 8, 44
+OURS, OTHERS = "#1565c0", "#90a4ae"
+
+
+def models(value: str, unit: str, title: str) -> str:
+    """The last run of each model on a GPU: one bar a way of running its experts."""
+    last = {r["settings"]["model"]: r for r in records("models") if r["environment"]["cuda"]}
+    bars = [
+        (f"{model}: {row['experts']}", row[value], "scatter_moe" in row["experts"])
+        for model, record in last.items()
+        for row in record["rows"]
+        if row.get(value) is not None
+    ]
+    return chart(title, unit, bars, "{:,.0f}" if value == "tokens_per_second" else "{:.1f}")
+
+
+def training_steps(value: str, title: str) -> str:
+    """The last run of each shape, balanced experts: the ratio to a dense product of as many FLOPs."""
+    rows = {row["shape"]: row for record in records("training_step") for row in record["rows"] if row["zipf"] == 0}
+    bars = [(f"shape {shape}", row[value], True) for shape, row in sorted(rows.items())]
+    return chart(title, "of dense", bars, "{:.2f}")
+
+
+def chart(title: str, unit: str, bars: Sequence[tuple[str, float, bool]], format_: str) -> str:
+    """Horizontal bars (label, value, whether it is ours) from zero, each with its number."""
+    largest = max(value for _, value, _ in bars)
+    height = TOP + len(bars) * (BAR + GAP)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',
+        ' font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="8" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
+    ]
+    for index, (label, value, ours) in enumerate(bars):
+        y = TOP + index * (BAR + GAP)
+        length = round((WIDTH - LABELS - VALUES) * value / largest, 1)
+        number = f"{format_.format(value)} {unit}"
+        lines += [
+            f'<text x="{LABELS - 8}" y="{y + 14}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{LABELS}" y="{y}" width="{length}" height="{BAR}" fill="{OURS if ours else OTHERS}"/>',
+            f'<text x="{round(LABELS + length + 6, 1)}" y="{y + 14}">{escape(number)}</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def records(name: str) -> list[dict]:
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
