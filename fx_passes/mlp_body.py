@@ -66,7 +66,7 @@ def router_weight(value: Any) -> SlotGathered | None:
         value = value.args[0]
     if isinstance(value, SlotGathered):
         source = fake_tensor(value.source)
-        return value if source is not None and source.dim() == 2 else None
+        return value if source is not None and source.dim() <= 2 else None
     return None
 
 

@@ -10,7 +10,6 @@ from torch import fx
 
 from fx_passes.body import Body
 from fx_passes.facts import Mask
-from fx_passes.ops import known_tensor
 
 
 class Rejected(Exception):
@@ -56,17 +55,19 @@ class Accumulation:
     counts_duplicates: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoERegion:
     """Naive MoE code: `out[t] = sum over k of body_e(x[t]) with e = ids[t, k]`, and the nodes that compute it.
 
-    `routing` are the nodes between the ids and the positions of rows. `inner` are the nodes that depend on an expert's
-    rows and die with the region. `result` is the last node, `output` a tensor of the output's shape and dtype.
-    `writes` are the nodes that write, all to tensors which the region itself made, and what belongs to these writes.
+    `ids_TK` and router weights may be flat, [T * K]. `routing` are the nodes between the ids and the positions of rows.
+    `inner` are the nodes that depend on an expert's rows and die with the region. `result` is the last node, `output` a
+    tensor of the output's shape and dtype. `writes` are the nodes that write, all to tensors which the region itself
+    made, and what belongs to these writes.
     """
 
     form: str
     ids_TK: fx.Node
+    top_k: int
     num_experts: int
     body: Body
     routing: frozenset[fx.Node] = field(repr=False)
@@ -86,11 +87,6 @@ class MoERegion:
         return self.anchor.graph
 
     @property
-    def top_k(self) -> int:
-        ids = known_tensor(self.ids_TK)
-        return int(ids.shape[1]) if ids.dim() == 2 else 1
-
-    @property
     def outputs(self) -> tuple[fx.Node, ...]:
         """The nodes that hold the output."""
         return (self.result,)
@@ -100,7 +96,7 @@ class MoERegion:
         return {node: place for place, node in enumerate(self.graph.nodes)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopRegion(MoERegion):
     """A loop over experts: number i of `accumulations` adds the rows of `masks[i]` to `accumulator`.
 

@@ -57,8 +57,7 @@ class _Emitter:
         self.graph = region.graph
         self.out_dtype = region.output.dtype
         self.top_k = region.top_k
-        is_matrix = known_tensor(region.ids_TK).dim() == 2
-        self.ids_TK = region.ids_TK if is_matrix else self._method("unsqueeze", region.ids_TK, -1)
+        self.ids_TK = self._by_slot(region.ids_TK)
         routed = self._call(ops.route.default, self.ids_TK, region.num_experts)
         self.order_N = self._function(operator.getitem, routed, 0)
         self.offsets_E = self._function(operator.getitem, routed, 1)
@@ -152,9 +151,13 @@ class _Emitter:
     def _slots(self, value: SlotGathered) -> fx.Node:
         """The [T, K] tensor of which `value` holds one entry a row."""
         if not value.table:
-            return value.source
+            return self._by_slot(value.source)
         ids = self._method("clamp", self.ids_TK, 0, self.region.num_experts - 1)
         return self._method("gather", value.source, 1, self._method("long", ids))
+
+    def _by_slot(self, node: fx.Node) -> fx.Node:
+        """`node` as [T, K]."""
+        return node if known_tensor(node).dim() == 2 else self._method("view", node, -1, self.top_k)
 
     def _linear(self, linear: Linear) -> fx.Node:
         gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading

@@ -35,16 +35,20 @@ def body_is_row_wise(region: MoERegion) -> None:
 
 def rows_belong_to_tokens(region: MoERegion) -> None:
     """What is gathered by token has T rows, what is gathered by slot has the shape of ids, the output has T rows."""
-    ids = known_tensor(region.ids_TK)
-    for value in region.body.of(Gathered):
-        _require_size(value.source, ids.shape[:1], value.node)
-    for value in region.body.of(SlotGathered):
-        sizes = torch.Size((*ids.shape[:1], region.num_experts)) if value.table else ids.shape
-        _require_size(value.source, sizes, value.node)
     rows, sizes = fake_tensor(region.body.root.node), region.output.shape
-    if len(sizes) != 2 or not same_size(sizes[0], ids.shape[0]) or rows is None or sizes[1:] != rows.shape[1:]:
+    if len(sizes) != 2 or rows is None or sizes[1:] != rows.shape[1:]:
         raise Rejected(
             "rows_belong_to_tokens", region.anchor, "the output is not of shape [tokens, width of the experts' rows]"
+        )
+    tokens = sizes[:1]
+    by_slot = (torch.Size((*tokens, region.top_k)), torch.Size((sizes[0] * region.top_k,)))
+    _require_size(region.ids_TK, by_slot[known_tensor(region.ids_TK).dim() == 1], region.ids_TK)
+    for value in region.body.of(Gathered):
+        _require_size(value.source, tokens, value.node)
+    for value in region.body.of(SlotGathered):
+        flat = known_tensor(value.source).dim() == 1
+        _require_size(
+            value.source, torch.Size((*tokens, region.num_experts)) if value.table else by_slot[flat], value.node
         )
 
 
@@ -98,7 +102,7 @@ def no_intermediate_escapes(region: MoERegion) -> None:
     inside = set(region.inner)
     needed = _ancestors(region, inside)
     known: dict[fx.Node, bool] = {}
-    for node in inside - needed:
+    for node in sorted(inside - needed):
         if not _is_dead_end(node, inside, known):
             seen = next((source for source in node.all_input_nodes if source in needed - {region.result}), node)
             raise Rejected("no_intermediate_escapes", seen, f"`{seen.name}` is used outside the experts")
@@ -187,6 +191,7 @@ def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield region.ids_TK
     yield from region.routing
+    yield from (source for node in region.routing for source in node.all_input_nodes)
     own = region.inner.union(region.outputs)
     for node in region.inner:
         yield from (source for source in node.all_input_nodes if source not in own)

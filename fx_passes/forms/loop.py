@@ -10,7 +10,7 @@ from fx_passes.body import NotIsomorphic, UnknownOperation, unify
 from fx_passes.capture import guards_of
 from fx_passes.facts import Hit, Mask, Selection, fact
 from fx_passes.markers import current_expert
-from fx_passes.ops import fake_tensor, op_name
+from fx_passes.ops import fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.report import GRADIENTS, RANGE
 
@@ -72,6 +72,7 @@ def region_of(form: str, loop: Loop, masks: tuple[Mask, ...], num_experts: int) 
     return LoopRegion(
         form=form,
         ids_TK=masks[0].ids,
+        top_k=_top_k(masks[0].ids),
         num_experts=num_experts,
         body=body,
         routing=routing,
@@ -85,6 +86,11 @@ def region_of(form: str, loop: Loop, masks: tuple[Mask, ...], num_experts: int) 
         masks=masks,
         symbol=loop.symbol,
     )
+
+
+def _top_k(ids: fx.Node) -> int:
+    tensor = known_tensor(ids)
+    return int(tensor.shape[1]) if tensor.dim() == 2 else 1
 
 
 def _deviations(additions: frozenset[fx.Node], routing: frozenset[fx.Node]) -> Iterator[str]:

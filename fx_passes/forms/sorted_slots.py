@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fx_passes.accumulation import closure
-from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size
+from fx_passes.forms.rounding import with_cast
+from fx_passes.ops import arg, known_tensor, op_name, same_size
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.slot_body import translate
 from fx_passes.slots import Experts, Flat, Inverse, Order, inplace_users, slot_fact
@@ -48,13 +49,14 @@ def candidates(graph: fx.Graph) -> Iterator[PutBack]:
 
 def match(found: PutBack) -> MoERegion:
     _require_sum_over_slots(found)
-    result = _with_cast(found.total)
+    result = with_cast(found.total)
     inner = closure([found.order.sort], stops=frozenset((result,))) | {result}
     translated = translate(found.rows, found.order, inner)
     clamps = _clamps(found.order, translated.num_experts)
     return MoERegion(
         form=NAME,
         ids_TK=found.order.ids,
+        top_k=int(known_tensor(found.order.ids).shape[1]),
         num_experts=translated.num_experts,
         body=translated.body,
         routing=frozenset(_routing(found.order, inner)),
@@ -88,18 +90,6 @@ def _require_sum_over_slots(found: PutBack) -> None:
     dim = arg(found.total, 1, "dim")
     if not same or dim not in (1, -2, (1,), (-2,), [1], [-2]) or arg(found.total, 2, "keepdim", False):
         raise Rejected("slots_of_a_token_are_summed", found.total, "not the sum over dim 1 of [tokens, top_k, width]")
-
-
-def _with_cast(total: fx.Node) -> fx.Node:
-    """The cast of `total` where nothing else reads it and the cast drops digits: the op then rounds once."""
-    user = next(iter(total.users), total)
-    before, after = fake_tensor(total), fake_tensor(user)
-    if len(total.users) != 1 or op_name(user) != "to" or before is None or after is None:
-        return total
-    narrows = after.dtype == before.dtype or (
-        after.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize
-    )
-    return user if narrows and after.device == before.device else total
 
 
 def _clamps(order: Order, num_experts: int) -> list[fx.Node]:

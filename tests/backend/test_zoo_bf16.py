@@ -13,7 +13,15 @@ from tests.numerics import MIN_ELEMENTS, MIN_SEEDS, Sample, assert_low_precision
 from tests.zoo import ZOO, hidden_states
 
 TOKENS = 48
-QUICK = ("mixtral_445", "deepseek_v3_457", "stacked_sentinel", "gpt_oss_5", "range_gelu_bias", "range_lora")
+QUICK = (
+    "mixtral_445",
+    "deepseek_v3_457",
+    "stacked_sentinel",
+    "gpt_oss_5",
+    "range_gelu_bias",
+    "range_lora",
+    "gathered_clamped",
+)
 CASES = [case for case in ZOO if case.must_rewrite and not case.random]
 
 

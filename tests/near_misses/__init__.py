@@ -7,6 +7,7 @@ from tests.near_misses import (
     escapes,
     exits,
     experts,
+    gathered,
     indices,
     iterations,
     masks,
@@ -33,6 +34,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *iterations.MISSES,
     *python_state.MISSES,
     *slots.MISSES,
+    *gathered.MISSES,
 )
 
 __all__ = ["NEAR_MISSES", "NearMiss"]

@@ -1,6 +1,6 @@
 """Naive Mixture-of-Experts blocks as people write them: the programs which the rewrite must find."""
 
-from tests.zoo import bodies, deepseek, gpt_oss, loops, mixtral, others, qwen, sorted_slots, stacked
+from tests.zoo import bodies, deepseek, gathered, gpt_oss, loops, mixtral, others, qwen, sorted_slots, stacked
 from tests.zoo.case import Case
 from tests.zoo.common import hidden_states
 
@@ -14,6 +14,7 @@ ZOO: tuple[Case, ...] = (
     *loops.CASES,
     *bodies.CASES,
     *sorted_slots.CASES,
+    *gathered.CASES,
 )
 
 __all__ = ["ZOO", "Case", "hidden_states"]

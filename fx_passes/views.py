@@ -1,0 +1,193 @@
+"""What stands at each dim of a tensor that is a rearranged view or a repetition of another.
+
+Code that computes on all pairs of tokens and experts at once first brings its inputs into shape: x.unsqueeze(1),
+x.repeat_interleave(K, 0), weights.reshape(-1), table.transpose(0, 1)[..., None]. `views_of(node)` takes these steps
+back. Each answer has the tensor they started from and, for each dim of `node`, a tuple:
+
+    (i,)        dim i of the start
+    (i, j)      dims i and j, flattened
+    ()          nothing: the dim has size one, or repeats
+    ("r", i)    dim i, each entry repeated in place (repeat_interleave)
+    ("t", i)    dim i, repeated as a whole (repeat)
+
+A dim that was made by indexing with the experts of rows is ("p", label): the row's own expert.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, op_name, same_size, varargs
+
+Dim = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """`steps` are the nodes between `start` and the node in question."""
+
+    start: fx.Node
+    dims: tuple[Dim, ...]
+    steps: tuple[fx.Node, ...] = ()
+
+
+def views_of(node: Any) -> tuple[View, ...]:
+    """All views that `node` is: first the one with the longest way from its start, last that of itself."""
+    tensor = fake_tensor(node)
+    if tensor is None:
+        return ()
+    source = arg(node, 0, "input") if op_name(node) in _RULES else None
+    moved = (step(node, view) for view in views_of(source))
+    return (*(view for view in moved if view is not None), View(node, tuple((dim,) for dim in range(tensor.dim()))))
+
+
+def step(node: fx.Node, inner: View) -> View | None:
+    """The view that `node` is where its input is `inner`; None where `node` does more than moving dims."""
+    rule = _RULES.get(op_name(node) or "")
+    dims = rule(node, inner) if rule is not None and not is_inplace(node) else None
+    return View(inner.start, dims, (*inner.steps, node)) if dims is not None else None
+
+
+def _shape(node: Any) -> torch.Size:
+    tensor = fake_tensor(node)
+    return tensor.shape if tensor is not None else torch.Size(())
+
+
+def _unsqueeze(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    dim = normalized_dim(arg(node, 1, "dim"), len(inner.dims) + 1)
+    return (*inner.dims[:dim], (), *inner.dims[dim:])
+
+
+def _getitem(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    """None, `:` and `...` in any order."""
+    index = node.args[1]
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(item is not None and item is not Ellipsis and item != slice(None) for item in items):
+        return None
+    kept = sum(item == slice(None) for item in items if item is not None)
+    missing = [slice(None)] * (len(inner.dims) - kept)
+    at = items.index(Ellipsis) if Ellipsis in items else len(items)
+    left = iter(inner.dims)
+    return tuple(() if item is None else next(left) for item in [*items[:at], *missing, *items[at + 1 :]])
+
+
+def _permute(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    dims = [normalized_dim(dim, len(inner.dims)) for dim in varargs(node, 1, "dims")]
+    return tuple(inner.dims[dim] for dim in dims)
+
+
+def _transpose(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    dims = list(inner.dims)
+    first, second = (arg(node, 1, "dim0"), arg(node, 2, "dim1")) if op_name(node) != "t" else (0, 1)
+    if len(dims) < 2:
+        return None
+    dims[first], dims[second] = dims[second], dims[first]
+    return tuple(dims)
+
+
+def _getattr(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    return (*inner.dims[:-2], inner.dims[-1], inner.dims[-2]) if node.args[1] == "mT" else None
+
+
+def _expand(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    before, after = _shape(node.args[0]), _shape(node)
+    new = len(after) - len(before)
+    kept = [dim if same_size(old, size) else () for dim, old, size in zip(inner.dims, before, after[new:], strict=True)]
+    return ((),) * new + tuple(kept)
+
+
+def _repeat_interleave(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    times, dim = arg(node, 1, "repeats"), arg(node, 2, "dim")
+    if type(times) is not int or dim != 0 or len(inner.dims[0]) != 1:
+        return None
+    return (("r", *inner.dims[0]), *inner.dims[1:])
+
+
+def _repeat(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    times = varargs(node, 1, "repeats")
+    if len(times) != len(inner.dims) or any(time != 1 for time in times[1:]) or len(inner.dims[0]) != 1:
+        return None
+    return (("t", *inner.dims[0]), *inner.dims[1:])
+
+
+def _reshape(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    """Dims of size one come and go, the first two are flattened, a repeated dim falls into its two."""
+    before, after = list(_shape(node.args[0])), list(_shape(node))
+    if fake_tensor(node) is None or _dtype(node) != _dtype(node.args[0]):
+        return None
+    dims: list[Dim] = []
+    old = [(size, dim) for size, dim in zip(before, inner.dims, strict=True) if not same_size(size, 1)]
+    for size in after:
+        if same_size(size, 1):
+            dims.append(())
+        elif old and same_size(size, old[0][0]):
+            dims.append(old.pop(0)[1])
+        elif len(old) >= 2 and same_size(size, old[0][0] * old[1][0]):
+            merged = _merged(old[0][1], old[1][1])
+            if merged is None:
+                return None
+            dims.append(merged)
+            del old[:2]
+        elif old and old[0][1][:1] in (("r",), ("t",)):
+            rest = after[len(dims) + 1] if len(dims) + 1 < len(after) else 1
+            own = _shape_of_dim(inner, old[0][1][1])
+            pieces = (size, rest) if old[0][1][0] == "t" else (rest, size)
+            if not same_size(pieces[1], own) or not same_size(size * rest, old[0][0]):
+                return None
+            kind, source = old[0][1][0], old[0][1][1]
+            dims.append(() if kind == "t" else (source,))
+            old[0] = (rest, (source,) if kind == "t" else ())
+        else:
+            return None
+    return tuple(dims) if not old else None
+
+
+def _merged(first: Dim, second: Dim) -> Dim | None:
+    if first == () and len(second) == 1:
+        return ("t", *second)
+    if second == () and len(first) == 1:
+        return ("r", *first)
+    return (*first, *second) if len(first) == len(second) == 1 else None
+
+
+def _shape_of_dim(inner: View, dim: int) -> int | torch.SymInt:
+    return _shape(inner.start)[dim]
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    tensor = fake_tensor(node)
+    return tensor.dtype if tensor is not None else None
+
+
+def _same(_node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    return inner.dims
+
+
+def _to(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    """A cast or a move that changes nothing."""
+    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    same = before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+    return inner.dims if same else None
+
+
+_RULES = {
+    "unsqueeze": _unsqueeze,
+    "getitem": _getitem,
+    "permute": _permute,
+    "transpose": _transpose,
+    "swapaxes": _transpose,
+    "t": _transpose,
+    "getattr": _getattr,
+    "expand": _expand,
+    "repeat_interleave": _repeat_interleave,
+    "repeat": _repeat,
+    "reshape": _reshape,
+    "view": _reshape,
+    "flatten": _reshape,
+    "unflatten": _reshape,
+    "squeeze": _reshape,
+    "contiguous": _same,
+    "to": _to,
+}
