@@ -1,4 +1,4 @@
-"""transformers' own default, grouped_mm: every layer rewritten, equal in float32, in bfloat16 as close to float64."""
+"""transformers' grouped_mm, its default, and batched_mm: all layers rewritten, equal in float32, as exact in bfloat16."""
 
 import copy
 import math
@@ -15,6 +15,7 @@ from tests.numerics import MIN_ELEMENTS, MIN_SEEDS, Sample, assert_low_precision
 
 NAMES = ("Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3")
 each_model = pytest.mark.parametrize("model", [m for m in MODELS if m.name in NAMES], ids=lambda model: model.name)
+each_implementation = pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 TOKENS = 256
 
 
@@ -61,8 +62,9 @@ def routed(model, alone, tokens, seed, dtype):
 
 
 @each_model
-def test_training_step(model):
-    naive, module = model.make("grouped_mm"), model.make("grouped_mm")
+@each_implementation
+def test_training_step(model, implementation):
+    naive, module = model.make(implementation), model.make(implementation)
     compiled = compile_ours(module, fullgraph=True)
     actual = observe(flat(compiled), module, **batch(), use_cache=False)
     assert_same(actual, observe(flat(naive), naive, **batch(), use_cache=False))
@@ -71,9 +73,10 @@ def test_training_step(model):
 
 
 @each_model
+@each_implementation
 @pytest.mark.parametrize("expert_parallel", [False, True])
-def test_experts_alone_for_any_number_of_tokens(model, expert_parallel):
-    naive, module = experts_of(model, "grouped_mm"), experts_of(model, "grouped_mm")
+def test_experts_alone_for_any_number_of_tokens(model, implementation, expert_parallel):
+    naive, module = experts_of(model, implementation), experts_of(model, implementation)
     naive.experts._is_expert_parallel = module.experts._is_expert_parallel = expert_parallel
     compiled = compile_ours(module, fullgraph=True)
     for seed, tokens in enumerate((24, 40, 7)):
@@ -82,10 +85,11 @@ def test_experts_alone_for_any_number_of_tokens(model, expert_parallel):
     assert rewritten() == len(graphs) == 1
 
 
-def test_ids_of_other_ranks():
+@each_implementation
+def test_ids_of_other_ranks(implementation):
     """Under expert parallelism an id of num_experts is nobody's: its slots give zeros."""
     (model,) = (model for model in MODELS if model.name == "GptOss")
-    naive, module = experts_of(model, "grouped_mm"), experts_of(model, "grouped_mm")
+    naive, module = experts_of(model, implementation), experts_of(model, implementation)
     naive.experts._is_expert_parallel = module.experts._is_expert_parallel = True
     x, ids, weights = routed(model, module, 40, 0, torch.float32)
     ids.masked_fill_(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3, model.num_experts)
@@ -95,8 +99,9 @@ def test_ids_of_other_ranks():
 
 
 @each_model
-def test_bf16(model):
-    module = experts_of(model, "grouped_mm").bfloat16()
+@each_implementation
+def test_bf16(model, implementation):
+    module = experts_of(model, implementation).bfloat16()
     naive, exact = copy.deepcopy(module), experts_of(model, "eager")
     exact.load_state_dict(module.state_dict())
     exact = exact.double()
