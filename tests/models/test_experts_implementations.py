@@ -1,4 +1,4 @@
-"""transformers' grouped_mm, its default, and batched_mm: all layers rewritten, equal in float32, as exact in bfloat16."""
+"""transformers' grouped_mm (its default) and batched_mm: all rewritten, equal in float32, as exact in bfloat16."""
 
 import copy
 import math

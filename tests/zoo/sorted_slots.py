@@ -109,7 +109,7 @@ class ParallelExperts(SortedExperts):
 class SortedBlock(nn.Module):
     """A softmax router over all experts, of which those from E on are elsewhere."""
 
-    def __init__(self, experts=SortedExperts, elsewhere=0):
+    def __init__(self, experts: type[nn.Module] = SortedExperts, elsewhere=0):
         super().__init__()
         self.gate = nn.Linear(D, E + elsewhere, bias=False)
         self.experts = experts()
