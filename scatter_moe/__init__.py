@@ -13,6 +13,7 @@ from torch._dynamo import register_backend
 from fx_passes.backend import backend, install
 from fx_passes.prepared import prepare
 from scatter_moe import routers
+from scatter_moe.attention import KVCache, MixtureOfAttention
 from scatter_moe.dispatch import Dispatch
 from scatter_moe.distributed import ExpertParallel, clip_grad_norm_
 from scatter_moe.expert_mlp import ExpertMLP
@@ -27,6 +28,8 @@ __all__ = [
     "ExpertMLP",
     "ExpertParallel",
     "Explanation",
+    "KVCache",
+    "MixtureOfAttention",
     "MoE",
     "ParallelLinear",
     "backend",

@@ -17,7 +17,7 @@ class Dispatch(NamedTuple):
         offsets: int32 `[E]`, where each expert's grouped rows end (as `torch.nn.functional.grouped_mm` takes them).
         top_k: K, the number of slots of a token.
 
-    Source: the padding-free routing of ScatterMoE (arXiv 2403.08245, section 3).
+    Source: ScatterMoE (arXiv 2403.08245).
     """
 
     order: Tensor

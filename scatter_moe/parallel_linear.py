@@ -29,7 +29,7 @@ class ParallelLinear(nn.Module):
         bias: whether each expert has one.
         device, dtype: of the parameters.
 
-    Source: ParallelLinear of ScatterMoE (arXiv 2403.08245, algorithm 1).
+    Source: ParallelLinear of ScatterMoE (arXiv 2403.08245).
     """
 
     def __init__(

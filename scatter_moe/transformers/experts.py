@@ -21,8 +21,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Args:
         self: a module of a class decorated with `@use_experts_implementation`: `gate_up_proj [E, H, D]` (`up_proj`
-            without a gate) and `down_proj [E, D, F]`, both with their last two dims swapped if `is_transposed`, each with
-            a `_bias` if `has_bias`. Attributes that an older transformers doesn't set have its behaviour.
+            without a gate) and `down_proj [E, D, F]`, both with their last two dims swapped if `is_transposed`, each
+            with a `_bias` if `has_bias`. Attributes that an older transformers doesn't set have its behaviour.
         hidden_states: `[T, D]`.
         top_k_index: `[T, K]`. An id of E or more is a sentinel of expert parallelism: its slot is not computed.
         top_k_weights: `[T, K]`.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scatter_moe import Dispatch, ExpertMLP, MoE, ParallelLinear
+from scatter_moe import Dispatch, ExpertMLP, MixtureOfAttention, MoE, ParallelLinear
 from scatter_moe.routers import Routing
 
 T, K, E, D, WIDTH = 256, 2, 8, 64, 64
@@ -189,6 +189,69 @@ def custom_loop(layer: CustomExpert, x: Tensor, topk_ids: Tensor, topk_weights: 
     return out
 
 
+HEADS, HEAD_DIM, BATCH = 2, 16, 8
+
+
+def attention_inputs(seed: int) -> tuple[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(BATCH, T // BATCH, D, generator=generator, dtype=torch.float64),)
+
+
+def padded_inputs(seed: int) -> tuple[Tensor, Tensor]:
+    """Two sequences have padding, on the left and on the right."""
+    (x,) = attention_inputs(seed)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    mask[1, :5], mask[2, -3:] = False, False
+    return x, mask
+
+
+def attention_loop(layer: MixtureOfAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each expert as a layer of attention of its own, for all tokens; each token then takes what its experts gave."""
+    length = x.shape[1]
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+    key = torch.arange(length, device=x.device)
+    allowed = mask[:, None] & (key <= key[:, None]) if layer.causal else mask[:, None].expand(-1, length, -1)
+    allowed = (allowed | torch.eye(length, dtype=torch.bool, device=x.device))[:, None]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def heads(rows: Tensor) -> Tensor:
+        return rows.view(*x.shape[:2], HEADS, HEAD_DIM).transpose(1, 2)
+
+    def turned(rows: Tensor) -> Tensor:
+        return rows if layer.rope_theta is None else rope(rows, positions, layer.rope_theta)
+
+    def bias(layer: ParallelLinear, e: int) -> Tensor | None:
+        return None if layer.bias is None else layer.bias[e]
+
+    keys, values = turned(heads(layer.k_proj(x))), heads(layer.v_proj(x))
+    routed, out = layer.router(x.flatten(0, 1)), torch.zeros_like(x)
+    for e in range(E):
+        q = turned(heads(F.linear(x, layer.q_proj.weight[e], bias(layer.q_proj, e))))
+        scores = (q @ keys.transpose(2, 3) / HEAD_DIM**0.5).masked_fill(~allowed, -torch.inf)
+        y = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+        y = F.linear(y, layer.o_proj.weight[e], bias(layer.o_proj, e))
+        share = (routed.topk_weights * (routed.topk_ids == e)).sum(1)
+        out = out + y * share.view(*x.shape[:2], 1)
+    return out
+
+
+def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotation as multiplication of complex numbers."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions[:, None, :, None].float() * frequencies
+    turns = torch.polar(torch.ones_like(angles), angles)
+    pairs = torch.view_as_complex(torch.stack(x.to(turns.abs().dtype).chunk(2, dim=-1), dim=-1).contiguous()) * turns
+    return torch.cat((pairs.real, pairs.imag), dim=-1).to(x.dtype)
+
+
+def attention_case(name: str, inputs: Callable[[int], tuple[Tensor, ...]], **options: Any) -> Case:
+    def make() -> MixtureOfAttention:
+        return MixtureOfAttention(FixedChoice(), D, E, HEADS, HEAD_DIM, **options)
+
+    return Case(name, make, inputs, attention_loop)
+
+
 def mlp_case(name: str, inputs: Callable[[int], tuple[Tensor, ...]] = routed_inputs, **options: Any) -> Case:
     return Case(name, lambda: ExpertMLP(E, D, WIDTH, **options), inputs, mlp_loop)
 
@@ -208,4 +271,7 @@ CASES = (
     Case("mlp-grouped", lambda: Grouped(ExpertMLP(E, D, WIDTH, bias=True)), grouped_inputs, grouped_loop),
     Case("moe", lambda: _moe(shared=False), x_alone, moe_loop),
     Case("moe-shared-expert", lambda: _moe(shared=True), x_alone, moe_loop),
+    attention_case("attention", attention_inputs),
+    attention_case("attention-not-causal", attention_inputs, causal=False),
+    attention_case("attention-padding-rope", padded_inputs, rope_theta=1e4),
 )
