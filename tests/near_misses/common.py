@@ -72,6 +72,13 @@ class StackedLoop(nn.Module):
 class RangeLoop(StackedLoop):
     """The plainest loop, in steps of which a near miss replaces one."""
 
+    def start(self, hidden_states):
+        """Return x_TD, topk_weights_TK, mask_EKT and an accumulator of zeros."""
+        x = hidden_states.reshape(-1, D)
+        _, weights, ids = self.gate(x)
+        mask = F.one_hot(ids, num_classes=self.num_experts).permute(2, 1, 0)
+        return x, weights, mask, torch.zeros_like(x)
+
     def prepare(self, x, ids, weights):
         """What the loop reads: x_TD, topk_ids_TK, topk_weights_TK."""
         return x, ids, weights

@@ -26,7 +26,7 @@ class Kept(RangeLoop):
         self.keep = keep
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         keep = self.keep(x)
         for e in range(self.num_experts):
             slots, tokens = torch.where(mask[e])
@@ -74,7 +74,7 @@ class Overflowing(StackedLoop):
     """Tokens are counted in int8: 128 of them are negative."""
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         hit = (mask.sum(dim=(-1, -2), dtype=torch.int8) > 0).nonzero()
         for e in hit:
             e = e[0]

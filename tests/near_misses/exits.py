@@ -216,7 +216,7 @@ class LastOnly(RangeLoop):
     """Every expert adds to the zeros, and only the last sum is kept."""
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         for e in range(self.num_experts):
             slots, tokens = torch.where(mask[e])
             result = out.index_add(0, tokens, self.value(x, weights, tokens, slots, e))

@@ -142,11 +142,16 @@ class NoGradOnParameter(RangeLoop):
         return self.expert(x[tokens], e) @ cut * weights[tokens, slots, None]
 
 
-class UnderFunctionalGrad(RangeLoop):
-    """torch.func.grad of a loop."""
+class UnderGrad(RangeLoop):
+    """The derivative of a loop by the scale of its input, by a transform."""
 
     def forward(self, hidden_states):
-        return torch.func.grad(lambda x: super(UnderFunctionalGrad, self).forward(x).square().sum())(hidden_states)
+        x = hidden_states.reshape(-1, D)
+
+        def loss(scale):
+            return super(UnderGrad, self).forward(x * scale).square().sum()
+
+        return x * torch.func.grad(loss)(torch.ones(()))
 
 
 MISSES = (
@@ -162,5 +167,5 @@ MISSES = (
     NearMiss("range_autocast_on_one", "autocast_is_constant", AutocastOnOne),
     NearMiss("range_no_grad_on_parameter", "grad_mode_is_constant", partial(NoGradOnParameter, lambda p: p)),
     NearMiss("range_no_grad_on_transposed", "grad_mode_is_constant", partial(NoGradOnParameter, lambda p: p.t())),
-    NearMiss("range_under_functional_grad", "no_function_transform", UnderFunctionalGrad),
+    NearMiss("range_under_grad", "no_function_transform", UnderGrad),
 )

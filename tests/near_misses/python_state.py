@@ -184,7 +184,7 @@ class Remembers(RangeLoop):
         self.make, self.change, self.factor = make, change, factor
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         container = self.make()
         for e in range(self.num_experts):
             slots, tokens = torch.where(mask[e])
@@ -218,7 +218,7 @@ class OrderedOnModule(RangeLoop):
     """Experts with a token are kept in an OrderedDict of the module."""
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         self.served = OrderedDict()
         for e in range(self.num_experts):
             slots, tokens = torch.where(mask[e])
@@ -236,7 +236,7 @@ class CallersIterator(RangeLoop):
         numbers = itertools.count(1)
 
         def run():
-            x, weights, mask, _, out = self.begin(hidden_states)
+            x, weights, mask, out = self.start(hidden_states)
             for e in range(self.num_experts):
                 slots, tokens = torch.where(mask[e])
                 if len(tokens) == 0:
@@ -278,7 +278,7 @@ class LastHit(RangeLoop):
         self.bound = bound
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         scaled = [x * 1, x * 2, x * 3, x * 4]
         if self.bound:
             last = x * 0
@@ -296,7 +296,7 @@ class GlobalTensor(RangeLoop):
 
     def forward(self, hidden_states):
         global LAST
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         scaled = [x.detach() * factor for factor in range(1, 5)]
         for e in range(self.num_experts):
             slots, tokens = torch.where(mask[e])

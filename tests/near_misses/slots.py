@@ -163,6 +163,14 @@ class Pair(SortedBlock):
         return self.experts(x, *self.route(x))
 
 
+class UnderAutocast(SortedExperts):
+    """Autocast leaves grouped_mm alone: float32 experts stay float32."""
+
+    def forward(self, x, ids, weights):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x, ids, weights)
+
+
 def block(experts, **kwargs):
     return lambda: SortedBlock(experts, **kwargs)
 
@@ -181,6 +189,7 @@ MISSES = (
     NearMiss("slots_more_experts", "every_expert_is_covered", block(MoreExperts)),
     NearMiss("slots_mean_over_rows", "body_is_row_wise", block(MeanOverRows)),
     NearMiss("slots_mixed_rows", "body_is_row_wise", block(MixedRows)),
+    NearMiss("slots_under_autocast", "products_keep_their_dtype", block(UnderAutocast)),
     NearMiss("slots_written_after_read", "nothing_is_written_inside", block(WrittenAfterRead)),
     NearMiss("slots_clamped_first", "nothing_is_written_inside", block(ClampedBeforeCounting, elsewhere=2)),
     NearMiss("slots_sentinels_add_up", "rows_of_nobody_are_zero", block(SentinelsAddUp, elsewhere=2)),

@@ -27,7 +27,7 @@ class WritesInput(RangeLoop):
         self.view, self.write = view, write
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         base = x.detach() * 1
         x = self.view(base)
         for e in range(self.num_experts):
@@ -111,7 +111,7 @@ class InputWrittenAfter(RangeLoop):
     """Eager keeps copies of rows for backward, so the program may overwrite what they were copied from."""
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         x = x * 1
         for e in range(self.num_experts):
             slots, tokens = torch.where(mask[e])
@@ -150,7 +150,7 @@ class HalvesOfOutput(RangeLoop):
     """Views of the output are taken before the loop and returned."""
 
     def forward(self, hidden_states):
-        x, weights, mask, _, out = self.begin(hidden_states)
+        x, weights, mask, out = self.start(hidden_states)
         halves = out[:, : D // 2], out[:, D // 2 :]
         for e in range(self.num_experts):
             slots, tokens = torch.where(mask[e])
