@@ -85,7 +85,7 @@ class History:
         for axes, label, curve in zip(curves, labels, values, strict=True):
             axes.plot(self.steps, curve.numpy())
             axes.set(xlabel="step", ylabel=label)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * max(1.0, curve.max().item()))
 
 
 def _figure_class() -> "type[Figure]":
