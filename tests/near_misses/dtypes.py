@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tests.near_misses.common import NearMiss, RangeLoop, StackedLoop
+from tests.near_misses.common import NearMiss, RangeLoop
 from tests.zoo.common import D, E
 
 
@@ -70,7 +70,7 @@ class ScaleOfExpert(RangeLoop):
         return y.float() * weights[tokens, slots, None]
 
 
-class Overflowing(StackedLoop):
+class Overflowing(RangeLoop):
     """Tokens are counted in int8: 128 of them are negative."""
 
     def forward(self, hidden_states):
