@@ -15,12 +15,11 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-from fx_passes.body import Gathered, Op, PerExpert, Value
+from fx_passes.body import Gathered, Op, PerExpert
 from fx_passes.mlp_body import match_activation
-from fx_passes.ops import op_name
+from fx_passes.recorder import Recorder
 
 _log = logging.getLogger("scatter_moe")
 _READABLE = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType, functools.partial)
@@ -60,11 +59,15 @@ def inputs_of_function(module: nn.Module, function: Any) -> Inputs:
     return function, type(module), tuple([(name, _read(module, name)) for name in names])
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    return any(len(getattr(module, hooks)) for hooks in _HOOKS)
+
+
 def _read(module: nn.Module, name: str) -> Any:
     value = getattr(module, name)
     if isinstance(value, nn.Module):
-        has_hooks = any(len(getattr(value, hooks)) for hooks in _HOOKS)
-        return Unreadable if has_hooks else inputs_of(value, "forward")
+        return Unreadable if has_hooks(value) else inputs_of(value, "forward")
     if isinstance(value, float):
         return slice(value)  # Dynamo turns the attribute into a symbol once it has changed, but not within a slice
     return value if isinstance(value, _READABLE) else Unreadable
@@ -108,11 +111,12 @@ def _recognise(inputs: Any, width: int, dtype: torch.dtype) -> Gate | None:
     if not _is_readable(inputs):
         return None
     function, *_ = inputs
-    recorder, module = _Recorder(width, dtype), _stand_in(inputs)
+    module, recorder = _stand_in(inputs), Recorder()
     before = dict(vars(module))
     try:
+        h = _product(recorder, width, dtype)
         with recorder:
-            out = function(module, recorder.h)
+            out = function(module, h)
     except Exception as error:  # noqa: BLE001  any class's code runs here, on what it wasn't written for
         _log.debug("%s is not recognised: %s", function.__qualname__, error)
         return None
@@ -130,6 +134,17 @@ def _is_readable(value: Any) -> bool:
     return value is not Unreadable
 
 
+def _product(recorder: Recorder, width: int, dtype: torch.dtype) -> Tensor:
+    """h = x W^T, which the function is called with."""
+    x, weight, h = (
+        torch.empty(shape, device="meta", dtype=dtype) for shape in ((_ROWS, 1), (width, 1), (_ROWS, width))
+    )
+    x_node, weight_node = recorder.node("x", x), recorder.node("weight", weight)
+    arguments = Gathered(x_node, x_node), PerExpert(weight_node, stacked=weight_node)
+    recorder.note(h, Op("linear", recorder.node("h", h), arguments, {}, has_rows=True))
+    return h
+
+
 def _stand_in(inputs: Inputs) -> nn.Module:
     """A module of the same class that has nothing but the attributes of `inputs`."""
     _, owner, attributes = inputs
@@ -138,69 +153,3 @@ def _stand_in(inputs: Inputs) -> nn.Module:
     for name, value in attributes:
         vars(module)[name] = _stand_in(value) if isinstance(value, tuple) else value
     return module
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes which operation on `h = x W^T` each tensor is the result of. Tensors have shapes and no data."""
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._graph = fx.Graph()
-        self._values: dict[int, Value] = {}
-        self._alive: list[Tensor] = []
-        x = self._node("x", torch.empty(_ROWS, 1, device="meta", dtype=dtype))
-        weight = self._node("weight", torch.empty(width, 1, device="meta", dtype=dtype))
-        self.h = torch.empty(_ROWS, width, device="meta", dtype=dtype)
-        rows, parameter = Gathered(x, x), PerExpert(weight, stacked=weight)
-        self._note(self.h, Op("linear", self._node("h", self.h), (rows, parameter), {}, has_rows=True))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and id(out) in self._values:
-            return out  # a cast to its own dtype, say
-        if isinstance(out, Tensor) or _is_tuple_of_tensors(out):
-            self._record(func, args, kwargs, out)
-        return out
-
-    @property
-    def wrote(self) -> bool:
-        """Whether anything was changed in place."""
-        return any(tensor._version for tensor in self._alive)
-
-    def value_of(self, tensor: Any) -> Any:
-        return self._values.get(id(tensor))
-
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        node = self._graph.call_function(func)
-        if op_name(node) is None and getattr(Tensor, func.__name__, None) is func:
-            node = self._graph.call_method(func.__name__)
-        node.meta["example_value"] = out
-        op = Op(op_name(node) or "", node, self._values_in(args), self._values_in(kwargs), has_rows=True)
-        if isinstance(out, Tensor):
-            self._note(out, op)
-            return
-        for i, part in enumerate(out):
-            self._note(part, Op("getitem", self._node(f"part_{i}", part), (op, i), {}, has_rows=True))
-
-    def _values_in(self, arguments: Any) -> Any:
-        if isinstance(arguments, Tensor):
-            return self._values[id(arguments)]
-        if isinstance(arguments, dict):
-            return {name: self._values_in(value) for name, value in arguments.items()}
-        if type(arguments) in (tuple, list):
-            return type(arguments)(self._values_in(value) for value in arguments)
-        return arguments
-
-    def _node(self, name: str, example: Tensor) -> fx.Node:
-        node = self._graph.placeholder(name)
-        node.meta["example_value"] = example
-        return node
-
-    def _note(self, tensor: Tensor, value: Value) -> None:
-        self._values[id(tensor)] = value
-        self._alive.append(tensor)  # so that no other tensor gets its id
-
-
-def _is_tuple_of_tensors(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(item, Tensor) for item in value)

@@ -18,6 +18,7 @@ from scatter_moe.dispatch import Dispatch
 from scatter_moe.distributed import ExpertParallel, clip_grad_norm_
 from scatter_moe.expert_mlp import ExpertMLP
 from scatter_moe.explain import Explanation, explain
+from scatter_moe.from_modules import ExpertList, from_modules
 from scatter_moe.moe import MoE
 from scatter_moe.parallel_linear import ParallelLinear
 from scatter_moe.parameters import expert_parameters, router_parameters, set_dropout
@@ -25,6 +26,7 @@ from scatter_moe.transformers import register_when_imported
 
 __all__ = [
     "Dispatch",
+    "ExpertList",
     "ExpertMLP",
     "ExpertParallel",
     "Explanation",
@@ -36,6 +38,7 @@ __all__ = [
     "clip_grad_norm_",
     "expert_parameters",
     "explain",
+    "from_modules",
     "prepare",
     "router_parameters",
     "routers",

@@ -36,9 +36,9 @@ class KVCache:
 class MixtureOfAttention(nn.Module):
     """Mixture of multi-head attention (MoMHA): a token's K experts give it K * H query heads.
 
-    Every expert has its own query and output projection; the keys and values of H heads are shared by all experts, head i
-    of each expert attending to head i of these. One routing serves both projections, and the router's weights scale what
-    the output projections give:
+    Every expert has its own query and output projection. The keys and values of H heads are shared by all experts:
+    head i of each expert attends to head i of these. One routing serves both projections, and the router's weights
+    scale what the output projections give:
 
         out[t] = sum_k s[t, k] * Attention(x[t] W_q[e_k], keys, values) W_o[e_k]
 
@@ -91,8 +91,8 @@ class MixtureOfAttention(nn.Module):
 
         Args:
             x: `[B, S, D]`, of the parameters' dtype.
-            attention_mask: bool or integers `[B, L]`, zero at padding. Positions are counted without padding. What comes
-                out at padding positions is finite and means nothing.
+            attention_mask: bool or integers `[B, L]`, zero at padding. Positions are counted without padding. What
+                comes out at padding positions is finite and means nothing.
             cache: keys and values of earlier tokens. Those of x are added to it.
 
         Returns:

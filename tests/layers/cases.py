@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scatter_moe import Dispatch, ExpertMLP, MixtureOfAttention, MoE, ParallelLinear
+from scatter_moe import Dispatch, ExpertList, ExpertMLP, MixtureOfAttention, MoE, ParallelLinear, from_modules
 from scatter_moe.routers import Routing
 
 T, K, E, D, WIDTH = 256, 2, 8, 64, 64
@@ -252,6 +252,27 @@ def attention_case(name: str, inputs: Callable[[int], tuple[Tensor, ...]], **opt
     return Case(name, make, inputs, attention_loop)
 
 
+class Expert(nn.Module):
+    """An expert as users write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(D, WIDTH, bias=False), nn.Linear(D, WIDTH, bias=False)
+        self.down = nn.Linear(WIDTH, D, bias=False)
+        self.act = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * self.act(self.gate(x)))
+
+
+def modules_loop(layer: ExpertList, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, module in enumerate(layer):
+        token, slot = torch.where(topk_ids == e)
+        out = out.index_add(0, token, module(x[token]) * topk_weights[token, slot, None])
+    return out
+
+
 def mlp_case(name: str, inputs: Callable[[int], tuple[Tensor, ...]] = routed_inputs, **options: Any) -> Case:
     return Case(name, lambda: ExpertMLP(E, D, WIDTH, **options), inputs, mlp_loop)
 
@@ -271,6 +292,7 @@ CASES = (
     Case("mlp-grouped", lambda: Grouped(ExpertMLP(E, D, WIDTH, bias=True)), grouped_inputs, grouped_loop),
     Case("moe", lambda: _moe(shared=False), x_alone, moe_loop),
     Case("moe-shared-expert", lambda: _moe(shared=True), x_alone, moe_loop),
+    Case("from_modules", lambda: from_modules([Expert() for _ in range(E)]), inputs_with_sentinels, modules_loop),
     attention_case("attention", attention_inputs),
     attention_case("attention-not-causal", attention_inputs, causal=False),
     attention_case("attention-padding-rope", padded_inputs, rope_theta=1e4),
