@@ -10,7 +10,8 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,15 +20,16 @@ from triton.runtime.errors import TritonError
 
 from benchmarks import offline, report
 from benchmarks.shapes import SHAPES, Shape, inputs, placeholders
-from benchmarks.timing import graph_ms, median_ms
+from benchmarks.timing import graph_ms, queued_ms
 from scatter_ops import cuda, tuning
 from scatter_ops.cuda import grouped_gemm as gemm
+from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.glu_backward import glu_backward, num_column_tiles, sum_partials
 from scatter_ops.cuda.glu_forward import glu_forward
 from scatter_ops.cuda.grouped_gemm import NO_BIAS, Routing, Rows
 from scatter_ops.cuda.parameters import expert_weight
-from scatter_ops.cuda.weight_grad import regrouped, weight_grad
+from scatter_ops.cuda.weight_grad import weight_grad
 from scatter_ops.tuning import Config
 
 PHASE_OPS = {
@@ -41,7 +43,6 @@ PHASE_OPS = {
 FEW_ROWS = 128  # for each expert: fewer make kernels so short that only a CUDA graph times them
 TOLERANCE = 2e-2  # relative RMS difference of two bf16 results of one product
 HOPPER = Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True)
-TWO_A_MULTIPROCESSOR = Config(128, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2, tma=True)
 
 
 def variants(base: Config, **axes: Any) -> Iterator[Config]:
@@ -62,24 +63,24 @@ def candidates(op: str, rows_per_expert: int) -> list[Config]:
         ]
     if op == "glu_backward":
         return [
-            *variants(HOPPER, epilogue_parts=[4, 8], tma_out=[False, True], regroup=[False, True], group_m=[1]),
-            *variants(HOPPER, epilogue_parts=[8], regroup=[True], group_m=[4, 8]),
-            *variants(HOPPER, epilogue_parts=[8], tma_out=[False, True], regroup=[True], flatten=[True], group_m=[1]),
-            *variants(TWO_A_MULTIPROCESSOR, epilogue_parts=[4], tma_out=[False, True], regroup=[True], group_m=[1]),
+            *variants(HOPPER, epilogue_parts=[4, 8], tma_out=[False, True], regroup=[True], group_m=[1]),
+            *variants(HOPPER, epilogue_parts=[8], tma_out=[False, True], regroup=[True], group_m=[4, 8]),
+            *variants(HOPPER, epilogue_parts=[8], num_stages=[4], regroup=[False, True], group_m=[1]),
         ]
     if op == "weight_grad":
         return [
-            *variants(HOPPER, regroup=[True], group_m=[1, 8], tma_out=[False, True]),
-            *variants(HOPPER, regroup=[True], group_m=[8], tma_out=[False], num_stages=[4]),
-            *variants(HOPPER, regroup=[False], group_m=[8], tma_out=[False]),
+            *variants(HOPPER, regroup=[True], group_m=[1, 8, 16], tma_out=[False, True]),
+            *variants(HOPPER, regroup=[False], group_m=[16]),
         ]
     if op == "glu_forward":
         return [
-            *variants(HOPPER, flatten=[False, True], tma_out=[False, True], group_m=[1, 8]),
-            *variants(HOPPER, flatten=[False, True], tma_out=[False], group_m=[8], num_stages=[4]),
+            *variants(HOPPER, num_stages=[3, 4], tma_out=[False], group_m=[1, 4, 8]),
+            *variants(HOPPER, tma_out=[True], group_m=[8]),
+            *variants(HOPPER, num_stages=[3, 4], regroup=[True], flatten=[True], tma_out=[False], group_m=[8]),
         ]
     return [
-        *variants(HOPPER, flatten=[True], tma_out=[False, True], group_m=[1, 4, 8, 16]),
+        *variants(HOPPER, flatten=[True], tma_out=[True], group_m=[1, 4, 8, 16]),
+        *variants(HOPPER, flatten=[True], tma_out=[False], group_m=[8]),
         *variants(HOPPER, flatten=[False], tma_out=[False], group_m=[8], num_stages=[4]),
     ]
 
@@ -126,41 +127,46 @@ def phases(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callable[
     }
 
 
-def tune(name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per phase and candidate: its time and TFLOP/s, or why it was dropped."""
+def tune(name: str, dtype: torch.dtype, only: Collection[str], rounds: int) -> list[dict[str, Any]]:
+    """One row per phase and candidate: its time and TFLOP/s, or why it was dropped. Candidates take turns."""
     shape, rows = SHAPES[name], []
     flops = {"gate_up": 2 / 3, "down": 1 / 3, "d_activation": 1 / 3, "d_x": 2 / 3, "d_down": 1 / 3, "d_gate_up": 2 / 3}
     for phase, run in phases(shape, "cuda", dtype).items():
-        expected = run()
+        if phase not in only:
+            continue
+        expected, times = run(), {}
         for config in candidates(PHASE_OPS[phase], shape.rows_per_expert):
             row = {"shape": name, "phase": phase, "config": dataclasses.asdict(config)}
+            rows.append(row)
             try:
                 with _selecting(config):
                     error = max(_relative_rms(a, b) for a, b in zip(run(), expected, strict=True))
-                    if error > TOLERANCE:
-                        raise ArithmeticError(f"relative RMS error {error:.2g}")
-                    timer = graph_ms if shape.rows_per_expert < FEW_ROWS else median_ms
-                    row["ms"] = timer(run, repeats=5, warmup=1)
-                    row["tflops"] = shape.forward_flops * flops[phase] / row["ms"] / 1e9
+                if not error <= TOLERANCE:
+                    raise ArithmeticError(f"relative RMS error {error:.2g}")
+                times[config] = row, []
             except (ArithmeticError, RuntimeError, TritonError) as error:
                 row["dropped"] = f"{type(error).__name__}: {error}"[:200]
-            rows.append(row)
-            print(
-                name,
-                phase,
-                _short(config),
-                f"{row.get('ms', 0):.3f} ms {row.get('tflops', 0):.0f}",
-                row.get("dropped", ""),
-                flush=True,
-            )
+        few = shape.rows_per_expert < FEW_ROWS
+        for _ in range(rounds):
+            for config, (_, measured) in times.items():
+                with _selecting(config):
+                    measured.append(graph_ms(run, repeats=5, warmup=1) if few else queued_ms(run, calls=5))
+        for row, measured in times.values():
+            row["ms"] = statistics.median(measured)
+            row["tflops"] = shape.forward_flops * flops[phase] / row["ms"] / 1e9
+        for row in rows:
+            if row["phase"] == phase:
+                result = row.get("dropped") or f"{row['ms']:.3f} ms {row['tflops']:.0f}"
+                print(name, phase, _short(Config(**row["config"])), result, flush=True)
     return rows
 
 
-def precompile(name: str, dtype: torch.dtype, workers: int) -> None:
+def precompile(name: str, dtype: torch.dtype, only: Collection[str], workers: int) -> None:
     """Fill Triton's disk cache with every candidate, before the GPU is used."""
     jobs = [
         (name, phase, i)
         for phase, op in PHASE_OPS.items()
+        if phase in only
         for i in range(len(candidates(op, SHAPES[name].rows_per_expert)))
     ]
     context = multiprocessing.get_context("fork")
@@ -205,13 +211,15 @@ def _short(config: Config) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--phases", nargs="+", default=list(PHASE_OPS), choices=PHASE_OPS)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     for name in arguments.shapes:
-        precompile(name, dtype, arguments.workers)
-    rows = [row for name in arguments.shapes for row in tune(name, dtype)]
+        precompile(name, dtype, arguments.phases, arguments.workers)
+    rows = [row for name in arguments.shapes for row in tune(name, dtype, arguments.phases, arguments.rounds)]
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         key = row["shape"], row["phase"]

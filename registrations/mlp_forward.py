@@ -1,5 +1,6 @@
-"""scatter_moe::mlp_forward: the fused expert MLP and the pre-activation h that its backward reads."""
+"""scatter_moe::mlp_forward: the fused expert MLP and the pre-activation h, which its backward reads (and overwrites)."""
 
+import torch
 from torch import Tensor
 
 from registrations.library import OPS, autograd, define, fake, flops, kernels, like_parameter, requires_grad
@@ -48,13 +49,21 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
         x = grad_out.new_empty(0, ctx.model_width, dtype=ctx.x_dtype)
     remaining = iter(tensors)
     parameters = [[next(remaining) for _ in range(length)] for length in ctx.lengths]
-    grads = OPS.mlp_backward(grad_out, h, x, topk_weights, order, offsets, *parameters, *ctx.options, ctx.needs)
+    mlp_backward = OPS.mlp_backward_ if _read_for_the_last_time(h) else OPS.mlp_backward
+    grads = mlp_backward(grad_out, h, x, topk_weights, order, offsets, *parameters, *ctx.options, ctx.needs)
     grad_x, grad_topk_weights = (grad if need else None for grad, need in zip(grads[:2], ctx.needs[:2], strict=True))
     parameter_grads = [
         like_parameter(grad, is_list) if need else none
         for grad, is_list, need, none in zip(grads[2:], ctx.is_list, ctx.needs[2:], no_grads, strict=True)
     ]
     return grad_x, grad_topk_weights, None, None, *parameter_grads
+
+
+def _read_for_the_last_time(h: Tensor) -> bool:
+    """Whether this backward pass frees h: autograd keeps the graph no longer. While a compiler traces (h is a tensor of
+    its own kind then), never: what it makes of a graph without mutations is as good, and it frees h itself.
+    """
+    return h.is_cuda and type(h) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 autograd("mlp_forward", setup_context, backward)

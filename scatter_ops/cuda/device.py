@@ -46,12 +46,15 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def float64_by_reference(function: Callable[P, R]) -> Callable[P, R]:
-    """float64 is for gradient checks, not for tensor cores: the specification serves it."""
+    """float64 is for gradient checks, not for tensor cores: the specification serves it.
+
+    Keyword arguments are about kernels alone, and not for the specification.
+    """
 
     @functools.wraps(function)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
         if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
-            return getattr(reference, function.__name__)(*args, **kwargs)
+            return getattr(reference, function.__name__)(*args)
         return function(*args, **kwargs)
 
     return dispatch

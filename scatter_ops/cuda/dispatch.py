@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scatter_ops.cuda.grouped_gemm import Routing
+from scatter_ops.cuda.grouped_gemm import Routing, Rows
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.kernels.rows import dispatch_kernel
 
@@ -27,3 +27,10 @@ def dispatch_rows(x: Tensor, routing: Routing, divisor: int) -> Tensor:
             x, out, routing.inverse_N, num_columns, x.stride(0), divisor, block
         )
     return out
+
+
+def regrouped(rows: Rows, routing: Routing) -> Rows:
+    """A grouped copy of gathered rows: one pass over memory that lets products read them by TMA."""
+    if rows.divisor == 0:
+        return rows
+    return Rows(dispatch_rows(rows.data, routing, rows.divisor), 0)

@@ -40,12 +40,15 @@ def glu_backward(
     need_pre: bool,
     need_a: bool,
     num_partials: int,
+    overwrite_h: bool,
 ) -> GluGradients:
-    """grad: of y before the router weight. down: seen as [E, F, D]. num_partials: columns to leave room for."""
+    """grad: of y before the router weight. down: seen as [E, F, D]. num_partials: columns to leave room for.
+
+    overwrite_h: dH takes the memory of h, which the kernel reads tile by tile before it writes.
+    """
     f_size, num_slots = down.n, glu.routing.num_slots
-    # The one place that decides where dH goes. The kernel reads h before it writes dH there, so h's own memory would
-    # do once h is no longer an input that callers may read again.
-    grad_h = torch.empty_like(h_NH) if need_h or (need_pre and not glu.on_input) else None
+    need_h = need_h or (need_pre and not glu.on_input)
+    grad_h = (h_NH if overwrite_h else torch.empty_like(h_NH)) if need_h else None
     grad_pre = torch.empty_like(h_NH) if need_pre and glu.on_input else None
     scaled_a = h_NH.new_empty(num_slots, f_size) if need_a else None
     partials = h_NH.new_empty(num_slots, num_partials, dtype=torch.float32) if num_partials else None

@@ -3,6 +3,7 @@
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
+from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv
@@ -20,6 +21,8 @@ def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tup
         return a_NF, h
     config = select_config("glu_forward", rows.data, routing, h_size, weight.k)
     tiles = routing.schedule(config.block_m, with_inverse=True)
+    if config.regroup:
+        rows = regrouped(rows, routing)
     x, w, options = product_options(rows, weight, config, config.block_n, n_ways=weight.ways)
     block_f = glu.f_size(config.block_n)
     # A tile of an interleaved h has twice the columns of the others: shared memory has no room for it on its way out.
@@ -40,13 +43,13 @@ def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tup
         glu.alpha,
         glu.limit,
         routing.num_slots,
+        routing.num_experts,
         f_size,
         h_size,
         weight.k,
         rows.data.stride(0),
         *weight.strides,
         *glu.bias_strides,
-        NUM_EXPERTS=routing.num_experts,
         X_DIVISOR=rows.divisor,
         ACTIVATION=glu.activation,
         LAYOUT=glu.h_layout,

@@ -90,8 +90,9 @@ def product_options(
         "BLOCK_M": config.block_m,
         "BLOCK_K": block_k,
         "GROUP_M": config.group_m,
-        # A base pointer carried from tile to tile isn't known to be aligned, and loads aren't asynchronous then.
-        "FLATTEN": config.flatten and descriptor is not None,
+        # A base pointer carried from tile to tile isn't known to be aligned, and loads aren't asynchronous then. Rows
+        # that are gathered wait for their slots, which a flattened loop can't load a tile ahead.
+        "FLATTEN": config.flatten and descriptor is not None and x_tma,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -147,13 +148,13 @@ def grouped_gemm(
         routing.offsets_E,
         tiles.tile_map,
         num_slots if zero_unrouted else 0,
+        routing.num_experts,
         weight.n,
         weight.k,
         rows.data.stride(0),
         *weight.strides,
         bias.stride_e,
         out.stride(0),
-        NUM_EXPERTS=routing.num_experts,
         X_DIVISOR=rows.divisor,
         SCATTER=scatter,
         BIAS=bias.kind,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scatter_ops.cuda.device import float64_by_reference, on_its_device
+from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.glu_backward import (
     GluGradients,
@@ -20,7 +21,7 @@ from scatter_ops.cuda.glu_backward import (
 from scatter_ops.cuda.grouped_gemm import NO_BIAS, Routing, Rows, grouped_gemm, select_config
 from scatter_ops.cuda.parameters import ExpertWeight, expert_bias, expert_weight, separate_weight
 from scatter_ops.cuda.rows import combine_rows
-from scatter_ops.cuda.weight_grad import grouped_sum, regrouped, weight_grad
+from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
 
 
 @float64_by_reference
@@ -46,8 +47,13 @@ def mlp_backward(
     limit: float,
     out_dtype: torch.dtype | None,
     needs: Sequence[bool],
+    *,
+    overwrite_h: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, topk_weights, gate_up, up, down, gate_up_bias, up_bias, down_bias; [0] where not needed."""
+    """Gradients of x, topk_weights, gate_up, up, down, gate_up_bias, up_bias, down_bias; [0] where not needed.
+
+    overwrite_h: the caller reads h no more, so that its own gradient may take its memory.
+    """
     routing = Routing(order_N, offsets_E)
     biases = expert_bias(gate_up_bias), expert_bias(up_bias)
     on_input = weight_on == "input"
@@ -59,7 +65,7 @@ def mlp_backward(
     if not any(needs[:7]):
         return tuple(grads)
 
-    gradients, grad_rows = _activation_gradients(grad_out, h, down, down_bias, transposed, glu, needs)
+    gradients, grad_rows = _activation_gradients(grad_out, h, down, down_bias, transposed, glu, needs, overwrite_h)
     grad_h_NH, grad_pre_NH, scaled_a_NF, partials = gradients
     if partials is not None:
         grads[1] = sum_partials(partials, glu)
@@ -97,6 +103,7 @@ def _activation_gradients(
     transposed: bool,
     glu: Glu,
     needs: Sequence[bool],
+    overwrite_h: bool,
 ) -> tuple[GluGradients, Rows]:
     """What the activation's backward gives, and grad_out as it was read: gathered in place or regrouped."""
     need_x, need_s, need_gate_up, need_up, need_down, *need_biases = needs
@@ -113,6 +120,7 @@ def _activation_gradients(
         need_pre=any(need_biases[:2]),
         need_a=need_down,
         num_partials=num_column_tiles(h_NH, weight, glu) + bias_column if need_s else 0,
+        overwrite_h=overwrite_h,
     )
     if bias_column and h_NH.numel():
         assert first.partials is not None

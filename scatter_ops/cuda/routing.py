@@ -48,7 +48,7 @@ class Schedule:
 def schedule(order_N: Tensor, offsets_E: Tensor, block_m: int, with_inverse: bool) -> Schedule:
     num_slots, num_experts = order_N.numel(), offsets_E.numel()
     max_row_tiles = cdiv(num_slots, block_m) + num_experts
-    tile_map = torch.empty(1 + 2 * max_row_tiles, dtype=torch.int32, device=order_N.device)
+    tile_map = torch.empty(1 + 3 * max_row_tiles, dtype=torch.int32, device=order_N.device)
     inverse_N = torch.empty_like(order_N) if with_inverse else None
     inverse_blocks = cdiv(num_slots, SORT_BLOCK) if with_inverse else 0
     schedule_kernel[(num_experts + inverse_blocks,)](

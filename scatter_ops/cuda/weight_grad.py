@@ -6,7 +6,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops.cuda.device import dot_precision
-from scatter_ops.cuda.dispatch import dispatch_rows
+from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.kernels.weight_grad import grouped_sum_kernel, weight_grad_kernel
@@ -33,11 +33,11 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
         TensorDescriptor.from_tensor(out, [1, block_p, block_q]) if out_tma else out,
         routing.order_N,
         routing.offsets_E,
+        routing.num_experts,
         p_size,
         q_size,
         left.data.stride(0),
         right.data.stride(0),
-        NUM_EXPERTS=routing.num_experts,
         LEFT_DIVISOR=left.divisor,
         RIGHT_DIVISOR=right.divisor,
         LEFT_TMA=left_tma,
@@ -48,18 +48,10 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
         BLOCK_Q=block_q,
         BLOCK_ROWS=config.block_k,
         GROUP_P=config.group_m,
-        FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
-
-
-def regrouped(rows: Rows, routing: Routing) -> Rows:
-    """A grouped copy of gathered rows: one pass over memory that lets the reduction read them by TMA."""
-    if rows.divisor == 0:
-        return rows
-    return Rows(dispatch_rows(rows.data, routing, rows.divisor), 0)
 
 
 def grouped_sum(rows: Rows, scale: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from scatter_ops.kernels.activation import activate_backward
 from scatter_ops.kernels.glu import add_gate_up_bias, load_gate_up, store_gate_up
-from scatter_ops.kernels.mainloop import load_tile, multiply_tile, source_rows, store_tile, tile_position
+from scatter_ops.kernels.mainloop import load_slots, load_tile, multiply_tile, source_rows, store_tile
 
 
 @triton.jit
@@ -121,8 +121,10 @@ def _differentiate_tile(
                 LAYOUT,
                 OUT_TMA,
             )
+        grad_gate *= scale
+        grad_up *= scale
     else:
-        a, grad_gate, grad_up = activate_backward(gate_h, up_h, grad_a, alpha, limit, ACTIVATION, GATED)
+        a, grad_gate, grad_up = activate_backward(gate_h, up_h, grad_a * scale, alpha, limit, ACTIVATION, GATED)
         grad_scale = tl.sum(grad_a * a, 1)
         a *= scale
     if scaled_a is not None:
@@ -130,8 +132,8 @@ def _differentiate_tile(
     if grad_h is not None:
         store_gate_up(
             grad_h,
-            grad_gate * scale,
-            grad_up * scale,
+            grad_gate,
+            grad_up,
             row_index,
             first_row,
             end_row,
@@ -205,18 +207,19 @@ def glu_backward_kernel(
     num_column_tiles = tl.cdiv(f_size, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, row_tile)
+        expert, first_row, end_row, column_tile = load_tile(
+            tile_map_ptr, tile, num_row_tiles, num_column_tiles, GROUP_M
+        )
         rows = first_row + tl.arange(0, BLOCK_M)
         valid = rows < end_row
         first_f = column_tile * BLOCK_F
         row_index = rows.to(tl.int64)
-        slots = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int64)
+        slots = load_slots(order_ptr, first_row, end_row, BLOCK_M, True)
         scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
         grad_a = multiply_tile(
             grad_out,
             weight,
-            source_rows(order_ptr, rows, valid, GRAD_DIVISOR),
+            source_rows(rows, slots, valid, GRAD_DIVISOR),
             first_row,
             expert,
             first_f,
@@ -282,4 +285,4 @@ def glu_backward_kernel(
                 PART,
             )
         if partials_ptr is not None:
-            tl.store(partials_ptr + slots * num_partials + column_tile, grad_scale, mask=valid)
+            tl.store(partials_ptr + slots.to(tl.int64) * num_partials + column_tile, grad_scale, mask=valid)

@@ -12,16 +12,16 @@ import triton.language as tl
 from scatter_ops.kernels.activation import activate
 from scatter_ops.kernels.glu import add_gate_up_bias, split_gate_up, store_gate_up
 from scatter_ops.kernels.mainloop import (
+    load_slots,
     load_tile,
     multiply_tile,
     source_rows,
     store_tile,
-    tile_position,
     zero_unrouted_rows,
 )
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts"])
 def glu_forward_kernel(
     x,
     weight,
@@ -37,6 +37,7 @@ def glu_forward_kernel(
     alpha,
     limit,
     num_slots,
+    num_experts,
     f_size,
     h_size,
     k_size,
@@ -48,7 +49,6 @@ def glu_forward_kernel(
     experts_per_way,
     stride_gate_bias,
     stride_up_bias,
-    NUM_EXPERTS: tl.constexpr,
     X_DIVISOR: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -74,19 +74,27 @@ def glu_forward_kernel(
     N_WAYS: tl.constexpr = 2 if LAYOUT == "concatenated" else 1
     BLOCK_N: tl.constexpr = BLOCK_F if LAYOUT == "plain" else 2 * BLOCK_F
     COLUMN_STEP: tl.constexpr = 2 if LAYOUT == "interleaved" else 1
+    SLOTS: tl.constexpr = SCALE_INPUT or X_DIVISOR > 0
     num_row_tiles = tl.load(tile_map_ptr)
     num_column_tiles = tl.cdiv(f_size, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, row_tile)
+    first_tile, step = tl.program_id(0), tl.num_programs(0)
+    here = load_tile(tile_map_ptr, first_tile, num_row_tiles, num_column_tiles, GROUP_M)
+    slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
+    for tile in tl.range(first_tile, num_tiles, step, flatten=FLATTEN):
+        if FLATTEN:
+            here = load_tile(tile_map_ptr, tile, num_row_tiles, num_column_tiles, GROUP_M)
+            slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
+        else:
+            ahead = load_tile(tile_map_ptr, tile + step, num_row_tiles, num_column_tiles, GROUP_M)
+        expert, first_row, end_row, column_tile = here
         rows = first_row + tl.arange(0, BLOCK_M)
         valid = rows < end_row
         first_f = column_tile * BLOCK_F
         acc = multiply_tile(
             x,
             weight,
-            source_rows(order_ptr, rows, valid, X_DIVISOR),
+            source_rows(rows, slots, valid, X_DIVISOR),
             first_row,
             expert,
             first_f * COLUMN_STEP,
@@ -110,6 +118,8 @@ def glu_forward_kernel(
             BLOCK_K,
             PRECISION,
         )
+        if not FLATTEN:
+            slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)
         gate, up = split_gate_up(acc, BLOCK_M, BLOCK_F, LAYOUT)
         if not SCALE_INPUT:
             gate, up = add_gate_up_bias(
@@ -138,7 +148,6 @@ def glu_forward_kernel(
         gate = gate.to(tl.float32)
         up = up.to(tl.float32)
         if SCALE_INPUT:
-            slots = tl.load(order_ptr + rows, mask=valid, other=0)
             scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
             gate, up = add_gate_up_bias(
                 gate * scale,
@@ -158,5 +167,8 @@ def glu_forward_kernel(
             )
         result = activate(gate, up, alpha, limit, ACTIVATION, LAYOUT != "plain")
         store_tile(a, result, row_index, first_row, end_row, first_f, f_size, f_size, OUT_TMA, BLOCK_F)
+        if not FLATTEN:
+            here = ahead
+            slots = slots_ahead
     if STORE_H:
-        zero_unrouted_rows(h_ptr, order_ptr, offsets_ptr, num_slots, h_size, h_size, NUM_EXPERTS, False)
+        zero_unrouted_rows(h_ptr, order_ptr, offsets_ptr, num_slots, h_size, h_size, num_experts, False)

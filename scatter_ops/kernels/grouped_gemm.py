@@ -10,16 +10,16 @@ import triton.language as tl
 
 from scatter_ops.kernels.mainloop import (
     load_bias,
+    load_slots,
     load_tile,
     multiply_tile,
     source_rows,
     store_tile,
-    tile_position,
     zero_unrouted_rows,
 )
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts"])
 def grouped_gemm_kernel(
     x,
     weight,
@@ -30,6 +30,7 @@ def grouped_gemm_kernel(
     offsets_ptr,
     tile_map_ptr,
     num_slots,
+    num_experts,
     n_size,
     k_size,
     stride_x,
@@ -40,7 +41,6 @@ def grouped_gemm_kernel(
     experts_per_way,
     stride_bias,
     stride_out,
-    NUM_EXPERTS: tl.constexpr,
     X_DIVISOR: tl.constexpr,
     SCATTER: tl.constexpr,
     BIAS: tl.constexpr,
@@ -59,18 +59,26 @@ def grouped_gemm_kernel(
 ):
     """out is out_ptr, or a ragged descriptor of it if OUT_TMA (which SCATTER excludes)."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    SLOTS: tl.constexpr = SCATTER or X_DIVISOR > 0
     num_row_tiles = tl.load(tile_map_ptr)
     num_column_tiles = tl.cdiv(n_size, BLOCK_N)
     num_tiles = num_row_tiles * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, row_tile)
+    first_tile, step = tl.program_id(0), tl.num_programs(0)
+    here = load_tile(tile_map_ptr, first_tile, num_row_tiles, num_column_tiles, GROUP_M)
+    slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
+    for tile in tl.range(first_tile, num_tiles, step, flatten=FLATTEN):
+        if FLATTEN:
+            here = load_tile(tile_map_ptr, tile, num_row_tiles, num_column_tiles, GROUP_M)
+            slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
+        else:
+            ahead = load_tile(tile_map_ptr, tile + step, num_row_tiles, num_column_tiles, GROUP_M)
+        expert, first_row, end_row, column_tile = here
         rows = first_row + tl.arange(0, BLOCK_M)
         valid = rows < end_row
         acc = multiply_tile(
             x,
             weight,
-            source_rows(order_ptr, rows, valid, X_DIVISOR),
+            source_rows(rows, slots, valid, X_DIVISOR),
             first_row,
             expert,
             column_tile * BLOCK_N,
@@ -94,11 +102,16 @@ def grouped_gemm_kernel(
             BLOCK_K,
             PRECISION,
         )
+        if not FLATTEN:
+            slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)
         if BIAS != "none":
             columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
             in_range = columns < n_size
             acc += load_bias(bias, expert, columns, in_range, stride_bias, DTYPE, BIAS == "list")[None, :]
-        targets = source_rows(order_ptr, rows, valid, 1 if SCATTER else 0)
+        targets = source_rows(rows, slots, valid, 1 if SCATTER else 0)
         first_column = column_tile * BLOCK_N
         store_tile(out, acc, targets, first_row, end_row, first_column, n_size, stride_out, OUT_TMA, BLOCK_N)
-    zero_unrouted_rows(out_ptr, order_ptr, offsets_ptr, num_slots, n_size, stride_out, NUM_EXPERTS, SCATTER)
+        if not FLATTEN:
+            here = ahead
+            slots = slots_ahead
+    zero_unrouted_rows(out_ptr, order_ptr, offsets_ptr, num_slots, n_size, stride_out, num_experts, SCATTER)

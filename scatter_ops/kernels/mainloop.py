@@ -26,20 +26,39 @@ def tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def load_tile(tile_map_ptr, offsets_ptr, row_tile):
-    """Expert, first row and end of the expert's rows."""
-    expert = tl.load(tile_map_ptr + 1 + 2 * row_tile)
-    first_row = tl.load(tile_map_ptr + 2 + 2 * row_tile)
-    return expert, first_row, tl.load(offsets_ptr + expert)
+def load_tile(tile_map_ptr, tile, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
+    """Expert, first row, end of the expert's rows and column tile of a tile; past the last tile: no rows.
+
+    Persistent programs load it, and the slots of its rows, a tile ahead: loaded where they are used, each would cost
+    the tensor cores a trip to memory.
+    """
+    row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_M)
+    exists = tile < num_row_tiles * num_column_tiles
+    entry = tile_map_ptr + 1 + 3 * row_tile
+    expert = tl.load(entry, mask=exists, other=0)
+    first_row = tl.load(entry + 1, mask=exists, other=0)
+    end_row = tl.load(entry + 2, mask=exists, other=0)
+    return expert, first_row, end_row, column_tile
 
 
 @triton.jit
-def source_rows(order_ptr, rows, valid, DIVISOR: tl.constexpr):
-    """Row to read (or write) for each grouped row: itself if DIVISOR is 0, else its slot // DIVISOR."""
+def load_slots(order_ptr, first_row, end_row, BLOCK_M: tl.constexpr, NEEDED: tl.constexpr):
+    """Slots of a tile's rows, [BLOCK_M]; the rows' own numbers unless NEEDED."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    if NEEDED:
+        slots = tl.load(order_ptr + rows, mask=rows < end_row, other=0)
+    else:
+        slots = rows
+    return slots
+
+
+@triton.jit
+def source_rows(rows, slots, valid, DIVISOR: tl.constexpr):
+    """Row to read (or write) for each grouped row: itself if DIVISOR is 0, else its slot // DIVISOR. 0 if invalid."""
     if DIVISOR == 0:
         result = tl.where(valid, rows, 0)
     else:
-        result = tl.load(order_ptr + rows, mask=valid, other=0) // DIVISOR
+        result = slots // DIVISOR
     return result.to(tl.int64)
 
 
@@ -165,11 +184,11 @@ def store_tile(
 
 @triton.jit
 def zero_unrouted_rows(
-    out_ptr, order_ptr, offsets_ptr, num_rows, num_columns, stride, NUM_EXPERTS: tl.constexpr, SCATTER: tl.constexpr
+    out_ptr, order_ptr, offsets_ptr, num_rows, num_columns, stride, num_experts, SCATTER: tl.constexpr
 ):
     """Write exact zeros to the rows of sentinel slots, shared among all programs."""
     columns = tl.arange(0, 1024)
-    first = tl.load(offsets_ptr + NUM_EXPERTS - 1)
+    first = tl.load(offsets_ptr + num_experts - 1)
     for row in range(first + tl.program_id(0), num_rows, tl.num_programs(0)):
         target = row
         if SCATTER:

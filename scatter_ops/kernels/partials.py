@@ -30,8 +30,9 @@ def bias_partials_kernel(
 ):
     """partials[slot, column] = <grad_out[token], down_bias[expert]>: where s multiplies the bias too."""
     DTYPE: tl.constexpr = grad_out_ptr.dtype.element_ty
-    if tl.program_id(0) < tl.load(tile_map_ptr):
-        expert, first_row, end_row = load_tile(tile_map_ptr, offsets_ptr, tl.program_id(0))
+    num_row_tiles = tl.load(tile_map_ptr)
+    if tl.program_id(0) < num_row_tiles:
+        expert, first_row, end_row, _ = load_tile(tile_map_ptr, tl.program_id(0), num_row_tiles, 1, 1)
         rows = first_row + tl.arange(0, BLOCK_M)
         valid = rows < end_row
         slots = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int64)

@@ -1,6 +1,6 @@
 """Scheduling metadata of grouped GEMMs, computed on the device from offsets.
 
-    tile_map = [number of row tiles, expert of tile 0, first row of tile 0, expert of tile 1, ...]
+    tile_map = [number of row tiles, expert of tile 0, its first row, end of the expert's rows, expert of tile 1, ...]
     inverse[slot] = grouped row of the slot, or -1 - row for a sentinel
 
 A row tile never crosses an expert's end, so there are at most cdiv(N, BLOCK_M) + E of them.
@@ -23,11 +23,13 @@ def _write_tiles(
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
     num_tiles = tl.sum(tl.where(experts == expert, tiles, 0))
     first_row = tl.sum(tl.where(experts == expert, starts, 0))
+    end_row = tl.sum(tl.where(experts == expert, ends, 0))
     for begin in range(0, num_tiles, BINS):
         tile = begin + experts
-        entry = tile_map_ptr + 1 + 2 * (first_tile + tile)
+        entry = tile_map_ptr + 1 + 3 * (first_tile + tile)
         tl.store(entry, tl.zeros_like(tile) + expert, mask=tile < num_tiles)
         tl.store(entry + 1, first_row + tile * BLOCK_M, mask=tile < num_tiles)
+        tl.store(entry + 2, tl.zeros_like(tile) + end_row, mask=tile < num_tiles)
     if expert == 0:
         tl.store(tile_map_ptr, tl.sum(tiles))
 

@@ -62,18 +62,18 @@ def _load_operand(
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def weight_grad_kernel(
     left,
     right,
     out,
     order_ptr,
     offsets_ptr,
+    num_experts,
     p_size,
     q_size,
     stride_left,
     stride_right,
-    NUM_EXPERTS: tl.constexpr,
     LEFT_DIVISOR: tl.constexpr,
     RIGHT_DIVISOR: tl.constexpr,
     LEFT_TMA: tl.constexpr,
@@ -84,7 +84,6 @@ def weight_grad_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     GROUP_P: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     """out [E, P, Q]. A divisor of 0 reads an operand's rows grouped, another reads row slot // divisor.
 
@@ -95,7 +94,7 @@ def weight_grad_kernel(
     q_tiles = tl.cdiv(q_size, BLOCK_Q)
     tiles_per_expert = p_tiles * q_tiles
     block = tl.arange(0, BLOCK_ROWS)
-    for tile in tl.range(tl.program_id(0), NUM_EXPERTS * tiles_per_expert, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_experts * tiles_per_expert, tl.num_programs(0)):
         expert = tile // tiles_per_expert
         p_tile, q_tile = tile_position(tile - expert * tiles_per_expert, p_tiles, q_tiles, GROUP_P)
         first_p = p_tile * BLOCK_P

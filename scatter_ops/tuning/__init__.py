@@ -41,7 +41,7 @@ class Config:
 
     programs_per_sm = 0 launches one program a tile, else the programs are persistent. flatten pipelines across tiles.
     tma reads by tensor descriptors where device and strides allow it, and writes by them too if tma_out. regroup
-    copies gathered rows of a gradient into grouped order first. epilogue_parts takes the epilogue of glu_backward in
+    copies gathered rows into grouped order first. epilogue_parts takes the epilogue of glu_backward in
     that many parts of the tile.
     """
 

@@ -65,7 +65,7 @@ class Case:
 
     @property
     def differentiable(self) -> bool:
-        return self.op not in ("route", "mlp_backward")
+        return self.op not in ("route", "mlp_backward", "mlp_backward_")
 
 
 class Maker:
@@ -189,6 +189,7 @@ ARGUMENTS: dict[str, Callable[[Maker], tuple]] = {
     "mlp": _mlp,
     "mlp_forward": lambda m: (*_mlp(m), True),
     "mlp_backward": _mlp_backward,
+    "mlp_backward_": _mlp_backward,
 }
 
 
@@ -279,6 +280,7 @@ CASES: Sequence[Case] = (
     Case("mlp_backward", "sentinels", bias=True, options=SILU),
     Case("mlp_backward", parameters="list", options=_expert("silu", "separate", weight_on="input")),
     Case("mlp_backward", bias=True, options=SILU | {"needs": ONLY_DOWN_BIAS}),
+    Case("mlp_backward_", "sentinels", bias=True, options=SILU),
 )
 
 

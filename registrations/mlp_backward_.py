@@ -1,0 +1,38 @@
+"""scatter_moe::mlp_backward_: mlp_backward which leaves anything in h, whose memory the gradient of h may take.
+
+The backward pass of mlp calls it where h is read for the last time. Saving h twice over would be the largest item of a
+training step's peak memory.
+"""
+
+from torch import Tensor
+
+from registrations.library import LIBRARY, define, fake, flops, not_differentiable
+from registrations.mlp import ARGUMENTS
+from registrations.mlp_backward import SECOND_DERIVATIVES, mlp_backward_fake, mlp_backward_flops
+from registrations.mlp_forward import OPTIONS
+from scatter_ops import checks, cpu
+
+define(
+    f"mlp_backward_(Tensor grad_out, Tensor(a!) h, {ARGUMENTS}, {OPTIONS}, bool[] needs) -> (Tensor grad_x, "
+    "Tensor grad_topk_weights, Tensor grad_gate_up, Tensor grad_up, Tensor grad_down, Tensor grad_gate_up_bias, "
+    "Tensor grad_up_bias, Tensor grad_down_bias)"
+)
+
+
+def mlp_backward_cpu(*arguments) -> tuple[Tensor, ...]:
+    checks.mlp_backward(*arguments)
+    return cpu.mlp_backward(*arguments)
+
+
+def mlp_backward_cuda(*arguments) -> tuple[Tensor, ...]:
+    from scatter_ops import cuda  # Triton is needed only once there is something to run on a GPU
+
+    checks.mlp_backward(*arguments)
+    return cuda.mlp_backward(*arguments, overwrite_h=True)
+
+
+LIBRARY.impl("mlp_backward_", mlp_backward_cpu, "CPU")
+LIBRARY.impl("mlp_backward_", mlp_backward_cuda, "CUDA")
+fake("mlp_backward_", checks.mlp_backward)(mlp_backward_fake)
+not_differentiable("mlp_backward_", SECOND_DERIVATIVES)
+flops("mlp_backward_")(mlp_backward_flops)
