@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.shapes import SHAPES, Shape, inputs
+from benchmarks.shapes import SHAPES, Shape, inputs, shape_names
 from benchmarks.timing import graph_ms, queued_ms
 from scatter_ops import cuda, reference
 
@@ -101,10 +101,10 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", nargs="*", default=["B", "C", "D"], choices=SHAPES)
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; B, C and D if none is named")
     arguments = parser.parse_args()
     rows = []
-    for name in arguments.shapes:
+    for name in shape_names(parser, arguments.shapes):
         rows += measure(name)
         torch.cuda.empty_cache()
     report.append("kernels", rows)

@@ -3,6 +3,8 @@
 T tokens, D model width, F expert width, E experts, K experts per token, N = T * K slots.
 """
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +39,14 @@ SHAPES = {
     "decode256": Shape(256, 2048, 768, 128, 8),
     "E2": Shape(16384, 4096, 512, 128, 8),
 }
+
+
+def shape_names(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+    """The shapes named on a command line. (argparse checks the choices of nargs="*" against its default as a whole.)"""
+    for name in given:
+        if name not in SHAPES:
+            parser.error(f"shape {name}: accepted are {', '.join(SHAPES)}")
+    return list(given) or ["B", "C", "D"]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
-"""One expert MLP against dense products of the same FLOPs: python -m benchmarks.training_step C D.
+"""One expert MLP against dense products of the same FLOPs: python -m benchmarks.training_step C D [--rivals].
 
 The dense baseline is one [N, D] x [D, 3 F] product, and for the step its two gradients too. Ours goes from (x,
-topk_weights, topk_ids) to y, sort included, and back to the gradients of x, topk_weights and both weights. Dense and
-ours alternate; a ratio is dense time over ours within a round, the median over rounds is reported. A shape's results
-are checked against the reference first: nothing is printed for a shape that fails.
+topk_weights, topk_ids) to y, sort included, and by autograd back to the gradients of x, topk_weights and both weights.
+Dense, ours and the rivals that are installed take turns; a ratio is dense time over theirs within a round, the median
+over rounds is reported. A shape's results are checked against the reference first: nothing is printed for a shape that
+fails. Memory is in MiB: `held` is what is kept between forward and backward (x counted, y not), `peak` is the step's
+over what was allocated before it; beside each is the least that an implementation without copies needs.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -15,25 +18,41 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import report
-from benchmarks.shapes import SHAPES, Inputs, Shape, inputs
+from benchmarks import report, rivals
+from benchmarks.rivals import Implementation
+from benchmarks.shapes import SHAPES, Inputs, Shape, inputs, shape_names
 from benchmarks.timing import peak_gib, queued_ms
-from scatter_ops import cuda, reference
+from scatter_ops import reference
 
 TOLERANCE = 1e-2  # relative RMS difference to the reference on the same bfloat16 inputs
 NEEDS = [True, True, True, False, True, False, False, False]
+MIB = 2**20
 
 
-def forward(layer: Inputs, save_h: bool, implementation: Any = cuda) -> tuple[torch.Tensor, torch.Tensor, tuple]:
-    routing = implementation.route(layer.topk_ids, layer.down.shape[0])
+def forward(layer: Inputs, implementation: Implementation = rivals.scatter_moe) -> torch.Tensor:
+    return implementation(layer.x, layer.topk_weights, layer.topk_ids, layer.gate_up, layer.down)
+
+
+def inference(layer: Inputs, implementation: Implementation = rivals.scatter_moe) -> torch.Tensor:
+    with torch.no_grad():
+        return forward(layer, implementation)
+
+
+def step(layer: Inputs, implementation: Implementation = rivals.scatter_moe) -> tuple[torch.Tensor, ...]:
+    """Output, and gradients of x, topk_weights, gate_up and down."""
+    out = forward(layer, implementation)
+    differentiated = (layer.x, layer.topk_weights, layer.gate_up, layer.down)
+    return out, *torch.autograd.grad(out, differentiated, layer.grad_out.to(out.dtype))
+
+
+def expected_step(layer: Inputs) -> tuple[torch.Tensor, ...]:
+    routing = reference.route(layer.topk_ids, layer.down.shape[0])
     options = ("silu", "concatenated", False, "output", 0.0, 0.0, None)
     arguments = (layer.x, layer.topk_weights, *routing, [layer.gate_up], [], [layer.down], [], [], [], *options)
-    return *implementation.mlp_forward(*arguments, save_h), arguments
-
-
-def step(layer: Inputs, implementation: Any = cuda) -> tuple[torch.Tensor, ...]:
-    out, h, arguments = forward(layer, True, implementation)
-    return out, *implementation.mlp_backward(layer.grad_out, h, *arguments, NEEDS)
+    with torch.no_grad():
+        out, h = reference.mlp_forward(*arguments, True)
+        grads = reference.mlp_backward(layer.grad_out, h, *arguments, NEEDS)
+    return out, *(grad for grad, need in zip(grads, NEEDS, strict=True) if need)
 
 
 def dense(shape: Shape, dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -45,52 +64,82 @@ def dense(shape: Shape, dtype: torch.dtype) -> tuple[Callable[[], Any], Callable
     return lambda: x @ w, lambda: (x @ w, grad @ w.t(), x.t() @ grad)
 
 
-def check(layer: Inputs) -> dict[str, float]:
-    """Relative RMS difference of the output and of each gradient to the reference; raises if one is too large."""
-    names = ("out", "x", "topk_weights", "gate_up", "up", "down")
+def differences(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """Relative RMS difference of the output and of each gradient; raises if one is too large."""
+    names = ("out", "x", "topk_weights", "gate_up", "down")
     errors = {}
-    for name, ours, expected in zip(names, step(layer), step(layer, reference), strict=False):
-        if ours.numel():
-            errors[name] = ((ours.float() - expected.float()).norm() / expected.float().norm()).item()
+    for name, ours, truth in zip(names, results, expected, strict=True):
+        errors[name] = ((ours.float() - truth.float()).norm() / truth.float().norm()).item()
     if not all(error < TOLERANCE for error in errors.values()):
         raise ArithmeticError(f"differs from the reference: {errors}")
     return errors
 
 
-def measure(name: str, rounds: int, zipf: float) -> dict[str, Any]:
+def memory(layer: Inputs, shape: Shape, implementation: Implementation) -> dict[str, float]:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    out = forward(layer, implementation)
+    held = torch.cuda.memory_allocated() - before - out.nbytes + layer.x.nbytes + layer.topk_weights.nbytes
+    del out
+    peak = 1024 * (peak_gib(lambda: step(layer, implementation)) or 0.0) - before / MIB
+    size, num_slots = layer.x.element_size(), shape.T * shape.K
+    h, routing = num_slots * 2 * shape.F * size, 4 * num_slots + 4 * shape.E
+    least_held = layer.x.nbytes + h + layer.topk_weights.nbytes + routing
+    least_peak = h + layer.gate_up.nbytes + layer.down.nbytes + num_slots * shape.D * size + 2 * layer.x.nbytes
+    return {"held": held / MIB, "least_held": least_held / MIB, "peak": peak, "least_peak": least_peak / MIB}
+
+
+def measure(name: str, rounds: int, zipf: float, with_rivals: bool) -> list[dict[str, Any]]:
+    """One row an implementation: ours, then the rivals."""
     shape = SHAPES[name]
     layer = inputs(shape, torch.bfloat16, "cuda", zipf)
-    errors = check(layer)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated() / 2**30
-    peak = (peak_gib(lambda: step(layer)) or before) - before
+    for tensor in (layer.x, layer.topk_weights, layer.gate_up, layer.down):
+        tensor.requires_grad_()
+    expected = expected_step(layer)
+    implementations = {"scatter_moe": rivals.scatter_moe, **(dict(rivals.available()) if with_rivals else {})}
+    rows = {}
+    for label, implementation in implementations.items():
+        try:
+            errors = differences(step(layer, implementation), expected)
+        except (ArithmeticError, RuntimeError, torch.OutOfMemoryError) as error:
+            if label == "scatter_moe":
+                raise
+            print(f"{name}: skipped: {label}: {str(error)[:200]}")
+            continue
+        rows[label] = {"shape": name, "zipf": zipf, "implementation": label, "worst_error": max(errors.values())}
+        rows[label] |= memory(layer, shape, implementation)
+    del expected
+    times = _rounds(layer, shape, {label: implementations[label] for label in rows}, rounds)
+    for label, row in rows.items():
+        for what, baseline in (("forward", "forward"), ("training_forward", "forward"), ("step", "step")):
+            measured = times[label, what]
+            row[f"{what}_ms"] = statistics.median(measured)
+            ratios = (b / t for b, t in zip(times["dense", baseline], measured, strict=True))
+            row[f"{what}_ratio"] = statistics.median(ratios)
+        row["dense_forward_ms"] = statistics.median(times["dense", "forward"])
+        row["dense_step_ms"] = statistics.median(times["dense", "step"])
+    ours = rows["scatter_moe"]
+    ours["forward_host_us"] = 1e6 * statistics.median(seconds_to_launch(lambda: inference(layer)) for _ in range(9))
+    return list(rows.values())
+
+
+def _rounds(
+    layer: Inputs, shape: Shape, implementations: dict[str, Implementation], rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds by (implementation or dense, what), one a round; all take turns."""
     dense_forward, dense_step = dense(shape, torch.bfloat16)
-    functions = {
-        "dense_forward": dense_forward,
-        "forward": lambda: forward(layer, False),
-        "training_forward": lambda: forward(layer, True),
-        "dense_step": dense_step,
-        "step": lambda: step(layer),
-    }
-    times = {key: [] for key in functions}
+    functions: dict[tuple[str, str], Callable[[], Any]] = {("dense", "forward"): dense_forward}
+    for label, implementation in implementations.items():
+        functions[label, "forward"] = functools.partial(inference, layer, implementation)
+        functions[label, "training_forward"] = functools.partial(forward, layer, implementation)
+    functions["dense", "step"] = dense_step
+    for label, implementation in implementations.items():
+        functions[label, "step"] = functools.partial(step, layer, implementation)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
     for _ in range(rounds):
         for key, function in functions.items():
-            times[key].append(queued_ms(function))
-
-    def ratio(key: str, baseline: str) -> float:
-        return statistics.median(b / t for b, t in zip(times[baseline], times[key], strict=True))
-
-    return {
-        "shape": name,
-        "zipf": zipf,
-        **{f"{key}_ms": statistics.median(values) for key, values in times.items()},
-        "forward_ratio": ratio("forward", "dense_forward"),
-        "training_forward_ratio": ratio("training_forward", "dense_forward"),
-        "step_ratio": ratio("step", "dense_step"),
-        "step_peak_gib": peak,  # over what was allocated before the step
-        "forward_host_us": 1e6 * statistics.median(seconds_to_launch(functions["forward"]) for _ in range(9)),
-        "worst_error": max(errors.values()),
-    }
+            times[key].append(queued_ms(function, calls=6))
+    return times
 
 
 def seconds_to_launch(function: Callable[[], Any]) -> float:
@@ -104,6 +153,8 @@ def seconds_to_launch(function: Callable[[], Any]) -> float:
 def breakdown(name: str, zipf: float) -> list[dict[str, Any]]:
     """GPU time of each kernel of one step, in launch order of first appearance."""
     layer = inputs(SHAPES[name], torch.bfloat16, "cuda", zipf)
+    for tensor in (layer.x, layer.topk_weights, layer.gate_up, layer.down):
+        tensor.requires_grad_()
     step(layer)
     repeats = 3
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -124,13 +175,14 @@ def breakdown(name: str, zipf: float) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", nargs="*", default=["B", "C", "D"], choices=SHAPES)
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; B, C and D if none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--zipf", type=float, default=0.0)
+    parser.add_argument("--rivals", action="store_true", help="time the rivals that are installed too")
     arguments = parser.parse_args()
     rows, kernels = [], []
-    for name in arguments.shapes:
-        rows.append(measure(name, arguments.rounds, arguments.zipf))
+    for name in shape_names(parser, arguments.shapes):
+        rows += measure(name, arguments.rounds, arguments.zipf, arguments.rivals)
         kernels += breakdown(name, arguments.zipf)
         torch.cuda.empty_cache()
     report.append("training_step", rows, rounds=arguments.rounds, kernels=kernels)

@@ -107,7 +107,7 @@ def phases(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callable[
         config = gemm.select_config("glu_backward", h_NH, routing, shape.F, shape.D)
         rows = regrouped(grad, routing) if config.regroup else grad
         partials = num_column_tiles(h_NH, down.transposed(), glu)
-        result = glu_backward(rows, h_NH, down.transposed(), glu, True, False, True, partials)
+        result = glu_backward(rows, h_NH, down.transposed(), glu, True, False, True, partials, overwrite_h=False)
         assert result.partials is not None
         return result.grad_h_NH, result.scaled_a_NF, sum_partials(result.partials, glu)
 

@@ -1,4 +1,4 @@
-"""scatter_moe::mlp_forward: the fused expert MLP and the pre-activation h, which its backward reads (and overwrites)."""
+"""scatter_moe::mlp_forward: the fused expert MLP, and the pre-activation h that its backward reads and may overwrite."""
 
 import torch
 from torch import Tensor
@@ -60,10 +60,12 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
 
 
 def _read_for_the_last_time(h: Tensor) -> bool:
-    """Whether this backward pass frees h: autograd keeps the graph no longer. While a compiler traces (h is a tensor of
-    its own kind then), never: what it makes of a graph without mutations is as good, and it frees h itself.
+    """Whether this backward pass is the last that reads h: the graph isn't retained. Never while a compiler traces, when
+    h is a tensor of another kind: there a mutation of what the forward pass saved would mean a copy of it.
     """
-    return h.is_cuda and type(h) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if not h.is_cuda or type(h) is not Tensor:
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 autograd("mlp_forward", setup_context, backward)

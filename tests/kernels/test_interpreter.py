@@ -176,6 +176,18 @@ def test_one_gradient_alone(interpreted, routing, needed: int):
     assert [grad.numel() > 0 for grad in ours] == needs
 
 
+@pytest.mark.parametrize("expert", EXPERTS[:2], ids=lambda expert: "-".join(map(str, expert)))
+def test_h_may_be_overwritten(cuda, routing, expert):
+    arguments = expert_arguments(*expert, torch.float32, routing)
+    _, h = reference.mlp_forward(*arguments, True)
+    has_up, has_bias = bool(arguments[5]), bool(arguments[7])
+    needs = [True, True, True, has_up, True, has_bias, has_bias and has_up, has_bias]
+    scratch, grad_out = h.clone(), normal(T, D, seed=2)
+    ours = cuda.mlp_backward(grad_out, scratch, *arguments, needs, overwrite_h=True)
+    assert_close(ours, reference.mlp_backward(grad_out, h, *arguments, needs), torch.float32)
+    assert not torch.equal(scratch, h)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_few_tokens(cuda, num_tokens: int):
     routing = reference.route(torch.full((num_tokens, K), 2), E)

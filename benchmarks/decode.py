@@ -1,0 +1,83 @@
+"""Few tokens, where a layer costs what reading its weights costs: python -m benchmarks.decode.
+
+Forward from (x, topk_weights, topk_ids) to y, in a CUDA graph that goes through several copies of the weights, so that
+none is in the cache when it is read. GB/s counts the weights of the distinct experts that were hit, once, and nothing
+else; the copy beside it counts bytes read and written. Results are checked against the reference first.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import report, rivals
+from benchmarks.rivals import Implementation
+from benchmarks.shapes import Inputs, Shape, inputs
+from benchmarks.timing import median_ms, queued_ms
+from benchmarks.training_step import TOLERANCE, expected_step, inference
+
+MODELS = {"qwen3-30b": Shape(1, 2048, 768, 128, 8), "mixtral": Shape(1, 4096, 14336, 8, 2)}
+TOKENS = (1, 16, 64, 256)
+LEAST_BYTES = 200 * 2**20  # read between two uses of the same weights: several times the cache
+MIN_CALLS = 8  # in one graph
+
+
+def measure(model: str, num_tokens: int, implementations: dict[str, Implementation]) -> list[dict[str, Any]]:
+    """One row an implementation."""
+    shape = MODELS[model]._replace(T=num_tokens)
+    layer = inputs(shape, torch.bfloat16, "cuda")
+    experts = layer.topk_ids.unique().numel()
+    weight_bytes = experts * 3 * shape.D * shape.F * layer.x.element_size()
+    copies = [layer]
+    while len(copies) * weight_bytes < LEAST_BYTES:
+        copies.append(Inputs(**{**vars(layer), "gate_up": layer.gate_up.clone(), "down": layer.down.clone()}))
+    expected = expected_step(layer)[0].float()
+    rows = []
+    for name, implementation in implementations.items():
+        error = ((inference(layer, implementation).float() - expected).norm() / expected.norm()).item()
+        if not error < TOLERANCE:
+            raise ArithmeticError(f"{name}: relative RMS difference to the reference {error:.3g}")
+        ms = rotating_ms([lambda c=c, i=implementation: inference(c, i) for c in copies])
+        row = {"model": model, "T": num_tokens, "experts": experts, "implementation": name, "us": 1e3 * ms}
+        rows.append(row | {"GB/s": weight_bytes / ms / 1e6, "error": error})
+    return rows
+
+
+def rotating_ms(functions: list[Callable[[], Tensor]]) -> float:
+    """Milliseconds of one call, the functions taking turns in a replayed graph."""
+    for function in functions:
+        function()
+    calls = -(-MIN_CALLS // len(functions)) * len(functions)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in range(calls):
+            functions[call % len(functions)]()
+    return median_ms(graph.replay, repeats=10, warmup=2) / calls
+
+
+def copy_bandwidth() -> float:
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / queued_ms(lambda: target.copy_(source)) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--rivals", action="store_true", help="time the rivals that are installed too")
+    arguments = parser.parse_args()
+    implementations = {"scatter_moe": rivals.scatter_moe, **(dict(rivals.available()) if arguments.rivals else {})}
+    rows = []
+    for model in arguments.models:
+        for num_tokens in arguments.tokens:
+            rows += measure(model, num_tokens, implementations)
+            torch.cuda.empty_cache()
+    report.append("decode", rows, copy_gb_per_s=copy_bandwidth())
+    report.print_table("decode, bfloat16", rows)
+
+
+if __name__ == "__main__":
+    main()
