@@ -1,4 +1,4 @@
-"""scatter_moe::mlp_forward: the fused expert MLP, and the pre-activation h that its backward reads and may overwrite."""
+"""scatter_moe::mlp_forward: the fused expert MLP, and the pre-activation h that backward reads and may overwrite."""
 
 import torch
 from torch import Tensor
@@ -60,8 +60,8 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
 
 
 def _read_for_the_last_time(h: Tensor) -> bool:
-    """Whether this backward pass is the last that reads h: the graph isn't retained. Never while a compiler traces, when
-    h is a tensor of another kind: there a mutation of what the forward pass saved would mean a copy of it.
+    """Whether this backward pass is the last that reads h: the graph isn't retained. Never while a compiler traces
+    (h is a tensor of another kind then): a mutation of what the forward pass saved would mean a copy of it.
     """
     if not h.is_cuda or type(h) is not Tensor:
         return False

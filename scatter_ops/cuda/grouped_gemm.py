@@ -82,6 +82,7 @@ def product_options(
     )
     x = TensorDescriptor.from_tensor(rows.data, [config.block_m, block_k]) if x_tma else rows.data
     options = {
+        "distances_ptr": weight.addresses.distances if descriptor and weight.addresses else None,
         "WEIGHT": "tma" if descriptor else "list" if weight.is_list else "strided",
         "X_TMA": x_tma,
         "N_MAJOR": weight.stride_k != 1 and weight.stride_n == 1,
@@ -100,21 +101,33 @@ def product_options(
 
 
 def weight_descriptor(weight: ExpertWeight, block_n: int, block_k: int, n_ways: int) -> TensorDescriptor | None:
-    """[E, ways, n, k], or [E, k, ways, n] where n is contiguous; None where the strides or the address forbid TMA."""
-    stride_way = weight.stride_way if weight.ways > 1 else weight.stride_e
+    """[E, ways, n, k], or [E, k, ways, n] where n is contiguous; None where the strides or the address forbid TMA.
+
+    Of a list, E counts spacings of addresses, and a way in a tensor of its own is an expert of its own.
+    """
+    data, num_experts, stride_e, ways = weight.data, weight.num_experts, weight.stride_e, weight.ways
+    if weight.addresses is not None:
+        assert weight.lowest is not None
+        data, num_experts = weight.lowest, weight.addresses.extent
+        stride_e = weight.addresses.spacing // data.element_size()
+        if weight.experts_per_way:
+            ways = 1
+        if ways < n_ways or num_experts >= 2**31:
+            return None
+    stride_way = weight.stride_way if ways > 1 else stride_e
     if weight.stride_k == 1:
-        shape = [weight.num_experts, weight.ways, weight.n, weight.k]
-        strides = [weight.stride_e, stride_way, weight.stride_n, 1]
+        shape = [num_experts, ways, weight.n, weight.k]
+        strides = [stride_e, stride_way, weight.stride_n, 1]
         block = [1, n_ways, block_n // n_ways, block_k]
     else:
-        shape = [weight.num_experts, weight.k, weight.ways, weight.n]
-        strides = [weight.stride_e, weight.stride_k, stride_way, weight.stride_n]
+        shape = [num_experts, weight.k, ways, weight.n]
+        strides = [stride_e, weight.stride_k, stride_way, weight.stride_n]
         block = [1, block_k, n_ways, block_n // n_ways]
-    size = weight.data.element_size()
+    size = data.element_size()
     aligned = all(stride > 0 and stride * size % ALIGNMENT == 0 for stride in strides[:-1])
-    if weight.is_list or strides[-1] != 1 or not aligned or weight.data.data_ptr() % ALIGNMENT:
+    if strides[-1] != 1 or not aligned or data.data_ptr() % ALIGNMENT:
         return None
-    return TensorDescriptor(weight.data, shape, strides, block)
+    return TensorDescriptor(data, shape, strides, block)
 
 
 def tma_can_read(x: Tensor) -> bool:

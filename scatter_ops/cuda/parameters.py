@@ -6,8 +6,10 @@ pointers. E experts; a weight is [E, ways, n, k] with n its columns in the outpu
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +17,33 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes: kernels load 16 at a time through pointers of a list
 MAX_CACHED_ARRAYS = 4096
 
-_arrays: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-_captured: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+MAX_SPACING = 512  # bytes between allocations of PyTorch's allocator
+
+
+class Addresses(NamedTuple):
+    """Where each tensor of a list starts: its address, and its distance from the lowest one in units of `spacing`.
+
+    One TMA descriptor reads the whole list: its base is the lowest tensor (number `lowest`), and its outermost dimension
+    counts spacings (bytes).
+    """
+
+    pointers: Tensor
+    distances: Tensor
+    lowest: int
+    spacing: int
+    extent: int
+
+
+_arrays: dict[tuple[torch.device, tuple[int, ...]], Addresses] = {}
+_captured: dict[tuple[torch.device, tuple[int, ...]], Addresses] = {}
 
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """A weight [E, ways, n, k]; data is a tensor at its start, or base pointers ([ways * E] or [E]) if is_list."""
+    """A weight [E, ways, n, k]; data is a tensor at its start, or base pointers ([ways * E] or [E]) if is_list.
+
+    addresses and lowest (the tensor at the lowest address): of a list, None of a stack.
+    """
 
     data: Tensor
     is_list: bool
@@ -34,6 +56,8 @@ class ExpertWeight:
     stride_n: int
     stride_k: int
     experts_per_way: int = 0
+    addresses: Addresses | None = None
+    lowest: Tensor | None = None
 
     def transposed(self) -> "ExpertWeight":
         """The weight of the product's backward: n and k exchanged."""
@@ -58,12 +82,16 @@ class ExpertBias:
 
 def expert_weight(tensors: Sequence[Tensor], transposed: bool) -> ExpertWeight:
     """One tensor [E, n, k] or E tensors [n, k]; [E, k, n] and [k, n] if transposed."""
-    data, is_list, num_experts, stride_e = _spaced(tensors, expert_dim=2)
+    data, addresses, num_experts, stride_e = _spaced(tensors, expert_dim=2)
+    is_list = addresses is not None
     n_dim, k_dim = (-1, -2) if transposed else (-2, -1)
     # A stack made because nothing else fits has its own strides; a list has those of its tensors.
     like = tensors[0] if is_list else data
     sizes = like.shape[n_dim], like.shape[k_dim]
-    return ExpertWeight(data, is_list, num_experts, 1, *sizes, stride_e, 0, like.stride(n_dim), like.stride(k_dim))
+    weight = ExpertWeight(data, is_list, num_experts, 1, *sizes, stride_e, 0, like.stride(n_dim), like.stride(k_dim))
+    if addresses is None:
+        return weight
+    return replace(weight, addresses=addresses, lowest=tensors[addresses.lowest])
 
 
 def separate_weight(gate: Sequence[Tensor], up: Sequence[Tensor], transposed: bool) -> ExpertWeight:
@@ -76,8 +104,17 @@ def separate_weight(gate: Sequence[Tensor], up: Sequence[Tensor], transposed: bo
             return replace(first, ways=2, stride_way=distance // first.data.element_size())
     both = [*_unstacked(gate), *_unstacked(up)]
     if same_strides and all(weight.data_ptr() % ALIGNMENT == 0 for weight in both):
-        data = _pointer_array([weight.data_ptr() for weight in both], both[0])
-        return replace(first, data=data, is_list=True, ways=2, stride_e=0, experts_per_way=first.num_experts)
+        addresses = _addresses([weight.data_ptr() for weight in both], both[0])
+        return replace(
+            first,
+            data=addresses.pointers,
+            is_list=True,
+            ways=2,
+            stride_e=0,
+            experts_per_way=first.num_experts,
+            addresses=addresses,
+            lowest=both[addresses.lowest],
+        )
     stack = expert_weight([torch.stack(both)], transposed)
     return replace(stack, num_experts=first.num_experts, ways=2, stride_way=first.num_experts * stack.stride_e)
 
@@ -88,32 +125,33 @@ def expert_bias(tensors: Sequence[Tensor]) -> ExpertBias:
         return ExpertBias(None, 0, "none")
     if any(bias.stride(-1) != 1 for bias in tensors):
         tensors = [tensors[0].contiguous() if tensors[0].dim() == 2 else torch.stack(tuple(tensors))]
-    data, is_list, _, stride_e = _spaced(tensors, expert_dim=1)
-    return ExpertBias(data, stride_e, "list" if is_list else "strided")
+    data, addresses, _, stride_e = _spaced(tensors, expert_dim=1)
+    return ExpertBias(data, stride_e, "list" if addresses else "strided")
 
 
-def _spaced(tensors: Sequence[Tensor], expert_dim: int) -> tuple[Tensor, bool, int, int]:
-    """(data, is_list, number of experts, distance between experts in elements)."""
+def _spaced(tensors: Sequence[Tensor], expert_dim: int) -> tuple[Tensor, Addresses | None, int, int]:
+    """(data, addresses if it is a list, number of experts, distance between experts in elements)."""
     first = tensors[0]
     if len(tensors) == 1 and first.dim() == expert_dim + 1:
-        return first, False, first.shape[0], first.stride(0)
+        return first, None, first.shape[0], first.stride(0)
     pointers = [tensor.data_ptr() for tensor in tensors]
     step = pointers[1] - pointers[0] if len(pointers) > 1 else 0
     same_strides = all(tensor.stride() == first.stride() for tensor in tensors)
     if same_strides and step % ALIGNMENT == 0 and all(b - a == step for a, b in itertools.pairwise(pointers)):
-        return first, False, len(tensors), step // first.element_size()
+        return first, None, len(tensors), step // first.element_size()
     if same_strides and all(pointer % ALIGNMENT == 0 for pointer in pointers):
-        return _pointer_array(pointers, first), True, len(tensors), 0
+        addresses = _addresses(pointers, first)
+        return addresses.pointers, addresses, len(tensors), 0
     stack = torch.stack(tuple(tensors))
-    return stack, False, len(tensors), stack.stride(0)
+    return stack, None, len(tensors), stack.stride(0)
 
 
 def _unstacked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return tensors[0].unbind(0) if tensors[0].dim() == 3 else tensors
 
 
-def _pointer_array(pointers: Sequence[int], like: Tensor) -> Tensor:
-    """The pointers on the device. An array that a CUDA graph was captured with is kept as long as the process lives."""
+def _addresses(pointers: Sequence[int], like: Tensor) -> Addresses:
+    """The pointers on the device. Arrays that a CUDA graph was captured with are kept as long as the process lives."""
     key = like.device, tuple(pointers)
     array = _captured.get(key)
     if array is not None:
@@ -127,7 +165,12 @@ def _pointer_array(pointers: Sequence[int], like: Tensor) -> Tensor:
             )
         if len(_arrays) >= MAX_CACHED_ARRAYS:
             _drop_arrays(like)
-        array = _arrays[key] = torch.tensor(pointers, dtype=torch.int64, device=like.device)
+        lowest = min(pointers)
+        spacing = math.gcd(MAX_SPACING, *(pointer - lowest for pointer in pointers))
+        distances = [(pointer - lowest) // spacing for pointer in pointers]
+        # As int32 kernels read nonsense where tensors lie 2^31 spacings apart; `extent` tells launchers.
+        both = torch.tensor([pointers, distances], dtype=torch.int64, device=like.device)
+        array = _arrays[key] = Addresses(both[0], both[1], pointers.index(lowest), spacing, max(distances) + 1)
     elif capturing:
         _captured[key] = array
     return array

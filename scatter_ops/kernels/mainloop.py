@@ -5,8 +5,9 @@ index; its right operand is the expert's weight, seen as [ways, n, k]: two ways 
 weight, either side by side in the columns of one tile (N_WAYS) or one after the other along the reduction (K_WAYS).
 
 WEIGHT says what `weight` is: "strided" (a stacked tensor), "list" (an int64 array of base pointers, [ways, E] or [E])
-or "tma" (a host-made tensor descriptor [E, ways, n, k], [E, k, ways, n] if N_MAJOR). X_TMA: `x` is a descriptor
-[rows, k]. Legend: N slots, E experts.
+or "tma" (a host-made tensor descriptor [E, ways, n, k], [E, k, ways, n] if N_MAJOR). The first dimension of a list's
+descriptor counts what distances_ptr holds for each expert, and for the second way experts_per_way later if the ways are
+in tensors of their own. X_TMA: `x` is a descriptor [rows, k]. Legend: N slots, E experts.
 """
 
 import triton
@@ -100,6 +101,7 @@ def multiply_tile(
     stride_n,
     stride_k,
     experts_per_way,
+    distances_ptr,
     DTYPE: tl.constexpr,
     WEIGHT: tl.constexpr,
     X_TMA: tl.constexpr,
@@ -122,7 +124,14 @@ def multiply_tile(
     k_block = tl.arange(0, BLOCK_K)
     k_tiles = tl.cdiv(k_size, BLOCK_K)
     n_offsets = way.to(tl.int64) * stride_way + n.to(tl.int64) * stride_n
-    if WEIGHT != "tma":
+    if WEIGHT == "tma":
+        first_expert = expert
+        second_expert = expert
+        if distances_ptr is not None:
+            first_expert = tl.load(distances_ptr + expert).to(tl.int32)
+            if K_WAYS > 1:
+                second_expert = tl.load(distances_ptr + expert + experts_per_way).to(tl.int32)
+    else:
         first_base = expert_base(weight, expert, stride_e, DTYPE, WEIGHT == "list")
         second_base = first_base
         if WEIGHT == "list" and N_WAYS * K_WAYS > 1:
@@ -147,10 +156,15 @@ def multiply_tile(
                 x_tile = tl.load(x_ptrs, mask=(k < k_size)[None, :], other=0.0)
 
         if WEIGHT == "tma":
+            w_expert = first_expert
+            w_way = k_way
+            if distances_ptr is not None and K_WAYS > 1:
+                w_expert = tl.where(k_way == 0, first_expert, second_expert)
+                w_way = 0
             if N_MAJOR:
-                w_tile = weight.load([expert, k_first, k_way, first_column]).reshape(BLOCK_K, BLOCK_N)
+                w_tile = weight.load([w_expert, k_first, w_way, first_column]).reshape(BLOCK_K, BLOCK_N)
             else:
-                w_tile = weight.load([expert, k_way, first_column, k_first]).reshape(BLOCK_N, BLOCK_K).T
+                w_tile = weight.load([w_expert, w_way, first_column, k_first]).reshape(BLOCK_N, BLOCK_K).T
         else:
             if N_WAYS > 1:
                 w_base = tl.where(way == 0, first_base, second_base)
