@@ -23,8 +23,8 @@ MAX_SPACING = 512  # bytes between allocations of PyTorch's allocator
 class Addresses(NamedTuple):
     """Where each tensor of a list starts: its address, and its distance from the lowest one in units of `spacing`.
 
-    One TMA descriptor reads the whole list: its base is the lowest tensor (number `lowest`), and its outermost dimension
-    counts spacings (bytes).
+    One TMA descriptor reads the whole list: its base is the lowest tensor (number `lowest`), and its outermost
+    dimension counts spacings (bytes).
     """
 
     pointers: Tensor
