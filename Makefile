@@ -62,6 +62,7 @@ generated: $(TO_TEST)
 bench: $(TO_TEST)
 	$(RUN) -m benchmarks.kernels $(ARGS)
 	$(RUN) -m benchmarks.training_step $(ARGS)
+	$(RUN) -m benchmarks.decode
 	$(RUN) -m benchmarks.models $(ARGS)
 
 # Rewrites the expected graphs inside the tests; read the diff before committing it.

@@ -95,7 +95,7 @@ def performance_page() -> Page:
     path = ROOT / "docs" / "performance.md"
     shapes = ["| shape | T | D | F | E | K |", "|---|---:|---:|---:|---:|---:|"]
     shapes += [f"| {name} | " + " | ".join(f"{size:,}" for size in shape) + " |" for name, shape in SHAPES.items()]
-    steps = pictures.records("training_step")
+    steps = pictures.last_training_steps().values()
     text = between_markers(path.read_text(), "environments", "\n".join(map(_models_caption, last_runs_of_models())))
     runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
     return Page(path, between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs))

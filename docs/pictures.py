@@ -24,9 +24,19 @@ def models(value: str, unit: str, title: str) -> str:
 
 def training_steps(value: str, title: str) -> str:
     """The last run of each shape, balanced experts: the ratio to a dense product of as many FLOPs."""
-    rows = {row["shape"]: row for record in records("training_step") for row in record["rows"] if row["zipf"] == 0}
-    bars = [(f"shape {shape}", row[value], True) for shape, row in sorted(rows.items())]
+    bars = []
+    for shape, record in last_training_steps().items():
+        for row in record["rows"]:
+            if row["shape"] == shape:
+                name = row.get("implementation", "scatter_moe")
+                bars.append((f"{shape}: {name}", row[value], name == "scatter_moe"))
     return chart(title, "of dense", bars, "{:.2f}")
+
+
+def last_training_steps() -> dict[str, dict]:
+    """The last run of each shape, balanced experts."""
+    runs = {row["shape"]: r for r in records("training_step") for row in r["rows"] if row["zipf"] == 0}
+    return dict(sorted(runs.items()))
 
 
 def chart(title: str, unit: str, bars: Sequence[tuple[str, float, bool]], format_: str) -> str:
