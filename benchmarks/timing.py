@@ -19,6 +19,7 @@ def queued_ms(function: Callable[[], object], calls: int = 10) -> float:
     """Milliseconds of one call among several that are queued without waiting, as in training: the host runs ahead."""
     function()
     torch.cuda.synchronize()
+    function()  # keeps the device busy while the host gets ahead
     return _cuda_ms(lambda: [function() for _ in range(calls)]) / calls
 
 

@@ -15,6 +15,7 @@ from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
 from scatter_ops.kernels.glu_backward import glu_backward_kernel
 from scatter_ops.kernels.partials import bias_partials_kernel, sum_partials_kernel
+from scatter_ops.tuning import Config
 
 
 class GluGradients(NamedTuple):
@@ -44,16 +45,19 @@ def glu_backward(
 ) -> GluGradients:
     """grad: of y before the router weight. down: seen as [E, F, D]. num_partials: columns to leave room for.
 
-    overwrite_h: dH takes the memory of h, which the kernel reads tile by tile before it writes.
+    overwrite_h: dH may take the memory of h, which the kernel reads tile by tile before it writes. It does so where it
+    is stored by TMA. Stored through pointers, into lines that loads of h are still fetching, it halves the speed.
     """
     f_size, num_slots = down.n, glu.routing.num_slots
     need_h = need_h or (need_pre and not glu.on_input)
-    grad_h = (h_NH if overwrite_h else torch.empty_like(h_NH)) if need_h else None
+    config = select_config("glu_backward", h_NH, glu.routing, f_size, down.k)
+    out_tma = config.tma_out and uses_tma(config, h_NH.device) and tma_can_read(h_NH[:, :f_size])
+    grad_h = (h_NH if overwrite_h and out_tma else torch.empty_like(h_NH)) if need_h else None
     grad_pre = torch.empty_like(h_NH) if need_pre and glu.on_input else None
     scaled_a = h_NH.new_empty(num_slots, f_size) if need_a else None
     partials = h_NH.new_empty(num_slots, num_partials, dtype=torch.float32) if num_partials else None
     if h_NH.numel():
-        _launch(grad, h_NH, down, glu, grad_h, grad_pre, scaled_a, partials)
+        _launch(config, out_tma, grad, h_NH, down, glu, grad_h, grad_pre, scaled_a, partials)
     return GluGradients(grad_h, grad_pre if glu.on_input else grad_h, scaled_a, partials)
 
 
@@ -63,6 +67,8 @@ def num_column_tiles(h_NH: Tensor, down: ExpertWeight, glu: Glu) -> int:
 
 
 def _launch(
+    config: Config,
+    out_tma: bool,
     grad: Rows,
     h_NH: Tensor,
     down: ExpertWeight,
@@ -73,11 +79,9 @@ def _launch(
     partials: Tensor | None,
 ) -> None:
     f_size, h_size, routing = down.n, h_NH.shape[1], glu.routing
-    config = select_config("glu_backward", h_NH, routing, f_size, down.k)
     tiles = routing.schedule(config.block_m, with_inverse=True)
     grad_out, w, options = product_options(grad, down, config, config.block_n, n_ways=1)
     part = config.block_n // config.epilogue_parts
-    out_tma = config.tma_out and uses_tma(config, h_NH.device) and tma_can_read(h_NH[:, :f_size])
 
     def tiles_of(like_h: Tensor | None) -> object:
         return glu.tiles_of_h(like_h, config.block_m, part) if out_tma and like_h is not None else like_h

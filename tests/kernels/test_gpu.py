@@ -117,8 +117,20 @@ def test_h_is_overwritten_where_it_is_read_last():
     for again in results[1:]:
         for a, b in zip(results[0], again, strict=True):
             assert torch.equal(a, b)
-    h_bytes = order.numel() * 2 * 1024 * 2
-    assert peaks[1] - peaks[2] >= 0.9 * h_bytes
+    if torch.cuda.get_device_capability() >= (9, 0):
+        h_bytes = order.numel() * 2 * 1024 * 2
+        assert peaks[1] - peaks[2] >= 0.9 * h_bytes
+
+
+def test_lists_give_what_stacks_give():
+    """The same tiles in the same order, wherever the experts' weights lie: bitwise."""
+    stacked = layer(T=3000)
+    lists = [
+        [torch.empty(2 + e % 3, *w.shape, dtype=w.dtype, device="cuda")[1].copy_(w) for e, w in enumerate(ws[0])]
+        for ws in (stacked.gate_up, stacked.down)
+    ]
+    for a, b in zip(step(stacked._replace(gate_up=lists[0], down=lists[1])), step(stacked), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_results_repeat_bitwise():

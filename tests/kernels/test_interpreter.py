@@ -185,7 +185,6 @@ def test_h_may_be_overwritten(cuda, routing, expert):
     scratch, grad_out = h.clone(), normal(T, D, seed=2)
     ours = cuda.mlp_backward(grad_out, scratch, *arguments, needs, overwrite_h=True)
     assert_close(ours, reference.mlp_backward(grad_out, h, *arguments, needs), torch.float32)
-    assert not torch.equal(scratch, h)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
