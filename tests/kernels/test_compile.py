@@ -53,14 +53,18 @@ def test_kernels_fit(capability: tuple[int, int], dtype: torch.dtype, rows_per_e
         assert found.stack <= MAX_SPILL_BYTES, f"{name}: {found}"
 
 
-def test_lists_of_weights_are_read_asynchronously():
-    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+@pytest.mark.parametrize(("capability", "kind"), [((8, 0), "list"), ((9, 0), "tma")], ids=str)
+def test_lists_of_weights_are_read_asynchronously(capability: tuple[int, int], kind: str):
+    """Through pointers, and by one TMA descriptor where there is TMA."""
+    with offline.recorded(capability, rows_per_expert=4096) as launches:
         training_step(torch.bfloat16, listed=True)
-    listed = [launch for launch in launches if launch.kwargs.get("WEIGHT") == "list"]
-    assert len(listed) == 4
-    for launch in listed:
+    products = [launch for launch in launches if "WEIGHT" in launch.kwargs]
+    assert len(products) == 4
+    for launch in products:
+        assert launch.kwargs["WEIGHT"] == kind
         found = offline.resources(offline.compile_launch(launch))
-        assert found.async_copies > 0, f"{launch.kernel.__name__}: {found}"
+        copies = found.tma if kind == "tma" else found.async_copies
+        assert copies > 0, f"{launch.kernel.__name__}: {found}"
 
 
 def test_products_use_the_tensor_cores_of_hopper():
