@@ -104,7 +104,7 @@ class ExpertMLP(nn.Module):
             TypeError, ValueError: naming the argument that isn't as above.
         """
         if self.exchange is not None:
-            return self.exchange(self._local_experts, x, topk_ids, topk_weights)
+            return self.exchange(self.run_local, x, topk_ids, topk_weights)
         return self._mlp(x, topk_weights, Dispatch.of_ids(topk_ids, self.num_experts))
 
     def forward_grouped(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ class ExpertMLP(nn.Module):
         weights = x.new_ones(x.shape[0], 1)
         return self._mlp(x, weights, Dispatch.of_counts(num_tokens_per_expert, x.shape[0]))
 
-    def _local_experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The experts of this rank on the tokens of all ranks; ids count from its first expert."""
+    def run_local(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Under `ExpertParallel`: the experts of this rank alone, on tokens that were exchanged; ids count from its first."""
         assert self.exchange is not None
         num_local = self.exchange.partition.num_local
         if num_local == 0:
