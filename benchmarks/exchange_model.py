@@ -45,13 +45,22 @@ def row(shape: Shape, num_ranks: int, network: Network) -> dict[str, float | int
     near = (min(num_ranks, network.gpus_per_node) - 1) / (num_ranks - 1)
     result: dict[str, float | int] = {"ranks": num_ranks}
     for name, count in rows.items():
-        result[f"{name}_kib_per_token"] = count * shape.D * BYTES / 2**10
+        result[f"{name}_kib_per_token"] = kib_per_token(shape, count)
     for name, count in rows.items():
         gigabytes = TRANSFERS * shape.T * count * shape.D * BYTES / 1e9
         seconds = max(gigabytes * near / network.nvlink_gbs, gigabytes * (1 - near) / network.network_gbs)
         result[f"{name}_ms_per_step"] = 1e3 * seconds
-    result["all_gather_gib"] = num_ranks * shape.T * shape.D * BYTES / 2**30
+    result["all_gather_gib"] = gathered_gib(shape, num_ranks)
     return result
+
+
+def kib_per_token(shape: Shape, rows: float) -> float:
+    return rows * shape.D * BYTES / 2**10
+
+
+def gathered_gib(shape: Shape, num_ranks: int) -> float:
+    """Memory of all ranks' tokens."""
+    return num_ranks * shape.T * shape.D * BYTES / 2**30
 
 
 def main() -> None:

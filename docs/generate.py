@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import registrations
+from benchmarks import exchange_model
 from benchmarks.shapes import SHAPES
 from docs import gallery, parts, pictures
 from fx_passes.forms import FORMS
@@ -53,7 +54,16 @@ class Page:
 
 def pages() -> list[Page]:
     written_whole = [Page(ROOT / "docs" / "gallery.md", gallery.text()), Page(ROOT / "docs" / "parts.md", parts.text())]
-    return [forms_page(), ops_page(), readme(), limits_page(), performance_page(), *written_whole, *charts()]
+    return [
+        forms_page(),
+        ops_page(),
+        readme(),
+        limits_page(),
+        performance_page(),
+        exchange_page(),
+        *written_whole,
+        *charts(),
+    ]
 
 
 def forms_page() -> Page:
@@ -99,6 +109,19 @@ def performance_page() -> Page:
     text = between_markers(path.read_text(), "environments", "\n".join(map(_models_caption, last_runs_of_models())))
     runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
     return Page(path, between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs))
+
+
+def exchange_page() -> Page:
+    """What the exchanges of expert parallelism move and store, by arithmetic."""
+    path = ROOT / "docs" / "more-than-one-gpu.md"
+    shape = SHAPES["D"]
+    lines = ["| ranks | plain | all_to_all | all_gather | all_gather, GiB |", "|---:|---:|---:|---:|---:|"]
+    for num_ranks in exchange_model.RANKS:
+        rows = exchange_model.rows_sent(shape.K, num_ranks).values()
+        cells = [f"{exchange_model.kib_per_token(shape, count):.3g}" for count in rows]
+        cells += [f"{exchange_model.gathered_gib(shape, num_ranks):.3g}"]
+        lines.append(f"| {num_ranks} | " + " | ".join(cells) + " |")
+    return Page(path, between_markers(path.read_text(), "exchange_model", "\n".join(lines)))
 
 
 def charts() -> list[Page]:

@@ -121,7 +121,7 @@ class ExpertMLP(nn.Module):
         return self._mlp(x, weights, Dispatch.of_counts(num_tokens_per_expert, x.shape[0]))
 
     def run_local(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Under `ExpertParallel`: the experts of this rank alone, on tokens that were exchanged; ids count from its first."""
+        """Under `ExpertParallel`: this rank's experts on tokens that were exchanged; ids count from its first."""
         assert self.exchange is not None
         num_local = self.exchange.partition.num_local
         if num_local == 0:

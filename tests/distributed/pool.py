@@ -6,9 +6,11 @@ The function is one of a module's own, its arguments and results can be pickled.
 torchrun. After an error the processes are started anew, since their collectives may be out of step.
 """
 
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from multiprocessing.connection import wait
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -29,7 +31,7 @@ class Pool:
             self._workers = _start()
         for _, connection in self._workers:
             connection.send((function, args))
-        results = [_receive(connection) for _, connection in self._workers]
+        results = _receive([connection for _, connection in self._workers])
         errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(results) if error]
         if errors:
             self.close()
@@ -56,9 +58,25 @@ def _start() -> list[tuple[Any, Any]]:
     return workers
 
 
-def _receive(connection: Any) -> tuple[Any, str | None]:
+def _receive(connections: list[Any]) -> list[tuple[Any, str | None]]:
+    """Each one's value or error. After the first error the others, who may wait for that one, get little time."""
+    answers: dict[Any, tuple[Any, str | None]] = {}
+    deadline = time.monotonic() + _PATIENCE
+    while len(answers) < len(connections):
+        waiting = [connection for connection in connections if connection not in answers]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            answers |= dict.fromkeys(waiting, (None, "no answer"))
+        for connection in ready:
+            answers[connection] = _answer(connection)
+            if answers[connection][1] is not None:
+                deadline = min(deadline, time.monotonic() + 2)
+    return [answers[connection] for connection in connections]
+
+
+def _answer(connection: Any) -> tuple[Any, str | None]:
     try:
-        return connection.recv() if connection.poll(_PATIENCE) else (None, f"no answer in {_PATIENCE} seconds")
+        return connection.recv()
     except EOFError:
         return None, "the process ended"
 
