@@ -1,7 +1,7 @@
 """Trains a small byte-level language model whose experts are divided among processes.
 
-    torchrun --nproc-per-node 2 examples/train_expert_parallel.py                     two processes on the CPU, or GPUs
-    torchrun --nproc-per-node 8 examples/train_expert_parallel.py --ep 4              experts on 4, FSDP2 over the other 2
+    torchrun --nproc-per-node 2 examples/train_expert_parallel.py            two processes on the CPU, or two GPUs
+    torchrun --nproc-per-node 8 examples/train_expert_parallel.py --ep 4     experts on 4, FSDP2 over the other 2
 
 Run it again after a crash: it goes on from its last checkpoint, also with another number of processes.
 Shapes: B sequences of a process, S positions, D model width, E experts.
@@ -76,7 +76,8 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh, exchange: str, max_token
     style = scatter_moe.ExpertParallel(exchange, max_tokens=max_tokens)  # pyright: ignore[reportArgumentType]
     parallelize_module(model, mesh["ep"], {"blocks.*.moe": style})
     for block in model.blocks:
-        fully_shard(block.moe.experts, mesh=mesh["fsdp"])  # pyright: ignore
+        assert isinstance(block, Block)
+        fully_shard(block.moe.experts, mesh=mesh["fsdp"])
         fully_shard(block, mesh=everyone)
     fully_shard(model, mesh=everyone)
 
