@@ -9,7 +9,7 @@ import torch
 
 from fx_passes.backend import backend_for_report
 from fx_passes.report import collecting
-from scatter_moe.cli.targets import Target, from_config, from_factory
+from scatter_moe.cli.targets import OWN_CODE, Target, from_config, from_factory
 from scatter_moe.explain import Explanation
 
 
@@ -35,9 +35,13 @@ class Outcome:
         """What to try where there is nothing to show."""
         if self.stopped and self.target.device == "meta":
             return "a loop that is left alone can't run without values: try --device cpu with few --layers"
-        if self.target.experts not in (None, "eager") and not self.explanation.regions:
-            return f"transformers runs experts_implementation={self.target.experts!r} here: try --experts eager"
-        return None
+        if self.explanation.regions or self.target.experts in (None, "eager"):
+            return None
+        if self.target.experts == OWN_CODE:
+            return "no experts implementation applies to this model: transformers always runs its own code"
+        if self.target.experts == "scatter_moe":
+            return "transformers calls the operators itself: nothing is left to rewrite"
+        return f"transformers runs experts_implementation={self.target.experts!r} here: try --experts eager"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""

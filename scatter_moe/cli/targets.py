@@ -13,13 +13,15 @@ import torch
 
 from scatter_moe.cli.errors import UsageError
 
+OWN_CODE = "own code"
+
 
 @dataclass(frozen=True)
 class Target:
     """A model and what it is called with.
 
     `layers` says how many of a configuration's layers were built ("4 of 61"), `experts` which experts_implementation
-    transformers runs; both are None for a factory.
+    transformers runs, "own code" for a model without that interface; both are None for a factory.
     """
 
     name: str
@@ -72,7 +74,7 @@ def from_config(options: argparse.Namespace) -> Target:
         kwargs=kwargs,
         device=options.device,
         layers=layers,
-        experts=getattr(model.config, "_experts_implementation", None),
+        experts=model.config._experts_implementation if model._can_set_experts_implementation() else OWN_CODE,
     )
 
 

@@ -65,10 +65,8 @@ def limit_capacity(
     in_use_TK = (ids_TK >= 0) & (ids_TK < num_experts)
     kept_TK = in_use_TK & (rank_TK < capacity)
     dropped_TK = torch.where(in_use_TK, ids_TK + num_experts, ids_TK)
-    return routing._replace(
-        topk_weights=torch.where(kept_TK, routing.topk_weights, 0.0),
-        topk_ids=torch.where(kept_TK, ids_TK, dropped_TK),
-    )
+    weights_TK = torch.where(kept_TK, routing.topk_weights, 0.0)
+    return Routing(weights_TK, torch.where(kept_TK, ids_TK, dropped_TK), routing.logits)
 
 
 class CapacityRouter(nn.Module):

@@ -127,6 +127,20 @@ def test_a_loop_that_cannot_run_without_values_says_so(capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "experts", "hint"),
+    [
+        (["mixtral", "--experts", "scatter_moe"], "scatter_moe", "transformers calls the operators itself"),
+        (["llama"], "own code", "no experts implementation applies"),
+    ],
+)
+def test_a_model_without_a_loop_to_rewrite_says_why(capsys, arguments, experts, hint):
+    code, outcome = run_json(capsys, "explain", *arguments, "--layers", "1")
+    assert code == 1
+    assert outcome["experts_implementation"] == experts
+    assert outcome["rewritten"] == [] and outcome["hint"].startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no_such_module:make"], "can't import no_such_module"),
