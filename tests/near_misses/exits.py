@@ -1,9 +1,10 @@
 """Loops that are left early, experts that are skipped, branches that do more than to skip one without tokens."""
 
 import torch
+from torch.nn import functional as F
 
 from tests.near_misses.common import Loop, NearMiss, RangeLoop, StackedLoop, hits
-from tests.zoo.common import E
+from tests.zoo.common import D, E
 
 
 class BreakAtTwo(Loop):
@@ -233,6 +234,23 @@ class LastOnlyHit(StackedLoop):
         return result
 
 
+class GuardOfOtherIds(RangeLoop):
+    """An expert is skipped where other ids don't name it."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, weights, ids = self.gate(x)
+        mask = F.one_hot(ids, self.num_experts).permute(2, 1, 0)
+        other = F.one_hot(ids.clamp(max=1), self.num_experts).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            if not other[e].any():
+                continue
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.value(x, weights, tokens, slots, e))
+        return out
+
+
 MISSES = (
     NearMiss("range_break_at_two", "every_expert_is_covered", BreakAtTwo, may_rewrite=True),
     NearMiss("hit_break_at_two", "loop_runs_to_its_end", BreakAtTwoHit),
@@ -251,4 +269,5 @@ MISSES = (
     NearMiss("hit_sentinel_after_work", "loop_has_a_known_form", SentinelAfterWork),
     NearMiss("range_last_only", "additions_follow_each_other", LastOnly),
     NearMiss("hit_last_only", "additions_follow_each_other", LastOnlyHit),
+    NearMiss("range_guard_of_other_ids", "guards_are_of_the_same_expert", GuardOfOtherIds),
 )

@@ -1,0 +1,161 @@
+"""Programs composed of a loop style, a router, a body, an addition and mutations, as Python source.
+
+A mutation adds one line, at one of the places that the template below names; the lines need not make sense. T tokens, K
+experts per token, E experts, D model width, F expert width.
+"""
+
+from dataclasses import dataclass
+
+PREAMBLE = """\
+import itertools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.adversarial.model import E, K, Model
+
+
+class Program(Model):
+    def forward(self, hidden_states):
+        x = hidden_states * 1
+"""
+
+ROUTERS = {
+    "softmax": "w, ids = torch.topk(logits.softmax(-1), K, dim=-1)",
+    "normalized": "w, ids = torch.topk(logits.softmax(-1), K, dim=-1); w = w / w.sum(-1, keepdim=True)",
+    "sigmoid": "s = logits.sigmoid(); ids = torch.topk(s, K, dim=-1)[1]; w = s.gather(1, ids)",
+    "sorted": "w, ids = logits.softmax(-1).sort(-1, descending=True); w, ids = w[:, :K], ids[:, :K]",
+    "top_1": "w, ids = torch.topk(logits.softmax(-1), 1, dim=-1)",
+}
+
+MASK = "mask = F.one_hot(ids, E).permute(2, 1, 0)"
+HITS = "for e in (mask.sum(dim=(-1, -2)) > 0).nonzero():\n    e = e[0]"
+WHERE = "k, t = torch.where(mask[e]); at = t"
+
+# The loop's head, and how it selects an expert's rows.
+LOOPS = {
+    "range": ("for e in range(E):", WHERE),
+    "compared": ("for e in range(E):", "t, k = torch.where(ids == e); at = t"),
+    "guarded": ("for e in range(E):", f"{WHERE}\nif t.numel() == 0:\n    continue"),
+    "any": ("for e in range(E):", f"if not mask[e].any():\n    continue\n{WHERE}"),
+    "enumerated": ("for e, expert in enumerate(self.experts):", WHERE),
+    "hits": (HITS, WHERE),
+    "listed": ("for e in range(E):", f"{WHERE}\nt, at = t.tolist(), t"),
+}
+
+BODIES = {
+    "modules": "y = self.experts[e](x[t])",
+    "matmuls": "y = F.silu(x[t] @ self.up[e]) @ self.down[e]",
+    "gated": "g, u = (x[t] @ self.gate_up[e]).chunk(2, -1); y = (F.silu(g) * u) @ self.down[e]",
+    "biased": "y = F.linear(F.gelu(x[t] @ self.up[e] + self.up_bias[e]), self.down[e].t(), self.down_bias[e])",
+    "normed": "y = F.layer_norm(x[t] @ self.square[e], (4,))",
+    "scaled": "y = (x[t] @ self.square[e]) * self.scale[e]",
+}
+
+ADDITIONS = {
+    "in_place": "out.index_add_(0, at, y)",
+    "functional": "out = out.index_add(0, at, y)",
+    "plus_equals": "out[t] += y",
+}
+
+# Where the line goes, and the line.
+MUTATIONS = {
+    "constant": ("body", "y = y * (2.0 if e == 1 else 1.0)"),
+    "tied_to_first": ("body", "y = y @ self.square[0 if e == 1 else e]"),
+    "neighbour": ("body", "y = y @ self.square[(e + 1) % E]"),
+    "shared": ("body", "y = y @ self.square[0]"),
+    "reads_output": ("body", "y = y + out[t]"),
+    "number": ("body", "y = y * (e + 1)"),
+    "mean": ("body", "y = y - y.mean(0)"),
+    "flip": ("body", "y = y.flip(0)"),
+    "softmax_over_rows": ("body", "y = y.softmax(0)"),
+    "count": ("body", "y = y / y.shape[0]"),
+    "row_norm": ("body", "y = F.normalize(y, dim=-1)"),
+    "dropout": ("body", "y = F.dropout(y, 0.5)"),
+    "dead_dropout": ("body", "F.dropout(y, 0.5)"),
+    "detach": ("body", "y = y.detach()"),
+    "no_grad": ("body", "with torch.no_grad():\n    y = y * 2"),
+    "autocast": ("body", "with torch.autocast('cpu', torch.bfloat16):\n    y = (y @ self.square[e]).float()"),
+    "in_place_rows": ("body", "y.mul_(2.0)"),
+    "relu_in_place": ("body", "F.relu(y, True)"),
+    "unweighted": ("body", "y = y * w[t, k, None]"),
+    "other_weights": ("body", "y = y * w[t, 0, None]"),
+    "table": ("body", "y = y * logits[t, e, None]"),
+    "keep": ("body", "y = y * (x > 0)[t]"),
+    "asserts": ("body", "torch._check(y.shape[0] < 100)"),
+    "ask_list": ("body", "y = y * 2 if isinstance(t, list) else y"),
+    "skip": ("begin", "if e == 2:\n    continue"),
+    "break": ("begin", "if e == 2:\n    break"),
+    "break_late": ("end", "if e == 1:\n    break"),
+    "return": ("end", "if e == 1:\n    return out"),
+    "leak": ("end", "seen.append(y)"),
+    "last": ("end", "last = y.sum()"),
+    "last_number": ("end", "last = e"),
+    "tokens": ("end", "last = len(t)"),
+    "counter": ("end", "self.count += 1"),
+    "iterator": ("end", "last = next(numbers)"),
+    "attribute": ("end", "self.kept = x[t]"),
+    "buffer": ("end", "self.served[e] += 1"),
+    "buffer_in_place": ("end", "self.total.add_(1)"),
+    "reads_buffer": ("body", "y = y * self.total"),
+    "input_in_place": ("end", "x.detach().mul_(0.5)"),
+    "weights_in_place": ("end", "w.detach().mul_(0.5)"),
+    "mask_in_place": ("end", "mask[0].fill_(0)"),
+    "decay": ("end", "out = out * 0.5"),
+    "ids_clamped": ("routed", "ids = ids.clamp(max=1)"),
+    "ids_modulo": ("routed", "ids = (ids + 1) % E"),
+    "ids_repeated": ("routed", "ids = ids[:, :1].expand_as(ids)"),
+    "ids_in_place": ("routed", "ids = ids.clone(); ids[:, -1] = ids[:, 0]"),
+    "threshold": ("masked", "mask = mask * (w.t() > 0.3)"),
+    "other_input": ("masked", "x = x.flip(0)"),
+    "ones": ("masked", "out = torch.ones_like(x)"),
+    "alias": ("masked", "out = x"),
+    "strided": ("masked", "out = torch.zeros_like(x.t().contiguous().t())"),
+    "halves": ("masked", "last = out[:, :2]"),
+    "written_after": ("after", "x.add_(1); last = x"),
+    "number_after": ("after", "last = e"),
+    "else": ("after", "out = out * (1.0 + len(seen))"),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    router: str
+    loop: str
+    body: str
+    addition: str
+    mutations: tuple[str, ...]
+
+    def source(self) -> str:
+        head, select = LOOPS[self.loop]
+        in_loop = [
+            *self._at("begin"),
+            select,
+            BODIES[self.body],
+            *self._at("body"),
+            "y = y * w[t, k, None]",
+            ADDITIONS[self.addition],
+            *self._at("end"),
+        ]
+        lines = [
+            "logits = self.router(hidden_states)",
+            ROUTERS[self.router],
+            *self._at("routed"),
+            MASK,
+            "out = torch.zeros_like(x)",
+            "seen, last, numbers = [], 0.0, itertools.count()",
+            *self._at("masked"),
+            head,
+            *(indented(line, 4) for line in in_loop),
+            *self._at("after"),
+            "return out, last, seen",
+        ]
+        return PREAMBLE + "\n".join(indented(line, 8) for line in lines) + "\n"
+
+    def _at(self, place: str) -> list[str]:
+        return [line for where, line in map(MUTATIONS.__getitem__, self.mutations) if where == place]
+
+
+def indented(lines: str, by: int) -> str:
+    return "\n".join(" " * by + line for line in lines.split("\n"))
