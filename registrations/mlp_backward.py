@@ -33,7 +33,7 @@ def mlp_backward_fake(
 
 SECOND_DERIVATIVES = (
     "scatter_moe::mlp has no second derivatives: write the expert with scatter_moe::parallel_linear, which has them, "
-    "or call backward without create_graph"
+    "compile a naive loop with another backend than scatter_moe, or call backward without create_graph"
 )
 not_differentiable("mlp_backward", SECOND_DERIVATIVES)
 
