@@ -9,6 +9,7 @@ docs/parts.md       signatures and docstrings of the public Python API
 docs/limits.md      the README's section on limits and deviations
 docs/pictures/      bar charts of benchmarks/results
 docs/performance.md between its markers: where and what the pictures' numbers are from
+docs/kernels.md     between its markers: the counters of the last profiled run
 docs/ops.md         between its markers: each operator's schema and what its reference says
 README.md           between its markers: the last run of each model in benchmarks/results/models.jsonl
 """
@@ -30,6 +31,17 @@ from scatter_ops import reference
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- begin: {} (docs/generate.py) -->", "<!-- end: {} -->"
+COUNTERS_COLUMNS = {
+    "phase": "kernel",
+    "shape": "shape",
+    "ms": "ms",
+    "sm_ghz": "clock, GHz",
+    "tensor_pipe_percent": "tensor cores busy, %",
+    "dram_percent": "memory, %",
+    "l2_percent": "L2 cache, %",
+    "issue_slots_percent": "issue slots used, %",
+    "samples_in_main_loop_percent": "time in the main loop, %",
+}
 MODELS_COLUMNS = {
     "model": "model",
     "experts": "experts and compiler",
@@ -61,6 +73,7 @@ def pages() -> list[Page]:
         limits_page(),
         performance_page(),
         exchange_page(),
+        kernels_page(),
         *written_whole,
         *charts(),
     ]
@@ -122,6 +135,19 @@ def exchange_page() -> Page:
         cells += [f"{exchange_model.gathered_gib(shape, num_ranks):.3g}"]
         lines.append(f"| {num_ranks} | " + " | ".join(cells) + " |")
     return Page(path, between_markers(path.read_text(), "exchange_model", "\n".join(lines)))
+
+
+def kernels_page() -> Page:
+    """The hand-written page with the counters of the last profiled run."""
+    path = ROOT / "docs" / "kernels.md"
+    record = pictures.records("counters")[-1]
+    lines = [
+        "| " + " | ".join(COUNTERS_COLUMNS.values()) + " |",
+        "|---|---" + "|---:" * (len(COUNTERS_COLUMNS) - 2) + "|",
+    ]
+    lines += ["| " + " | ".join(str(row[key]) for key in COUNTERS_COLUMNS) + " |" for row in record["rows"]]
+    content = "\n".join(lines) + f"\n\n{_caption(record)} {record['settings']['note'].capitalize()}."
+    return Page(path, between_markers(path.read_text(), "counters", content))
 
 
 def charts() -> list[Page]:
