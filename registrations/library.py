@@ -15,6 +15,7 @@ from scatter_ops import cpu
 NAMESPACE = "scatter_moe"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 OPS = getattr(torch.ops, NAMESPACE)
+MAX_SIGNATURES = 1024
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -24,7 +25,7 @@ def define(schema: str) -> None:
 
 def kernels(name: str, check: Callable[..., None]) -> None:
     """Register the CPU and the CUDA implementation behind the argument check."""
-    on_cpu = getattr(cpu, name)
+    on_cpu, check = getattr(cpu, name), _once_per_signature(check)
 
     def cpu_kernel(*args):
         check(*args)
@@ -137,6 +138,27 @@ def _autocast_kernel(name: str, device_type: str, cast: Callable[..., tuple]) ->
             return getattr(OPS, name)(*cast(to_autocast_dtype, *args))
 
     return kernel
+
+
+def _once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
+    """The same check, which looks at nothing but metadata, left out for arguments like earlier ones that passed."""
+    passed = set()
+
+    def check_once(*args):
+        signature = tuple([_signature(value) for value in args])
+        if signature not in passed:
+            check(*args)
+            if len(passed) >= MAX_SIGNATURES:
+                passed.clear()
+            passed.add(signature)
+
+    return check_once
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    return tuple([_signature(entry) for entry in value]) if isinstance(value, list) else value
 
 
 def _flatten(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:

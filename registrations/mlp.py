@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from registrations.library import LIBRARY, OPS, autocast, define
+from registrations.library import LIBRARY, OPS, autocast, define, requires_grad
 
 ARGUMENTS = (
     "Tensor x, Tensor topk_weights, Tensor order, Tensor offsets, Tensor[] gate_up, Tensor[] up, Tensor[] down, "
@@ -37,11 +37,13 @@ def mlp(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The gradient of down_bias alone doesn't read h."""
-    parameters = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
-    readers = (x, topk_weights, *gate_up, *up, *down, *gate_up_bias, *up_bias)
-    save_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in readers)
+    arguments = (x, topk_weights, order, offsets, gate_up, up, down, gate_up_bias, up_bias, down_bias)
     options = (activation, layout, transposed, weight_on, alpha, limit, out_dtype)
-    return OPS.mlp_forward.default(x, topk_weights, order, offsets, *parameters, *options, save_h)[0]
+    if not (torch.is_grad_enabled() and any(requires_grad(value) for value in arguments)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return OPS.mlp_forward.default(*arguments, *options, False)[0]
+    save_h = any(requires_grad(value) for value in arguments[:-1])
+    return OPS.mlp_forward.default(*arguments, *options, save_h)[0]
 
 
 LIBRARY.impl("mlp", mlp, "CompositeImplicitAutograd")

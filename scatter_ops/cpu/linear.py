@@ -6,10 +6,14 @@ N slots, E experts; `in` and `out` are the widths of the linear layer.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from scatter_ops.cpu.routing import expand_backward, slot_rows, zero_experts_but
-from scatter_ops.grouping import Groups, experts
+from scatter_ops.cpu.routing import expand_backward, slot_rows, zero_experts_but, zero_sentinels
+from scatter_ops.grouping import Groups, experts, select_experts
+
+GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Operands = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 
 
 def parallel_linear(
@@ -24,7 +28,7 @@ def parallel_linear(
     transposed: bool = False,
 ) -> Tensor:
     rows = x if grouped_in else x.index_select(0, order_N if top_k == 1 else order_N // top_k)
-    y = grouped_linear(rows, weight, Groups.of(offsets_E, rows.shape[0]), bias, transposed)
+    y = grouped_linear(rows, weight, Groups(offsets_E, rows.shape[0]), bias, transposed)
     return y if grouped_out else y.index_select(0, slot_rows(order_N))
 
 
@@ -40,7 +44,7 @@ def parallel_linear_weight_grad(
 ) -> Tensor:
     rows = x if grouped_in else x.index_select(0, order_N if top_k == 1 else order_N // top_k)
     grad_rows = grad if grouped_out else grad.index_select(0, order_N)
-    return grouped_weight_grad(rows, grad_rows, Groups.of(offsets_E, rows.shape[0]), offsets_E.numel(), transposed)
+    return grouped_weight_grad(rows, grad_rows, Groups(offsets_E, rows.shape[0]), transposed)
 
 
 def parallel_linear_bias_grad(grad: Tensor, order_N: Tensor, offsets_E: Tensor, grouped_out: bool) -> Tensor:
@@ -60,28 +64,83 @@ def grouped_linear(
 
     Written to `out` if it is given, or added to `add_to`, a result of this function that is overwritten.
     """
-    weights, biases = experts(weight, 2), experts(bias, 1)
     y = add_to if out is None else out
+    if y is None and not bias and _grouped_mm_serves(groups, rows, *weight):
+        y = F.grouped_mm(rows, weight[0] if transposed else weight[0].mT, offs=groups.offsets_E)
+        return zero_sentinels(y, groups.num_valid)
     if y is None:
         y = rows.new_empty(rows.shape[0], weight[0].shape[-1 if transposed else -2])
-    *y_groups, sentinels = y.split_with_sizes(groups.sizes)
-    for e, x_rows, y_rows in zip(groups.experts, rows.split_with_sizes(groups.sizes), y_groups, strict=False):
-        matrix = weights[e] if transposed else weights[e].t()
-        if add_to is not None:
-            torch.addmm(y_rows, x_rows, matrix, out=y_rows)
-        elif bias:
-            torch.addmm(biases[e], x_rows, matrix, out=y_rows)
-        else:
-            torch.mm(x_rows, matrix, out=y_rows)
-    sentinels.zero_()
-    return y
+    operands = _row_operands if _calls_outweigh_copies(weight, groups) else _expert_operands
+    x_parts, matrices, addends, y_parts = operands(rows, weight, groups, bias, transposed, y)
+    addends = addends if add_to is None else y_parts
+    if addends:
+        add_product = torch.baddbmm if operands is _row_operands else torch.addmm
+        for addend, x_part, matrix, y_part in zip(addends, x_parts, matrices, y_parts, strict=False):
+            add_product(addend, x_part, matrix, out=y_part)
+    else:
+        product = torch.bmm if operands is _row_operands else torch.mm
+        for x_part, matrix, y_part in zip(x_parts, matrices, y_parts, strict=False):
+            product(x_part, matrix, out=y_part)
+    return zero_sentinels(y, groups.num_valid)
 
 
-def grouped_weight_grad(rows: Tensor, grad_rows: Tensor, groups: Groups, num_experts: int, transposed: bool) -> Tensor:
+def _expert_operands(
+    rows: Tensor, weight: Sequence[Tensor], groups: Groups, bias: Sequence[Tensor], transposed: bool, y: Tensor
+) -> Operands:
+    """Rows of x, matrix, bias and rows of y for the product of each expert."""
+    weights, biases = experts(weight, 2), experts(bias, 1)
+    if isinstance(weights, Tensor):
+        stack = weights if transposed else weights.mT
+        matrices = [stack[e] for e in groups.experts]
+    else:
+        matrices = [weights[e] if transposed else weights[e].t() for e in groups.experts]
+    addends = [biases[e] for e in groups.experts] if bias else []
+    return rows.split_with_sizes(groups.sizes), matrices, addends, y.split_with_sizes(groups.sizes)
+
+
+def _row_operands(
+    rows: Tensor, weight: Sequence[Tensor], groups: Groups, bias: Sequence[Tensor], transposed: bool, y: Tensor
+) -> Operands:
+    """The same for one batched product of all rows, each with a copy of its expert's matrix."""
+    matrices = select_experts(weight, 2, groups)
+    addends = [select_experts(bias, 1, groups).unsqueeze(1)] if bias else []
+    x_rows, y_rows = rows[: groups.num_valid].unsqueeze(1), y[: groups.num_valid].unsqueeze(1)
+    return [x_rows], [matrices if transposed else matrices.mT], addends, [y_rows]
+
+
+def _calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
+    """Whether a product for each expert takes longer than a copy of its matrix for each row and one batched product.
+
+    The limits are where both take about as long; a call in low precision takes several times longer than in float32.
+    """
+    num_hit, (rows, columns) = len(groups.experts), weight[0].shape[-2:]
+    limit = 2**17 if weight[0].itemsize == 2 else 2**14
+    return num_hit > 1 and groups.num_valid * rows * columns <= num_hit * limit
+
+
+def grouped_weight_grad(rows: Tensor, grad_rows: Tensor, groups: Groups, transposed: bool) -> Tensor:
     """Stacked sums over each expert's grouped rows of grad^T x, of x^T grad if transposed."""
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
-    stacked = rows.new_empty(num_experts, left.shape[1], right.shape[1])
+    if _grouped_mm_serves(groups, left, right):
+        return F.grouped_mm(left.t(), right, offs=groups.offsets_E)
+    stacked = rows.new_empty(groups.num_experts, left.shape[1], right.shape[1])
     pairs = zip(left.t().split_with_sizes(groups.sizes, 1), right.split_with_sizes(groups.sizes), strict=True)
     for e, (left_columns, right_rows) in zip(groups.experts, pairs, strict=False):
         torch.mm(left_columns, right_rows, out=stacked[e])
     return zero_experts_but(groups.experts, stacked)
+
+
+def _grouped_mm_serves(groups: Groups, rows: Tensor, *others: Tensor) -> bool:
+    """Whether PyTorch's loop over all experts can be taken and is not slower than one over those that have tokens.
+
+    It wants 16 bytes' alignment of each row, and spends as much time on four experts without tokens as ours on one with.
+    """
+    return (
+        groups.num_rows >= groups.num_experts
+        and rows.dtype in GROUPED_MM_DTYPES
+        and len(others) == 1
+        and all(
+            t.is_contiguous() and t.numel() > 0 and t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0
+            for t in (rows, *others)
+        )
+    )

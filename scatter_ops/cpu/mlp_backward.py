@@ -14,7 +14,7 @@ from scatter_ops.activations import split
 from scatter_ops.cpu.activations import activate, activate_backward, blocks
 from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
 from scatter_ops.cpu.mlp_forward import PreActivation
-from scatter_ops.cpu.routing import combine, expand_backward, slot_rows, zero_sentinels
+from scatter_ops.cpu.routing import expand_backward, slot_rows, sum_slots, zero_sentinels
 from scatter_ops.grouping import Groups, experts
 
 
@@ -41,10 +41,11 @@ def mlp_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     on_input, separate = weight_on == "input", layout == "separate"
-    grads = [(topk_weights_TK if i == 1 else x_TD).new_empty(0) for i in range(len(needs))]
+    likes = (x_TD, topk_weights_TK, *[x_TD] * 6)
+    grads = [like if need else like.new_empty(0) for like, need in zip(likes, needs, strict=True)]
     tokens_N = order_N // topk_weights_TK.shape[1]
-    dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), offsets_E)
-    groups, num_experts = Groups.of(offsets_E, order_N.numel()), offsets_E.numel()
+    groups = Groups(offsets_E, order_N.numel())
+    dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), groups.num_valid)
     biases = (gate_up_bias, up_bias) if separate else (gate_up_bias,)
     pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, layout, on_input)
     if needs[7]:
@@ -52,15 +53,16 @@ def mlp_backward(
     if not any(needs[:7]):
         return tuple(grads)
 
+    rows_N = slot_rows(order_N)
     through_down = any(needs[:4]) or any(needs[5:7])
     da_NF = grouped_linear(dy_ND, down, groups, [], not transposed) if through_down else None
     scaled_a_NF, ds_N, dpre_NH, dh_NH = _through_activation(da_NF, pre, activation, alpha, limit)
     if needs[4]:
-        grads[4] = grouped_weight_grad(scaled_a_NF, dy_ND, groups, num_experts, transposed)
+        grads[4] = grouped_weight_grad(scaled_a_NF, dy_ND, groups, transposed)
     if needs[1]:
         if down_bias and not on_input:
             _add_bias_share(ds_N, dy_ND, down_bias, groups)
-        ds_N = zero_sentinels(ds_N, offsets_E).index_select(0, slot_rows(order_N))
+        ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, rows_N)
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
     del da_NF, scaled_a_NF, dy_ND
     rows_ND = x_TD.index_select(0, tokens_N) if needs[2] or needs[3] else x_TD
@@ -68,13 +70,13 @@ def mlp_backward(
     for i, weight in enumerate((gate_up, up) if separate else (gate_up,)):
         columns = _columns(i, h_NH, separate)
         if needs[2 + i]:
-            grads[2 + i] = grouped_weight_grad(rows_ND, dh_NH[:, columns], groups, num_experts, transposed)
+            grads[2 + i] = grouped_weight_grad(rows_ND, dh_NH[:, columns], groups, transposed)
         if needs[5 + i]:
             grads[5 + i] = expand_backward(dpre_NH[:, columns], offsets_E)
         if needs[0]:
             dx_ND = grouped_linear(dh_NH[:, columns], weight, groups, [], not transposed, add_to=dx_ND)
     if dx_ND is not None:
-        grads[0] = combine(dx_ND, None, order_N, offsets_E, topk_weights_TK.shape[1], True)
+        grads[0] = sum_slots(dx_ND, None, rows_N, groups.num_valid, topk_weights_TK.shape[1], None)
     return tuple(grads)
 
 

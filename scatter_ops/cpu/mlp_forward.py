@@ -12,7 +12,7 @@ from torch import Tensor
 from scatter_ops.activations import split
 from scatter_ops.cpu.activations import activate, blocks
 from scatter_ops.cpu.linear import grouped_linear
-from scatter_ops.cpu.routing import combine, expand
+from scatter_ops.cpu.routing import expand, slot_rows, sum_slots
 from scatter_ops.grouping import Groups, accumulation_dtype, experts
 
 
@@ -37,20 +37,23 @@ def mlp_forward(
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
     top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
-    groups = Groups.of(offsets_E, order_N.numel())
+    groups = Groups(offsets_E, order_N.numel())
     rows_ND = x_TD.index_select(0, order_N // top_k)
-    biases = (gate_up_bias, up_bias) if up else (gate_up_bias,)
-    width = gate_up[0].shape[-1 if transposed else -2]
-    h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width)
-    grouped_linear(rows_ND, gate_up, groups, [] if on_input else gate_up_bias, transposed, out=h_NH[:, :width])
     if up:
+        width = gate_up[0].shape[-1 if transposed else -2]
+        h_NH = x_TD.new_empty(order_N.numel(), 2 * width)
+        grouped_linear(rows_ND, gate_up, groups, [] if on_input else gate_up_bias, transposed, out=h_NH[:, :width])
         grouped_linear(rows_ND, up, groups, [] if on_input else up_bias, transposed, out=h_NH[:, width:])
+    else:
+        h_NH = grouped_linear(rows_ND, gate_up, groups, [] if on_input else gate_up_bias, transposed)
+    biases = (gate_up_bias, up_bias) if up else (gate_up_bias,)
     pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, layout, on_input)
     a_NF = x_TD.new_empty(order_N.numel(), down[0].shape[-2 if transposed else -1])
     for block in blocks(h_NH):
         activate(*pre[block], activation, alpha, limit, out=a_NF[block])
     y_ND = grouped_linear(a_NF, down, groups, down_bias, transposed)
-    out_TD = combine(y_ND, None if on_input else topk_weights_TK, order_N, offsets_E, top_k, True, out_dtype)
+    scale_TK = None if on_input else topk_weights_TK
+    out_TD = sum_slots(y_ND, scale_TK, slot_rows(order_N), groups.num_valid, top_k, out_dtype)
     return out_TD, h_NH if save_h else h_NH.new_empty(0)
 
 

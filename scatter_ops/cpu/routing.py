@@ -12,19 +12,21 @@ from torch import Tensor
 from scatter_ops.grouping import Groups, accumulation_dtype
 
 SUM = 0  # the mode of torch.embedding_bag
+FEW_SLOTS = 256  # up to here one call that sorts takes less time than several that don't
 
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    ids_N = topk_ids_TK.reshape(-1)
-    keys_N = ids_N.clamp(-1, num_experts).remainder_(num_experts + 1)  # num_experts for every sentinel
-    keys_N, order_N = keys_N.to(_smallest_int(num_experts)).sort(stable=True)
+    keys_N = topk_ids_TK.reshape(-1).clamp(-1, num_experts).remainder_(num_experts + 1)  # num_experts: sentinels
+    if keys_N.numel() > FEW_SLOTS:
+        keys_N = keys_N.to(_smallest_int(num_experts))
+    keys_N, order_N = keys_N.sort(stable=True)
     experts_E = torch.arange(num_experts, dtype=keys_N.dtype)
     return order_N.int(), torch.searchsorted(keys_N, experts_E, right=True, out_int32=True)
 
 
 def dispatch(x_TD: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     y_ND = x_TD.index_select(0, order_N if top_k == 1 else order_N // top_k)
-    return zero_sentinels(y_ND, offsets_E)
+    return zero_sentinels(y_ND, int(offsets_E[-1]))
 
 
 def combine(
@@ -36,14 +38,29 @@ def combine(
     grouped_in: bool,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """embedding_bag reads the rows of a token where they are and sums them in one pass."""
-    dtype = accumulation_dtype(y_ND.dtype)
-    num_slots, padding = order_N.numel(), None
-    rows_N = slot_rows(order_N) if grouped_in else torch.arange(num_slots, dtype=order_N.dtype)
-    if grouped_in and (num_valid := int(offsets_E[-1])) < num_slots:
+    if not grouped_in:
+        rows_N = torch.arange(order_N.numel(), dtype=order_N.dtype)
+        return sum_slots(y_ND, topk_weights_TK, rows_N, len(rows_N), top_k, out_dtype)
+    return sum_slots(y_ND, topk_weights_TK, slot_rows(order_N), int(offsets_E[-1]), top_k, out_dtype)
+
+
+def sum_slots(
+    y_ND: Tensor,
+    topk_weights_TK: Tensor | None,
+    rows_N: Tensor,
+    num_valid: int,
+    top_k: int,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """The weighted sum of each token's rows of y. rows_N: the row of each slot, not read from num_valid on.
+
+    embedding_bag reads the rows where they are and sums them in one pass.
+    """
+    dtype, num_slots, padding = accumulation_dtype(y_ND.dtype), rows_N.numel(), None
+    if num_valid < num_slots:
         padding = num_valid  # the first sentinel's row: embedding_bag doesn't read it
         rows_N = rows_N.clamp(max=num_valid)
-    first_T = torch.arange(0, num_slots, top_k, dtype=order_N.dtype)
+    first_T = torch.arange(0, num_slots, top_k, dtype=rows_N.dtype)
     scale_N = None if topk_weights_TK is None else topk_weights_TK.to(dtype).reshape(-1)
     out_TD = torch.embedding_bag(y_ND.to(dtype), rows_N, first_T, False, SUM, False, scale_N, False, padding)[0]
     return out_TD.to(out_dtype or y_ND.dtype)
@@ -68,13 +85,13 @@ def combine_backward(
         assert topk_weights_TK is not None
         grad_N = torch.linalg.vecdot(grad_ND, y_ND.to(dtype)).to(topk_weights_TK.dtype)
         if grouped_in:
-            grad_N = zero_sentinels(grad_N, offsets_E).index_select(0, slot_rows(order_N))
+            grad_N = zero_sentinels(grad_N, int(offsets_E[-1])).index_select(0, slot_rows(order_N))
         grad_weights = grad_N.view_as(topk_weights_TK)
     if need_y:
         if topk_weights_TK is not None:
             grad_ND *= topk_weights_TK.to(dtype).reshape(-1, 1).index_select(0, slots_N)
         grad_y = grad_ND.to(y_ND.dtype)
-        grad_y = zero_sentinels(grad_y, offsets_E) if grouped_in else grad_y
+        grad_y = zero_sentinels(grad_y, int(offsets_E[-1])) if grouped_in else grad_y
     return grad_y, grad_weights
 
 
@@ -82,11 +99,11 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int, out_dtype:
     per_expert = (param[0] if len(param) == 1 else torch.stack(tuple(param))).to(out_dtype or param[0].dtype)
     experts_N = torch.searchsorted(offsets_E, torch.arange(num_rows, dtype=torch.int32), right=True, out_int32=True)
     y = per_expert.index_select(0, experts_N.clamp_(max=per_expert.shape[0] - 1))
-    return zero_sentinels(y, offsets_E)
+    return zero_sentinels(y, int(offsets_E[-1]))
 
 
 def expand_backward(grad: Tensor, offsets_E: Tensor) -> Tensor:
-    sums, groups = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), Groups.of(offsets_E, grad.shape[0])
+    sums, groups = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), Groups(offsets_E, grad.shape[0])
     for e, rows in zip(groups.experts, grad.split_with_sizes(groups.sizes), strict=False):
         torch.sum(rows, 0, out=sums[e])
     return zero_experts_but(groups.experts, sums)
@@ -94,13 +111,14 @@ def expand_backward(grad: Tensor, offsets_E: Tensor) -> Tensor:
 
 def slot_rows(order_N: Tensor) -> Tensor:
     """The grouped row of each slot: the inverse of order."""
+    if order_N.numel() <= FEW_SLOTS:
+        return order_N.argsort()
     rows_N = torch.empty_like(order_N)
     return rows_N.scatter_(0, order_N.long(), torch.arange(order_N.numel(), dtype=order_N.dtype))
 
 
-def zero_sentinels(rows: Tensor, offsets_E: Tensor) -> Tensor:
+def zero_sentinels(rows: Tensor, num_valid: int) -> Tensor:
     """Zero the grouped rows past the last expert's, in place."""
-    num_valid = int(offsets_E[-1])
     if num_valid < rows.shape[0]:
         rows[num_valid:].zero_()
     return rows
