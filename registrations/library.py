@@ -3,6 +3,7 @@
 Kernels check their arguments and call the function of the operator's name in `scatter_ops.cpu` or `scatter_ops.cuda`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,25 +65,28 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
     op = getattr(OPS, name).default
 
     class Derivative(torch.autograd.Function):
+        """Sees the tensors that require a gradient alone, by their places among all arguments with lists opened."""
+
         @staticmethod
-        def forward(ctx, lengths, *flat):
-            arguments = _unflatten(flat, lengths)
+        def forward(ctx, arguments, places, *differentiable):
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*arguments)
             setup_context(ctx, output, *arguments)
-            ctx.num_inputs = len(flat)
+            ctx.places = places
             return output
 
         @staticmethod
         def backward(ctx, *grads):
-            flat, _ = _flatten(backward(ctx, *grads))
-            return (None, *flat, *[None] * (ctx.num_inputs - len(flat)))
+            with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
+                flat = _flatten(backward(ctx, *grads))
+            return None, None, *[flat[i] for i in ctx.places]
 
     def kernel(*arguments):
         if torch.is_grad_enabled():
-            flat, lengths = _flatten(arguments)
-            if any(isinstance(value, Tensor) and value.requires_grad for value in flat):
-                return Derivative.apply(lengths, *flat)
+            flat = _flatten(arguments)
+            places = [i for i, value in enumerate(flat) if isinstance(value, Tensor) and value.requires_grad]
+            if places:
+                return Derivative.apply(arguments, places, *[flat[i] for i in places])
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
@@ -161,16 +165,6 @@ def _signature(value: Any) -> Any:
     return tuple([_signature(entry) for entry in value]) if isinstance(value, list) else value
 
 
-def _flatten(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
-    """Open the lists, into which autograd functions do not look. lengths: of each list, None for any other value."""
-    flat, lengths = [], []
-    for value in values:
-        is_list = isinstance(value, list)
-        flat.extend(value if is_list else (value,))
-        lengths.append(len(value) if is_list else None)
-    return flat, lengths
-
-
-def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
-    values = iter(flat)
-    return [next(values) if n is None else [next(values) for _ in range(n)] for n in lengths]
+def _flatten(values: Sequence[Any]) -> list[Any]:
+    """Open the lists, into which autograd functions do not look."""
+    return [entry for value in values for entry in (value if isinstance(value, list) else (value,))]

@@ -25,8 +25,7 @@ class Groups:
     """
 
     def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
-        self.offsets_E, self.num_rows = offsets_E, num_rows
-        self._ends = offsets_E.tolist()
+        self.num_rows, self._ends = num_rows, offsets_E.tolist()
         self.num_experts, self.num_valid = len(self._ends), self._ends[-1]
 
     @cached_property

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**17
 
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -19,12 +19,13 @@ _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square_(),
 }
-_ACTIVATE_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
-    "relu2": lambda grad, x: F.relu(x).mul_(grad).mul_(2),
+ATEN = torch.ops.aten
+_ACTIVATE_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # the last argument is written
+    "silu": lambda grad, x, out: ATEN.silu_backward(grad, x, grad_input=out),
+    "gelu": lambda grad, x, out: ATEN.gelu_backward(grad, x, grad_input=out),
+    "gelu_tanh": lambda grad, x, out: ATEN.gelu_backward(grad, x, approximate="tanh", grad_input=out),
+    "relu": lambda grad, x, out: ATEN.threshold_backward(grad, x, 0, grad_input=out),
+    "relu2": lambda grad, x, out: torch.mul(F.relu(x).mul_(2), grad, out=out),
 }
 
 
@@ -59,7 +60,7 @@ def activate_backward(
     out_gate: Tensor,
     out_up: Tensor | None,
 ) -> Tensor:
-    """Write the gradients of gate and up, given the gradient of A; returns A."""
+    """Write the gradients of gate and up, given the gradient of A, which is overwritten; returns A."""
     if activation == "clamped_swiglu":
         assert up is not None
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
@@ -71,8 +72,8 @@ def activate_backward(
         return value.mul_(u)
     value, backward = _ACTIVATE[activation](gate), _ACTIVATE_BACKWARD[activation]
     if up is None:
-        out_gate.copy_(backward(grad, gate))
+        backward(grad, gate, out_gate)
         return value
     torch.mul(grad, value, out=out_up)
-    out_gate.copy_(backward(grad * up, gate))
+    backward(grad.mul_(up), gate, out_gate)
     return value.mul_(up)

@@ -6,13 +6,11 @@ N slots, E experts; `in` and `out` are the widths of the linear layer.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scatter_ops.cpu.routing import expand_backward, slot_rows, zero_experts_but, zero_sentinels
 from scatter_ops.grouping import Groups, experts, select_experts
 
-GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 
 
@@ -65,9 +63,6 @@ def grouped_linear(
     Written to `out` if it is given, or added to `add_to`, a result of this function that is overwritten.
     """
     y = add_to if out is None else out
-    if y is None and not bias and _grouped_mm_serves(groups, rows, *weight):
-        y = F.grouped_mm(rows, weight[0] if transposed else weight[0].mT, offs=groups.offsets_E)
-        return zero_sentinels(y, groups.num_valid)
     if y is None:
         y = rows.new_empty(rows.shape[0], weight[0].shape[-1 if transposed else -2])
     operands = _row_operands if _calls_outweigh_copies(weight, groups) else _expert_operands
@@ -114,33 +109,15 @@ def _calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
     The limits are where both take about as long; a call in low precision takes several times longer than in float32.
     """
     num_hit, (rows, columns) = len(groups.experts), weight[0].shape[-2:]
-    limit = 2**17 if weight[0].itemsize == 2 else 2**14
+    limit = 2**17 if weight[0].itemsize == 2 else 2**12
     return num_hit > 1 and groups.num_valid * rows * columns <= num_hit * limit
 
 
 def grouped_weight_grad(rows: Tensor, grad_rows: Tensor, groups: Groups, transposed: bool) -> Tensor:
     """Stacked sums over each expert's grouped rows of grad^T x, of x^T grad if transposed."""
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
-    if _grouped_mm_serves(groups, left, right):
-        return F.grouped_mm(left.t(), right, offs=groups.offsets_E)
     stacked = rows.new_empty(groups.num_experts, left.shape[1], right.shape[1])
     pairs = zip(left.t().split_with_sizes(groups.sizes, 1), right.split_with_sizes(groups.sizes), strict=True)
     for e, (left_columns, right_rows) in zip(groups.experts, pairs, strict=False):
         torch.mm(left_columns, right_rows, out=stacked[e])
     return zero_experts_but(groups.experts, stacked)
-
-
-def _grouped_mm_serves(groups: Groups, rows: Tensor, *others: Tensor) -> bool:
-    """Whether PyTorch's loop over all experts can be taken and is not slower than one over those that have tokens.
-
-    It wants 16 bytes' alignment of each row, and spends as much time on four experts without tokens as ours on one with.
-    """
-    return (
-        groups.num_rows >= groups.num_experts
-        and rows.dtype in GROUPED_MM_DTYPES
-        and len(others) == 1
-        and all(
-            t.is_contiguous() and t.numel() > 0 and t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0
-            for t in (rows, *others)
-        )
-    )

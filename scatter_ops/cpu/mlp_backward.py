@@ -41,8 +41,7 @@ def mlp_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     on_input, separate = weight_on == "input", layout == "separate"
-    likes = (x_TD, topk_weights_TK, *[x_TD] * 6)
-    grads = [like if need else like.new_empty(0) for like, need in zip(likes, needs, strict=True)]
+    grads = [(topk_weights_TK if i == 1 else x_TD).new_empty(0) for i in range(len(needs))]
     tokens_N = order_N // topk_weights_TK.shape[1]
     groups = Groups(offsets_E, order_N.numel())
     dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), groups.num_valid)
@@ -103,9 +102,8 @@ def _through_activation(
     for block in blocks(h_NH):
         da, scale = da_NF[block].to(pre.dtype), pre.scale_N1[block]
         grad = da if on_input else da * scale
-        dpre = torch.empty_like(h_NH[block], dtype=pre.dtype) if on_input else dh_NH[block]
-        outs = split(dpre, pre.layout)
-        value = activate_backward(grad, *pre[block], activation, alpha, limit, *outs)
+        dpre = h_NH.new_empty(len(da), width, dtype=pre.dtype)
+        value = activate_backward(grad, *pre[block], activation, alpha, limit, *split(dpre, pre.layout))
         if on_input:
             ds_N[block] = torch.linalg.vecdot(dpre, h_NH[block].to(pre.dtype))
             dpre_NH[block] = dpre
@@ -113,7 +111,8 @@ def _through_activation(
             da_NF[block] = value
         else:
             ds_N[block] = torch.linalg.vecdot(da, value)
-            torch.mul(value, scale, out=da_NF[block])
+            dh_NH[block] = dpre
+            da_NF[block] = value.mul_(scale)
     return da_NF, ds_N, dpre_NH, dh_NH
 
 

@@ -86,11 +86,10 @@ class PreActivation:
 
     def __getitem__(self, block: slice) -> tuple[Tensor, Tensor | None]:
         """Gate and up. PyTorch's activations take several times longer on a gate that is every second column."""
-        pre = self.h_NH[block]
+        pre = self.h_NH[block].to(self.dtype)
         if self.on_input:
             pre = pre * self.scale_N1[block]
         if self.bias_NH is not None:
             pre.add_(self.bias_NH[block])
         gate, up = split(pre, self.layout)
-        gate = gate.to(self.dtype)
-        return gate.contiguous() if self.layout == "interleaved" else gate, None if up is None else up.to(self.dtype)
+        return gate.contiguous() if self.layout == "interleaved" else gate, up
