@@ -3,7 +3,6 @@
 Kernels check their arguments and call the function of the operator's name in `scatter_ops.cpu` or `scatter_ops.cuda`.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,8 +76,7 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
 
         @staticmethod
         def backward(ctx, *grads):
-            with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
-                flat = _flatten(backward(ctx, *grads))
+            flat = _flatten(backward(ctx, *grads))
             return None, None, *[flat[i] for i in ctx.places]
 
     def kernel(*arguments):
