@@ -113,7 +113,12 @@ def autocast(name: str) -> Callable[[Callable], Callable]:
 
 def flops(name: str) -> Callable[[Callable], Callable]:
     """Decorator of formula(*shapes and arguments, out_shape) -> number of floating-point operations."""
-    return register_flop_formula(getattr(OPS, name))
+
+    def register(formula: Callable) -> Callable:
+        register_flop_formula(getattr(OPS, name))(formula)
+        return formula  # not PyTorch's wrapper, so that one formula can serve several operators
+
+    return register
 
 
 def requires_grad(value: Tensor | Sequence[Tensor]) -> bool:

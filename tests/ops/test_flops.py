@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops import naive
-from tests.ops.cases import OPS, SCATTERED, SILU, Case, Sizes, _expert, differentiable_inputs
+from tests.ops.cases import CASES, OPS, SCATTERED, SILU, Case, Sizes, _expert, differentiable_inputs
 
 SIZES = Sizes(T=33, K=3, E=6, D=20, F=12)
 LINEAR = Case("parallel_linear", parameters="list", bias=True, options=SCATTERED)
@@ -40,3 +40,9 @@ def test_upper_bound_with_sentinels(device):
     arguments = case.arguments(SIZES, device=device)
     inputs = differentiable_inputs(arguments)
     assert count(OPS.mlp, arguments, inputs) > count(naive.mlp, arguments, inputs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "mlp_backward_"], ids=str)
+def test_backward_costs_the_same_in_place(case):
+    arguments = case.arguments(SIZES)
+    assert count(OPS.mlp_backward_, arguments, []) == count(OPS.mlp_backward, arguments, []) > 0
