@@ -96,8 +96,6 @@ def module_path_of(node: fx.Node | None) -> str:
     stack = node.meta.get("nn_module_stack") if node is not None else None
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    return (
-        re.sub(r"\.?_?(modules|_modules)\[['\"]?(\w+)['\"]?\]", r".\2", str(path)).removeprefix("L['self']").lstrip(".")
-        or "(root)"
-    )
+    path = re.sub(r"\.?_?(modules|_modules)\[['\"]?(\w+)['\"]?\]", r".\2", str(list(stack.values())[-1][0]))
+    # The model is `self` of a forward, or an argument of Dynamo's wrapper around a module such as nn.Sequential.
+    return re.sub(r"^L\['\w+'\]", "", path).lstrip(".") or "(root)"

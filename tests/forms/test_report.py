@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 import scatter_moe
 from fx_passes.report import GRADIENTS, RANGE
@@ -48,3 +49,11 @@ def test_table_fits_the_terminal(columns, monkeypatch):
     if columns == 200:
         assert re.search(r" loops\.py:\d+ ", row)
         assert row.index("loops.py") == header.index("source")
+
+
+def test_module_paths_are_those_of_named_modules():
+    block = CASES["plus_equals"].make()
+    for model, path in ((nn.Sequential(block), "0"), (nn.Sequential(nn.Sequential(block)), "0.0")):
+        torch._dynamo.reset()
+        (region,) = scatter_moe.explain(model, hidden_states()).regions
+        assert region.module_path == path
