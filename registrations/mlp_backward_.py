@@ -4,6 +4,7 @@ The backward pass of mlp calls it where h is read for the last time. Saving h tw
 training step's peak memory.
 """
 
+import torch
 from torch import Tensor
 
 from registrations.library import LIBRARY, define, fake, flops, not_differentiable
@@ -21,6 +22,7 @@ define(
 
 def mlp_backward_cpu(*arguments) -> tuple[Tensor, ...]:
     checks.mlp_backward(*arguments)
+    _mark_as_changed(arguments[1])
     return cpu.mlp_backward(*arguments)
 
 
@@ -28,7 +30,14 @@ def mlp_backward_cuda(*arguments) -> tuple[Tensor, ...]:
     from scatter_ops import cuda  # Triton is needed only once there is something to run on a GPU
 
     checks.mlp_backward(*arguments)
+    _mark_as_changed(arguments[1])
     return cuda.mlp_backward(*arguments, overwrite_h=True)
+
+
+def _mark_as_changed(h: Tensor) -> None:
+    """Whoever else saved h for a backward pass is told so, instead of reading something else."""
+    if not h.is_inference():
+        torch.autograd.graph.increment_version(h)
 
 
 LIBRARY.impl("mlp_backward_", mlp_backward_cpu, "CPU")

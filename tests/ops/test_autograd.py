@@ -236,3 +236,10 @@ def test_sentinels_contribute_nothing_whatever_their_rows_hold(device):
     grad_y, grad_weights = torch.autograd.grad(dirty.sum(), [y, topk_weights])
     assert grad_y.isfinite().all()
     assert grad_weights.isfinite().all()
+
+
+def test_mlp_backward_marks_h_as_changed(device):
+    arguments = Case("mlp_backward_", options=SILU).arguments(SIZES, device=device)
+    version = arguments[1]._version
+    OPS.mlp_backward_(*arguments)
+    assert arguments[1]._version == version + 1
