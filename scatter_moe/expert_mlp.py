@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scatter_moe.dispatch import Dispatch
-from scatter_moe.distributed.exchange import Exchange, zeros_of
+from scatter_moe.distributed.exchange import Exchange, local_experts, zeros_of
 from scatter_moe.parallel_linear import reset_like_linear
 from scatter_ops.checks import mlp_options
 
@@ -112,7 +112,8 @@ class ExpertMLP(nn.Module):
 
         Args:
             x: `[M, D]`, rows sorted by expert.
-            num_tokens_per_expert: integers `[E]`; rows past their sum are padding and give zeros.
+            num_tokens_per_expert: integers `[E]`; rows past their sum are padding and give zeros. Where the parameters
+                are DTensors that are sharded by experts: of this rank's experts.
 
         Returns:
             `[M, D]` in the order of x.
@@ -153,7 +154,8 @@ class ExpertMLP(nn.Module):
         """Parameters as the operator takes them: a list, empty where there is none."""
         parameters = [getattr(self, name) for name in names]
         given = [parameter for parameter in parameters if parameter is not None]
-        return given if self.exchange is None else [self.exchange.local(parameter) for parameter in given]
+        local = local_experts if self.exchange is None else self.exchange.local
+        return [local(parameter) for parameter in given]
 
     def extra_repr(self) -> str:
         return (

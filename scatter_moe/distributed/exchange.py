@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.distributed import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from scatter_moe.distributed.all_gather import exchange_all_gather
 from scatter_moe.distributed.all_to_all import Experts, exchange_all_to_all
@@ -58,7 +58,7 @@ class Exchange:
 
     def local(self, parameter: Tensor) -> Tensor:
         """This rank's experts of a parameter that is divided among the ranks."""
-        tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        tensor = local_experts(parameter)
         return scaled_gradient(tensor, 1 / self.num_ranks) if self.average else tensor
 
     @property
@@ -69,6 +69,22 @@ class Exchange:
 def share_of_ranks(num_ranks: int, top_k: int) -> float:
     """The share of the ranks that a token goes to if its experts are drawn evenly: `1 - (1 - 1 / R) ** K`."""
     return 1 - (1 - 1 / num_ranks) ** top_k
+
+
+def local_experts(parameter: Tensor) -> Tensor:
+    """This rank's part of a DTensor that is sharded by experts; a plain tensor as it is.
+
+    Raises:
+        ValueError: for any other sharding.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if any(placement != Shard(0) for placement in parameter.placements):
+        raise ValueError(
+            f"parameters: got DTensors with placements {parameter.placements}, accepted are plain tensors and DTensors "
+            "that are sharded by experts, [Shard(0)]: there is no tensor parallelism inside experts"
+        )
+    return parameter.to_local()
 
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:

@@ -82,7 +82,7 @@ def compiled_equals_eager(wrap: Callable[[nn.Sequential, bool], nn.Module]) -> t
     return counters["scatter_moe"]["rewritten"], len(pieces)
 
 
-@pytest.mark.parametrize("wrap", [ddp, fsdp_then_compile, compile_then_fsdp])
+@pytest.mark.parametrize("wrap", [ddp, pytest.param(fsdp_then_compile, marks=pytest.mark.slow), compile_then_fsdp])
 def test_every_layer_is_rewritten(pool, wrap):
     num_layers = len(model())
     for rewritten, graphs in pool.run(compiled_equals_eager, wrap):

@@ -1,5 +1,8 @@
 """torch.compile of a model whose experts are divided by the all-gather exchange."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,12 +28,12 @@ def results(compiled, layers, step: int) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def compile_on_rank(backend: str) -> int:
+def compile_on_rank(style: dict[str, Any], backend: str) -> int:
     """Compiled against eager on changing routing; the number of graphs that were compiled."""
     torch._dynamo.reset()
     layers = model()
     mesh = init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("ep",))
-    parallelize_module(layers, mesh, {"blocks.*.moe": ExpertParallel("all_gather")})
+    parallelize_module(layers, mesh, {"blocks.*.moe": ExpertParallel(**style)})
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layers, backend=counter, fullgraph=True)
     for step in range(5):
@@ -40,5 +43,13 @@ def compile_on_rank(backend: str) -> int:
     return counter.frame_count
 
 
-def test_all_gather_compiles_to_one_graph_and_never_again(pool):
-    assert pool.run(compile_on_rank, "aot_eager") == [1] * WORLD_SIZE
+@pytest.mark.parametrize(
+    ("style", "backend"),
+    [
+        ({"exchange": "auto", "max_tokens": NUM_TOKENS + 3}, "aot_eager"),
+        pytest.param({"exchange": "all_gather"}, "inductor", marks=pytest.mark.slow),
+    ],
+    ids=["auto-aot_eager", "all_gather-inductor"],
+)
+def test_all_gather_compiles_to_one_graph_and_never_again(pool, style, backend):
+    assert pool.run(compile_on_rank, style, backend) == [1] * WORLD_SIZE

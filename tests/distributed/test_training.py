@@ -61,13 +61,13 @@ def train_in_one_process() -> tuple[dict[str, Tensor], list[float]]:
 @pytest.mark.parametrize(
     ("layout", "exchange"),
     [
-        ("EP", "all_to_all"),
         ("EP", "all_gather"),
         ("EP and FSDP2", "all_to_all"),
-        ("EP and FSDP2", "all_gather"),
-        ("EP and DDP", "all_to_all"),
         ("EP and DDP", "auto"),
-        ("FSDP2", "auto"),
+        pytest.param("EP", "all_to_all", marks=pytest.mark.slow),
+        pytest.param("EP and FSDP2", "all_gather", marks=pytest.mark.slow),
+        pytest.param("EP and DDP", "all_gather", marks=pytest.mark.slow),
+        pytest.param("FSDP2", "auto", marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_equal_one_process(pool, layout, exchange):
