@@ -7,18 +7,21 @@ first.
 """
 
 import argparse
+import concurrent.futures
 import functools
+import multiprocessing
 import statistics
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.shapes import SHAPES, Inputs, inputs, shape_names
+from benchmarks import offline, report
+from benchmarks.shapes import SHAPES, Inputs, inputs, placeholders, shape_names
 from benchmarks.timing import queued_ms
 from benchmarks.training_step import expected_step
 from registrations.library import OPS
+from scatter_ops import cuda
 
 TOLERANCE = 1e-2  # relative RMS difference to the reference on the same bfloat16 inputs
 Parameters = tuple[list[Tensor], list[Tensor], list[Tensor], str, bool]  # gate_up, up, down, layout, transposed
@@ -73,6 +76,32 @@ def step(layer: Inputs, parameters: Parameters) -> tuple[Tensor, ...]:
     return out, *torch.autograd.grad(out, (layer.x, layer.topk_weights, *gate_up, *up, *down), layer.grad_out)
 
 
+def precompile(name: str) -> None:
+    """Fill Triton's disk cache with the kernels of every layout, several at a time, before the GPU is used."""
+    number = len(layouts(_small(name)))
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(_compile_layout, [name] * number, range(number)))
+
+
+def _compile_layout(name: str, number: int) -> None:
+    shape, layer = SHAPES[name], _small(name)
+    gate_up, up, down, layout, transposed = list(layouts(layer).values())[number]
+    with offline.recorded((9, 0), shape.rows_per_expert) as launches, torch.no_grad():
+        routing = cuda.route(layer.topk_ids, layer.down.shape[0])
+        weights, options = (gate_up, up, down, [], [], []), ("silu", layout, transposed, "output", 1.702, 7.0, None)
+        arguments = (layer.x, layer.topk_weights, *routing, *weights, *options)
+        cuda.mlp_forward(*arguments, False)
+        _, h = cuda.mlp_forward(*arguments, True)
+        cuda.mlp_backward(layer.grad_out, h, *arguments, [True, True, True, bool(up), True, False, False, False])
+    for launch in launches:
+        offline.compile_launch(launch)
+
+
+def _small(name: str) -> Inputs:
+    """Few tokens and experts, whose numbers aren't part of a compiled product."""
+    return placeholders(SHAPES[name]._replace(T=1024, E=16), torch.bfloat16)
+
+
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     layer = inputs(SHAPES[name], torch.bfloat16, "cuda")
     for tensor in (layer.x, layer.topk_weights):
@@ -107,7 +136,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     rows = []
-    for name in shape_names(parser, arguments.shapes):
+    names = shape_names(parser, arguments.shapes)
+    for name in names:
+        precompile(name)
+    for name in names:
         rows += measure(name, arguments.rounds)
         torch.cuda.empty_cache()
     report.append("layouts", rows, rounds=arguments.rounds)
