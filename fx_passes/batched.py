@@ -167,7 +167,10 @@ class Batched:
 
     def _weighs_repeated_tokens(self, node: fx.Node) -> bool:
         """`x.repeat(E, 1) * scores.transpose(0, 1).reshape(-1, 1)`, in front of all experts."""
-        if op_name(node) not in ("mul", "multiply"):
+        name, source = op_name(node), arg(node, 0, "input")
+        if name in _MOVES and isinstance(source, fx.Node):
+            return self._weighs_repeated_tokens(source)
+        if name not in ("mul", "multiply") or ("M",) not in self.shapes:
             return False
         return any(_repeats(Input(views_of(operand))) for operand in node.all_input_nodes)
 

@@ -4,6 +4,6 @@
 raise Rejected where what they see is almost the form.
 """
 
-from fx_passes.forms import gathered_weights, hit_loop, range_loop, sorted_slots
+from fx_passes.forms import dense_experts, gathered_weights, hit_loop, range_loop, sorted_slots
 
-FORMS = (hit_loop, range_loop, sorted_slots, gathered_weights)
+FORMS = (hit_loop, range_loop, sorted_slots, gathered_weights, dense_experts)

@@ -17,7 +17,8 @@ QUICK = frozenset(
     """mixtral_436 mixtral_451 mixtral_457 qwen2_moe_445 qwen3_moe_451 deepseek_v3_457 deepseek_v3_enumerate
     stacked_sentinel stacked_top_1 stacked_relu2 gpt_oss_5 phimoe_445_train any_guard plus_equals hit_flatten
     weight_on_input fp32_accumulator range_gelu_bias hit_swiglu_fused range_lora hit_layer_norm_first
-    sorted_slots gathered_einsum gathered_batched_mm gathered_norm""".split()
+    sorted_slots gathered_einsum gathered_batched_mm gathered_norm dense_einsum
+    dense_llama4""".split()
 )
 
 

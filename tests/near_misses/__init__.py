@@ -3,6 +3,7 @@
 from tests.near_misses import (
     accumulators,
     bodies,
+    dense,
     dtypes,
     escapes,
     exits,
@@ -35,6 +36,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *python_state.MISSES,
     *slots.MISSES,
     *gathered.MISSES,
+    *dense.MISSES,
 )
 
 __all__ = ["NEAR_MISSES", "NearMiss"]

@@ -1,6 +1,6 @@
 """Naive Mixture-of-Experts blocks as people write them: the programs which the rewrite must find."""
 
-from tests.zoo import bodies, deepseek, gathered, gpt_oss, loops, mixtral, others, qwen, sorted_slots, stacked
+from tests.zoo import bodies, deepseek, dense, gathered, gpt_oss, loops, mixtral, others, qwen, sorted_slots, stacked
 from tests.zoo.case import Case
 from tests.zoo.common import hidden_states
 
@@ -15,6 +15,7 @@ ZOO: tuple[Case, ...] = (
     *bodies.CASES,
     *sorted_slots.CASES,
     *gathered.CASES,
+    *dense.CASES,
 )
 
 __all__ = ["ZOO", "Case", "hidden_states"]

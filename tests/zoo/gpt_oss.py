@@ -98,5 +98,5 @@ class GptOssBlock(nn.Module):
 CASES = (
     Case("gpt_oss_5", GptOssBlock, activation="clamped_swiglu"),
     Case("gpt_oss_457", lambda: GptOssBlock(GptOssExperts457), activation="clamped_swiglu", must_rewrite=False),
-    Case("gpt_oss_457_dense", lambda: GptOssBlock(GptOssDense457), activation="clamped_swiglu", must_rewrite=False),
+    Case("gpt_oss_457_dense", lambda: GptOssBlock(GptOssDense457), activation="clamped_swiglu"),
 )

@@ -1,0 +1,123 @@
+"""Every expert on every token at once, and weights that are zero but for the top-k.
+
+    table = torch.zeros(T, E).scatter(1, ids, weights)
+    h = torch.bmm(x.repeat(E, 1).view(E, T, D), up) + up_bias[:, None]              # up: [E, D, F]
+    y = torch.bmm(activation(h), down)
+    out = (y * table.t()[..., None]).sum(0)
+
+or with einsum, "td,edf->etf" or "td,edf->tef". The weights may be on the input (llama4), where zero rows stay zero up
+to the sum. A mixture in which every expert counts is left as it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fx_passes.accumulation import closure
+from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.batched import PAIRS, Batched, Total
+from fx_passes.body import PerExpert, SlotGathered, Value
+from fx_passes.forms.rounding import with_cast
+from fx_passes.loop_rules import ids_are_distinct
+from fx_passes.ops import fake_tensor, known_tensor, op_name, same_size
+from fx_passes.region import MoERegion, Rejected
+from fx_passes.sparsity import adds_nothing_where_unchosen, chosen_by
+from fx_passes.views import views_of
+
+NAME = "dense_experts"
+
+UNCHOSEN = "an expert with weight zero is not computed: an infinite or NaN result of it would have given NaN"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The products of all experts, the sum over the experts, and what is summed."""
+
+    products: tuple[fx.Node, ...]
+    total: fx.Node
+    rows: Value
+    walk: Batched
+    num_experts: int
+
+
+def candidates(graph: fx.Graph) -> Iterator[Mixture]:
+    """Sums over experts, of rows that were multiplied with a parameter [E, ...]. Other such products are common."""
+    products = [(node, stacked) for node in graph.nodes for stacked in _stacked(node)]
+    while products:
+        found = _mixture([node for node, _ in products], products[0][1])
+        if found is not None and any(isinstance(value, SlotGathered) for value in found.walk.body(found.rows).values):
+            yield found
+        last = found.total if found is not None else products[0][0]
+        products = [(node, stacked) for node, stacked in products if node > last]
+
+
+def match(found: Mixture) -> MoERegion:
+    result = with_cast(found.total)
+    body = found.walk.body(found.rows)
+    ids = _chosen(list(body.of(SlotGathered)), found)
+    inner = closure(found.products, stops=frozenset((result,))) | {result}
+    return MoERegion(
+        form=NAME,
+        ids_TK=ids,
+        top_k=int(known_tensor(ids).shape[1]),
+        num_experts=found.num_experts,
+        body=body,
+        routing=frozenset((*found.products, *found.walk.steps)),
+        inner=inner,
+        result=result,
+        output=known_tensor(result),
+        writes=frozenset(found.walk.writes),
+        deviations=(UNCHOSEN,),
+    )
+
+
+def _stacked(node: fx.Node) -> Iterator[fx.Node]:
+    """The parameter [E, ...] that `node` multiplies with."""
+    if op_name(node) in ("bmm", "matmul", "einsum"):
+        starts = (view.start for operand in node.all_input_nodes for view in views_of(operand)[:1])
+        yield from [start for start in starts if _is_stack_of_matrices(start)][:1]
+
+
+def _is_stack_of_matrices(node: fx.Node) -> bool:
+    tensor = fake_tensor(node)
+    return isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 3 and tensor.is_floating_point()
+
+
+def _mixture(products: list[fx.Node], stacked: fx.Node) -> Mixture | None:
+    first, num_experts = products[0], known_tensor(stacked).shape[0]
+    sizes = known_tensor(first).shape
+    if len(sizes) != 3 or not isinstance(num_experts, int):
+        return None
+    tokens = sizes[1] if same_size(sizes[0], num_experts) else sizes[0]
+    everything = closure(products, stops=frozenset())
+    walk = Batched(everything, PAIRS, {"T": tokens, "K": 0, "N": tokens, "E": num_experts, "M": num_experts * tokens})
+    for node in first.graph.nodes:
+        try:
+            seen = walk.seen(node) if node in everything else None
+        except Rejected:
+            return None
+        if isinstance(seen, Total):
+            own = tuple(product for product in products if product < node)
+            return Mixture(own, node, seen.rows, walk, num_experts)
+    return None
+
+
+def _chosen(tables: list[SlotGathered], found: Mixture) -> fx.Node:
+    """The ids outside of which all weights are zero, and with them what is added."""
+    ids = {chosen_by(table.source) for table in tables if table.table}
+    chosen = ids.pop() if len(ids) == 1 else None
+    if chosen is None or not adds_nothing_where_unchosen(found.rows):
+        raise Rejected(
+            "weights_are_zero_outside_the_top_k", found.total, "every expert may count for every token: it stays dense"
+        )
+    if not ids_are_distinct(chosen) or any(writers_of(storage_of(chosen))):
+        raise Rejected("repeated_ids_are_counted", found.total, "the ids of a token may repeat")
+    if any(not same_size(known_tensor(p.parameters[0]).shape[0], found.num_experts) for p in _parameters(found)):
+        raise Rejected("every_expert_is_covered", found.total, "weights of another number of experts")
+    return chosen
+
+
+def _parameters(found: Mixture) -> Iterator[PerExpert]:
+    return found.walk.body(found.rows).of(PerExpert)

@@ -1,0 +1,142 @@
+"""Is a table of weights zero but for the experts that each token chose?
+
+`chosen_by(table)` answers with the ids [T, K] outside of which a table [T, E] is provably zero, whatever the inputs:
+
+    zeros.scatter(1, ids, weights)                          and products, casts and quotients of such tables
+    softmax(full(-inf).scatter(1, ids, logits), -1)         and sigmoid
+    softmax(logits.masked_fill(~mask, -inf), -1)            with a mask that is such a table
+
+A threshold (`probs >= kth`) proves nothing: ties choose more than K.
+"""
+
+import math
+from typing import Any
+
+from torch import fx
+
+from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.body import Op, SlotGathered
+from fx_passes.ops import arg, fake_tensor, is_inplace, op_name
+
+_SAME = frozenset("to float half bfloat16 double type_as bool contiguous clone detach".split())
+_FRESH = frozenset(("zeros", "zeros_like", "new_zeros"))
+_COMPARED_WITH_ZERO = frozenset(("gt", "ne"))
+_QUOTIENTS = frozenset(("div", "divide", "truediv", "true_divide", "itruediv", "div_"))
+_ZERO_AT_ZERO = frozenset(
+    "silu gelu relu relu6 tanh square neg abs sin to float half bfloat16 contiguous clone chunk getitem reshape".split()
+)
+_NEGATIONS = frozenset(("logical_not", "bitwise_not", "invert"))
+
+
+def chosen_by(node: Any) -> fx.Node | None:
+    """The ids outside of which `node` is zero or false; None where that is not proven."""
+    if fake_tensor(node) is None or _is_changed(node):
+        return None
+    name, source = op_name(node), arg(node, 0, "input")
+    if name in ("scatter", "scatter_"):
+        return _scattered(node, 0.0)
+    if name in _FRESH:
+        return _scattered_later(node)
+    if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"))):
+        return chosen_by(source)
+    if name in _COMPARED_WITH_ZERO:
+        return chosen_by(source) if _number(arg(node, 1, "other")) == 0.0 else None
+    if name in ("mul", "multiply"):
+        return chosen_by(source) or chosen_by(arg(node, 1, "other"))
+    if name in ("softmax", "sigmoid"):
+        along = name == "sigmoid" or arg(node, 1, "dim") in (-1, 1)
+        return _left_by(source) if along else None
+    return _selected(node, 0.0)
+
+
+def _left_by(node: Any) -> fx.Node | None:
+    """The ids outside of which `node` is -inf."""
+    if fake_tensor(node) is None or _is_changed(node):
+        return None
+    name = op_name(node)
+    if name in ("scatter", "scatter_"):
+        return _scattered(node, -math.inf)
+    if name in ("to", "float", "double", "contiguous", "clone"):
+        return _left_by(arg(node, 0, "input"))
+    return _selected(node, -math.inf)
+
+
+def _scattered(node: fx.Node, outside: float) -> fx.Node | None:
+    """`full(outside).scatter(1, ids, ...)`, of a tensor that nothing else writes to."""
+    table, dim, ids = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index")))
+    shape, index = fake_tensor(table), fake_tensor(ids)
+    if shape is None or index is None or shape.dim() != 2 or dim not in (1, -1):
+        return None
+    if "reduce" in node.kwargs or len(node.args) > 4 or set(writers_of(table)) - {node}:
+        return None
+    if is_inplace(node) and any(user < node for user in table.users):
+        return None
+    return ids if _filled_with(table) == outside else None
+
+
+def _scattered_later(table: fx.Node) -> fx.Node | None:
+    """`table = zeros(...); table.scatter_(1, ids, ...)`, and `table` is read after that."""
+    writers = list(writers_of(table))
+    return _scattered(writers[0], 0.0) if len(writers) == 1 and op_name(writers[0]) == "scatter_" else None
+
+
+def _selected(node: fx.Node, outside: float) -> fx.Node | None:
+    """`masked_fill(table, not chosen, outside)`, `where(chosen, table, outside)`."""
+    name = op_name(node)
+    if name == "masked_fill" and _number(arg(node, 2, "value")) == outside:
+        return _not_chosen_by(arg(node, 1, "mask"))
+    if name == "where" and len(node.args) == 3 and _number(node.args[2]) == outside:
+        return chosen_by(node.args[0])
+    return None
+
+
+def _not_chosen_by(node: Any) -> fx.Node | None:
+    name = op_name(node) if isinstance(node, fx.Node) else None
+    if name in _NEGATIONS or (name == "eq" and _number(arg(node, 1, "other")) == 0.0):
+        return chosen_by(arg(node, 0, "input"))
+    return None
+
+
+def _filled_with(node: fx.Node) -> float | None:
+    """The number that a fresh tensor holds everywhere."""
+    name = op_name(node)
+    if name in _FRESH:
+        return 0.0
+    if name in ("full", "full_like", "new_full"):
+        return _number(arg(node, 2 if name == "new_full" else 1, "fill_value"))
+    return None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (bool, int, float)) else None
+
+
+def _is_one_a_row(divisor: Any) -> bool:
+    """A divisor that is zero makes the whole row NaN, what was chosen too."""
+    tensor = fake_tensor(divisor)
+    return tensor is None or tensor.dim() == 0 or (tensor.dim() == 2 and tensor.shape[1] == 1)
+
+
+def _is_changed(node: fx.Node) -> bool:
+    """Whether `node` is written to otherwise than by a quotient or the scatter that fills it."""
+    writers = set(writers_of(storage_of(node))) - {node}
+    filling = {writer for writer in writers if op_name(writer) == "scatter_"}
+    if len(filling | ({node} if op_name(node) == "scatter_" else set())) > 1:
+        return True
+    return any(op_name(writer) not in _QUOTIENTS for writer in writers - filling)
+
+
+def adds_nothing_where_unchosen(value: Any) -> bool:
+    """Whether an expert's row is zero where the weight in it is zero."""
+    if isinstance(value, SlotGathered):
+        return value.table
+    if not isinstance(value, Op):
+        return False
+    first = value.args[0]
+    if value.name in ("mul", "multiply"):
+        return any(map(adds_nothing_where_unchosen, value.args))
+    if value.name in ("add", "sub"):
+        return all(map(adds_nothing_where_unchosen, value.args[:2]))
+    if value.name == "linear":
+        return len(value.args) == 2 and adds_nothing_where_unchosen(first)
+    return value.name in _ZERO_AT_ZERO and adds_nothing_where_unchosen(first)

@@ -1,0 +1,116 @@
+"""Almost a Mixture of Experts that computes every expert on every token."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.near_misses.common import NearMiss
+from tests.zoo.common import D, E, K
+from tests.zoo.dense import DenseBlock, DenseExperts, MaskedSoftmax, ScatteredSigmoid, WeightedInputs
+
+
+class SoftMixture(DenseBlock):
+    """Every expert counts for every token."""
+
+    def table(self, logits):
+        return F.softmax(logits, dim=-1)
+
+
+class Threshold(DenseBlock):
+    """All experts at least as good as the K-th: with ties more than K."""
+
+    def table(self, logits):
+        probs = F.softmax(logits, dim=-1)
+        return probs * (probs >= probs.topk(K, dim=-1).values[:, -1:])
+
+
+class LeakyTable(DenseBlock):
+    """A tenth of the weight goes to all."""
+
+    def table(self, logits):
+        return super().table(logits) * 0.9 + 0.1 / E
+
+
+class ScatteredTwice(DenseBlock):
+    """The best and the worst are chosen, one after the other, in one table."""
+
+    def table(self, logits):
+        table = torch.zeros_like(logits)
+        best = table.scatter_(1, logits.topk(K, dim=-1).indices, 0.5)
+        table.scatter_(1, logits.topk(1, dim=-1, largest=False).indices, 0.5)
+        return best
+
+
+class FiniteMask(MaskedSoftmax):
+    """What was not chosen is less likely, not impossible."""
+
+    def table(self, logits):
+        _, ids = logits.topk(K, dim=-1)
+        mask = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
+        return F.softmax(logits.masked_fill(~mask, -5.0), dim=-1)
+
+
+class SigmoidOfZeros(ScatteredSigmoid):
+    """The sigmoid of what was not chosen is one half."""
+
+    def table(self, logits):
+        values, ids = torch.topk(logits, K, dim=1)
+        return torch.sigmoid(torch.zeros_like(logits).scatter(1, ids, values))
+
+
+class RepeatedIds(DenseBlock):
+    """Two choices may be the same expert: a table has it once."""
+
+    def table(self, logits):
+        ids = logits.topk(K, dim=-1).indices // 2
+        return torch.zeros_like(logits).scatter(1, ids, 0.5)
+
+
+class BiasedInputs(WeightedInputs):
+    """With biases an expert that is given zeros does not give zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(E, D))
+
+    def forward(self, x, table):
+        rows = x.repeat(E, 1) * table.transpose(0, 1).reshape(-1, 1)
+        h = self.activate(torch.bmm(rows.view(E, -1, D), self.gate_up_proj))
+        return (torch.bmm(h, self.down_proj) + self.bias[:, None]).sum(dim=0)
+
+
+class HiddenReturned(DenseExperts):
+    """What the experts computed is used for a loss."""
+
+    def activate(self, h):
+        self.seen = h.square().mean(dim=(1, 2))
+        return super().activate(h)
+
+    def forward(self, x, table):
+        y = super().forward(x, table)
+        return y + self.__dict__.pop("seen").unsqueeze(-1)
+
+
+class MeanOverExperts(DenseExperts):
+    """Experts are compared before they are weighted."""
+
+    def add_up(self, y, table):
+        return super().add_up(y - y.mean(dim=1, keepdim=True), table)
+
+
+def block(experts):
+    return lambda: DenseBlock(experts)
+
+
+MISSES = (
+    NearMiss("dense_all_soft", "weights_are_zero_outside_the_top_k", SoftMixture),
+    NearMiss("dense_all_threshold", "weights_are_zero_outside_the_top_k", Threshold),
+    NearMiss("dense_all_leaky", "weights_are_zero_outside_the_top_k", LeakyTable),
+    NearMiss("dense_all_scattered_twice", "weights_are_zero_outside_the_top_k", ScatteredTwice),
+    NearMiss("dense_all_finite_mask", "weights_are_zero_outside_the_top_k", FiniteMask),
+    NearMiss("dense_all_sigmoid_of_zeros", "weights_are_zero_outside_the_top_k", SigmoidOfZeros),
+    NearMiss("dense_all_repeated_ids", "repeated_ids_are_counted", RepeatedIds),
+    NearMiss("dense_all_biased_inputs", "weights_are_zero_outside_the_top_k", lambda: ScatteredSigmoid(BiasedInputs)),
+    NearMiss("dense_all_hidden_used", None, block(HiddenReturned)),
+    NearMiss("dense_all_mean_over_experts", None, block(MeanOverExperts)),
+)
