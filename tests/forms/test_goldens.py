@@ -395,7 +395,9 @@ return (v23)""",
         )
 
     def test_dense_experts(self):
-        self.assertExpectedInline(self.golden("gpt_oss_457_dense"), """\
+        self.assertExpectedInline(
+            self.golden("gpt_oss_457_dense"),
+            """\
 v7 = .reshape(hidden_states, -1, 16)
 v8 = linear(v7, weight, bias)
 v9 = topk(v8, 2, dim=-1)
@@ -412,10 +414,13 @@ v19 = .long(v18)
 v20 = .gather(v14, 1, v19)
 v21 = scatter_moe.mlp(v7, v20, v16, v17, [experts_gate_up_proj], [], [experts_down_proj], [experts_gate_up_proj_bias], [], [experts_down_proj_bias], clamped_swiglu, interleaved, True, output, 1.702, 1.497, torch.float32)
 v22 = .reshape(v21, (2, 12, 16))
-return (v22, v12)""")
+return (v22, v12)""",
+        )
 
     def test_dense_experts_of_weighted_inputs(self):
-        self.assertExpectedInline(self.golden("dense_llama4"), """\
+        self.assertExpectedInline(
+            self.golden("dense_llama4"),
+            """\
 v4 = .reshape(hidden_states, -1, 16)
 v5 = linear(v4, gate_weight, None)
 v6 = topk(v5, 2, dim=1)
@@ -433,4 +438,5 @@ v17 = .long(v16)
 v18 = .gather(v12, 1, v17)
 v19 = scatter_moe.mlp(v4, v18, v14, v15, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, True, input, 1.702, 7.0, torch.float32)
 v20 = .view(v19, (2, 12, 16))
-return (v20)""")
+return (v20)""",
+        )

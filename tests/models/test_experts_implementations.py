@@ -15,6 +15,10 @@ from tests.numerics import MIN_ELEMENTS, MIN_SEEDS, Sample, assert_low_precision
 
 NAMES = ("Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3")
 each_model = pytest.mark.parametrize("model", [m for m in MODELS if m.name in NAMES], ids=lambda model: model.name)
+all_models = pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, id=m.name, marks=[] if m.name in NAMES else [pytest.mark.slow]) for m in MODELS],
+)
 each_implementation = pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 TOKENS = 256
 
@@ -61,7 +65,7 @@ def routed(model, alone, tokens, seed, dtype):
     return x, ids, weights
 
 
-@each_model
+@all_models
 @each_implementation
 def test_training_step(model, implementation):
     naive, module = model.make(implementation), model.make(implementation)
