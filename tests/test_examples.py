@@ -13,6 +13,8 @@ MODULES = {"modulelist_moe.py"}  # imported by the quickstart: `--model moduleli
 LAUNCHERS = {"train_expert_parallel.py": "-m torch.distributed.run --standalone --nproc-per-node 2".split()}
 # What an example prints only if it came to its end, and what it leaves behind.
 EXPECTED = {
+    "custom_expert.py": ("step    5  loss", []),
+    "mixture_of_attention.py": ("decoding with a cache", []),
     "direct_ops.py": ("fused", []),
     "quickstart.py": ("Curves and times", ["runs/quickstart-qwen3-cpu.png"]),
     "research_loop.py": ("largest difference of the loss", []),

@@ -1,4 +1,8 @@
-"""Whole models on the experts implementation "scatter_moe": a training step equals that of their own loops."""
+"""Whole models on the experts implementation "scatter_moe": outputs and gradients are those of their own loops.
+
+Some gradients of a whole model are differences of nearly equal sums, in which float32 itself loses digits. So the limit
+is the rule's or, as in low precision, three times what the model's own loops are off from their float64 run.
+"""
 
 import inspect
 
@@ -7,30 +11,48 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.backend.harness import assert_same, observe
+from tests.backend.harness import observe
 from tests.models.tiny import VOCAB, Architecture, architectures
+from tests.numerics import TOLERANCE
 
 pytestmark = pytest.mark.slow
 
 MODELS = [architecture for architecture in architectures() if architecture.model_class is not None]
+NOT_IN_FLOAT64 = ("inkling2",)  # their code mixes dtypes then: their float32 run is the truth
+SAME_ROUTING = 1e-3  # outputs that are further from those in float64 come from other experts
 
 
 def test_causal_language_models_are_many():
     assert sum(model.model_class.__name__.endswith("ForCausalLM") for model in MODELS) >= 20
 
 
-@pytest.mark.parametrize("architecture", MODELS, ids=lambda architecture: architecture.name)
-def test_training_step(architecture: Architecture):
-    model = architecture.make("eager").train()
-    decorated = [m for m in model.modules() if hasattr(m, "_apply_gate") and "_is_expert_parallel" in vars(m)]
-    assert decorated, "a model without experts compares nothing"
+def run(model):
+    """Output and gradients by name. Not in training mode: its random numbers would differ between dtypes."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     ids = torch.randint(2, VOCAB - 8, (2, 8), generator=torch.Generator().manual_seed(0))
+    seen = observe(lambda input_ids: model(input_ids=input_ids, **options)[0], model, ids, grad_dtype=torch.float32)
+    return {"output": seen.outputs[0], **seen.grads}
 
-    def first_output(input_ids):
-        return model(input_ids=input_ids, **options)[0]
 
-    expected = observe(first_output, model, ids)
+@pytest.mark.parametrize("architecture", MODELS, ids=lambda architecture: architecture.name)
+def test_equals_its_own_loops(architecture: Architecture):
+    model = architecture.make("eager").eval()
+    decorated = [m for m in model.modules() if hasattr(m, "_apply_gate") and "_is_expert_parallel" in vars(m)]
+    assert decorated, "a model without experts compares nothing"
+    eager = run(model)
+    truth = eager if architecture.name in NOT_IN_FLOAT64 else run(architecture.make("eager").eval().double())
+    assert distance(eager["output"], truth["output"]) <= SAME_ROUTING * truth["output"].abs().max()
     model.set_experts_implementation("scatter_moe")
     assert all(module.config._experts_implementation == "scatter_moe" for module in decorated)
-    assert_same(observe(first_output, model, ids), expected)
+    ours = run(model)
+    assert ours.keys() == eager.keys() == truth.keys()
+    for name in (name for name, exact in truth.items() if exact is not None):
+        largest = truth[name].abs().max().item()
+        error, own = (distance(result[name], truth[name]) for result in (ours, eager))
+        limit = max(TOLERANCE[torch.float32] * largest, 3 * own)
+        assert error <= limit, f"{name}: off by {error:.3g}, accepted is {limit:.3g}"
+
+
+def distance(given: torch.Tensor | None, exact: torch.Tensor) -> float:
+    """Of the element that is furthest off; an absent gradient is zeros."""
+    return (exact if given is None else given - exact).abs().max().item()
