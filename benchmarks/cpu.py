@@ -1,18 +1,20 @@
 """The fused expert MLP on the CPU against plain PyTorch: python -m benchmarks.cpu.
 
 Everyone goes from (x, topk_weights, topk_ids) to y, and in a training step back to the gradients of x, topk_weights and
-both weights. Ours and the rivals take turns in one process. A ratio is a rival's time over ours within a round; of the
-medians over rounds the smallest is reported, that of the fastest rival. In each row everyone's result is checked
-against the reference first: nothing is timed otherwise.
+both weights. Ours and the rivals take turns in one process, each of several calls, as a model with several layers makes
+them. A ratio is a rival's time over ours within a round; of the medians over rounds the smallest is reported, that of
+the fastest rival. In each row everyone's result is checked against the reference first: nothing is timed otherwise.
 
-Set OMP_NUM_THREADS, and compare ratios only: a busy machine slows everyone.
+Times are the process' CPU time: with OMP_NUM_THREADS=1 it is the elapsed time of an idle machine, and other people's
+load changes it less. Compare ratios only.
 """
 
 import argparse
 import os
 import random
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +25,6 @@ from torch import Tensor
 import registrations  # noqa: F401  registers the operators
 from benchmarks import report
 from benchmarks.shapes import Inputs, Shape, inputs
-from benchmarks.timing import seconds
 from scatter_ops import reference
 
 OPS = torch.ops.scatter_moe
@@ -35,6 +36,8 @@ SHAPES = {
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative RMS difference to the reference
 SECONDS_A_ROUND = 0.1
+CALLS_A_TURN = 3
+FEW_TOKENS = 8
 
 
 def ours(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -71,12 +74,33 @@ def grouped_mm(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tenso
     return torch.zeros_like(x).index_add(0, tokens, y * topk_weights.flatten()[order, None].to(x.dtype))
 
 
+def gathered_weights(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Each slot takes a copy of its expert's weights; two batched products. For few tokens."""
+    experts, rows = topk_ids.flatten(), x.repeat_interleave(topk_ids.shape[1], 0).unsqueeze(1)
+    h = torch.bmm(rows, gate_up[experts].mT)
+    y = torch.bmm(gated(h), down[experts].mT).view(*topk_ids.shape, -1)
+    return torch.bmm(topk_weights.unsqueeze(1).to(x.dtype), y).squeeze(1)
+
+
+def slot_loop(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """No sort: two products for each slot. For few tokens, without gradients, whose sums take it very long."""
+    pairs = [(row, e) for row, slots in zip(x.unbind(0), topk_ids.tolist(), strict=True) for e in slots]
+    y = torch.stack([torch.mv(down[e], gated(torch.mv(gate_up[e], row))) for row, e in pairs])
+    return torch.bmm(topk_weights.unsqueeze(1).to(x.dtype), y.view(*topk_ids.shape, -1)).squeeze(1)
+
+
 def gated(h: Tensor) -> Tensor:
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-CONTESTANTS = (ours, naive_loop, sorted_slices, grouped_mm)
+def contestants(shape: Shape, run: Callable[..., tuple[Tensor, ...]]) -> Sequence[Callable[..., Tensor]]:
+    few = shape.T <= FEW_TOKENS
+    return (
+        *(ours, naive_loop, sorted_slices, grouped_mm),
+        *([gathered_weights] if few else []),
+        *([slot_loop] if few and run is forward else []),
+    )
 
 
 def forward(layer: Inputs, function: Callable[..., Tensor]) -> tuple[Tensor]:
@@ -103,10 +127,10 @@ def expected(layer: Inputs) -> tuple[Tensor, ...]:
     return out, *(grad for grad, need in zip(grads, needs, strict=True) if need)
 
 
-def check(layer: Inputs, run: Callable[..., tuple[Tensor, ...]]) -> float:
+def check(layer: Inputs, run: Callable[..., tuple[Tensor, ...]], everyone: Sequence[Callable[..., Tensor]]) -> float:
     """Largest relative RMS difference of ours to the reference; raises if anyone's is too large."""
     worst, truth = {}, expected(layer)
-    for function in CONTESTANTS:
+    for function in everyone:
         pairs = zip(run(layer, function), truth, strict=False)
         worst[function.__name__] = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
     if not all(error < TOLERANCE[layer.x.dtype] for error in worst.values()):
@@ -115,15 +139,15 @@ def check(layer: Inputs, run: Callable[..., tuple[Tensor, ...]]) -> float:
 
 
 def measure(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]], rounds: int) -> dict[str, Any]:
-    layer = inputs(SHAPES[name], dtype, "cpu")
-    error = check(layer, run)
-    repeats = max(3, int(SECONDS_A_ROUND / seconds(lambda: run(layer, ours)) / len(CONTESTANTS)))
-    times: dict[str, list[float]] = {function.__name__: [] for function in CONTESTANTS}
+    layer, everyone = inputs(SHAPES[name], dtype, "cpu"), contestants(SHAPES[name], run)
+    error = check(layer, run, everyone)
+    turns = max(3, int(SECONDS_A_ROUND / cpu_seconds(lambda: run(layer, ours)) / CALLS_A_TURN / len(everyone)))
+    times: dict[str, list[float]] = {function.__name__: [] for function in everyone}
     for _ in range(rounds):
         one_round = {name: [] for name in times}
-        for _ in range(repeats):
-            for function in random.sample(CONTESTANTS, len(CONTESTANTS)):
-                one_round[function.__name__].append(seconds(lambda f=function: run(layer, f)))
+        for _ in range(turns):
+            for function in random.sample(everyone, len(everyone)):
+                one_round[function.__name__].append(cpu_seconds(lambda f=function: run(layer, f)))
         for key, values in one_round.items():
             times[key].append(1e3 * statistics.median(values))
 
@@ -132,7 +156,7 @@ def measure(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]
         function.__name__: statistics.median(
             theirs / mine for theirs, mine in zip(times[function.__name__], times["ours"], strict=True)
         )
-        for function in CONTESTANTS[1:]
+        for function in everyone[1:]
     }
     return {
         "shape": name,
@@ -143,6 +167,14 @@ def measure(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]
         "ratio": min(ratios.values()),
         "error": error,
     }
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    """CPU seconds of one call, of several in a row."""
+    start = time.process_time()
+    for _ in range(CALLS_A_TURN):
+        function()
+    return (time.process_time() - start) / CALLS_A_TURN
 
 
 def main() -> None:
