@@ -2,8 +2,10 @@
 
     out.index_add_(0, tokens, value)    out = out.index_add(0, tokens, value)    counts a token that occurs twice, twice
     out[tokens] += value                out[tokens] = out[tokens] + value        keeps one of them
+    out[tokens] = value                                                          keeps the last of all
 
-`tokens` must come from a mask of one expert; everything else in the graph is none of our business.
+`tokens` must come from a mask of one expert, or be its slots where the output has a row for each; everything else in
+the graph is none of our business.
 """
 
 from collections.abc import Iterable
@@ -11,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.facts import Rows, fact
+from fx_passes.facts import chosen, chosen_tokens, fact
 from fx_passes.ops import arg, op_name
 from fx_passes.region import Accumulation, Rejected
 
@@ -29,12 +31,6 @@ def accumulations(graph: fx.Graph) -> dict[fx.Node, list[Accumulation]]:
     return groups
 
 
-def expert_rows(node: Any) -> Rows | None:
-    """What `node` says, where it holds the token positions of one expert."""
-    rows = fact(node)
-    return rows if isinstance(rows, Rows) and rows.axis == "T" else None
-
-
 def _accumulation(node: fx.Node) -> Accumulation | None:
     name = op_name(node)
     if name in ("index_add", "index_add_"):
@@ -48,7 +44,7 @@ def _index_add(node: fx.Node) -> Accumulation | None:
     accumulator, dim, tokens, value = (
         arg(node, at, name) for at, name in enumerate(("input", "dim", "index", "source"))
     )
-    if expert_rows(tokens) is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
+    if chosen_tokens(tokens) is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
         return None
     if dim != 0 or arg(node, 4, "alpha", 1) != 1:
         raise Rejected("accumulation_is_a_plain_sum", node, "index_add along another dim than the first, or with alpha")
@@ -57,10 +53,12 @@ def _index_add(node: fx.Node) -> Accumulation | None:
 
 def _add_by_index(node: fx.Node) -> Accumulation | None:
     accumulator, index, total = node.args
-    if expert_rows(index) is None or not isinstance(total, fx.Node):
+    if chosen(index) is None or not isinstance(total, fx.Node):
         return None
     operands = total.args if op_name(total) in ("add", "iadd", "add_") and not total.kwargs else ()
     reads = [operand for operand in operands[:2] if _reads(operand, accumulator, index)]
+    if not any(_reads(operand, accumulator, index) for operand in total.all_input_nodes):
+        return Accumulation(accumulator, index, total, (node,), node, counts_duplicates=False, assigns=True)
     if len(reads) != 1 or len(operands) != 2:
         raise Rejected(
             "accumulation_is_a_plain_sum",
@@ -76,7 +74,7 @@ def _reads(operand: Any, accumulator: fx.Node, index: fx.Node) -> bool:
         isinstance(operand, fx.Node)
         and op_name(operand) == "getitem"
         and operand.args[0] is accumulator
-        and operand.args[1] is index
+        and (operand.args[1] is index or (fact(index) is not None and fact(operand.args[1]) == fact(index)))
     )
 
 

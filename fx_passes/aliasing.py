@@ -20,6 +20,11 @@ _ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "dou
 )
 
 
+def allocates(node: fx.Node) -> bool:
+    """Whether `node` is a tensor with memory of its own."""
+    return op_name(node) in _ALLOCATES and not written(node)
+
+
 def storage_of(node: fx.Node) -> fx.Node:
     """The node whose storage `node` may alias."""
     source = _aliased(node)

@@ -21,7 +21,9 @@ import torch
 from torch import fx
 
 from fx_passes.facts import Mask, Rows, fact
-from fx_passes.markers import Expert, expert_of, index_with_expert, select_expert
+from fx_passes.gather import Taking, chain, takings
+from fx_passes.ids import is_single_choice
+from fx_passes.markers import Expert, expert_of, select_expert
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, varargs
 
 
@@ -91,8 +93,20 @@ class Op:
         return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
 
-Value = Gathered | SlotGathered | PerExpert | Shared | Op
-_VALUES = (Gathered, SlotGathered, PerExpert, Shared, Op)
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """`rows`, each times the weight of its slot, where the slots of a token are summed after the experts ran."""
+
+    rows: "Value"
+    weights: SlotGathered
+
+    @property
+    def node(self) -> fx.Node:
+        return self.rows.node
+
+
+Value = Gathered | SlotGathered | PerExpert | Shared | Op | Scaled
+_VALUES = (Gathered, SlotGathered, PerExpert, Shared, Op, Scaled)
 
 
 class NotIsomorphic(Exception):
@@ -120,6 +134,12 @@ class Body:
 
     def of(self, kind: type) -> Iterator[Any]:
         return (value for value in self.values if isinstance(value, kind))
+
+    def scaled(self, weights_TK: fx.Node) -> "Body":
+        """This body, its rows times the weights of their slots."""
+        weights = SlotGathered(weights_TK, weights_TK, trailing=1)
+        root = Scaled(self.root, weights)
+        return replace(self, root=root, values=(*self.values, weights, root))
 
 
 def children(value: Value) -> Iterator[Value]:
@@ -154,7 +174,7 @@ def map_values(structure: Any, change: Callable[[Value], Any]) -> Any:
 
 
 def has_rows(value: Value) -> bool:
-    return isinstance(value, (Gathered, SlotGathered)) or (isinstance(value, Op) and value.has_rows)
+    return isinstance(value, (Gathered, SlotGathered, Scaled)) or (isinstance(value, Op) and value.has_rows)
 
 
 def rank(value: Any) -> int | None:
@@ -183,6 +203,7 @@ class _Unifier:
         self.values: list[Value] = []
         self._memo: dict[tuple[fx.Node, ...], Value] = {}
         self._inner: dict[fx.Node, bool] = {}
+        self._taken: set[fx.Node] = set()
 
     def value(self, nodes: tuple[fx.Node, ...]) -> Value:
         if nodes not in self._memo:
@@ -193,7 +214,8 @@ class _Unifier:
 
     def nodes(self) -> frozenset[fx.Node]:
         """All nodes of all copies, save what comes from outside the loop."""
-        return frozenset(node for nodes, value in self._memo.items() if not isinstance(value, Shared) for node in nodes)
+        own = (nodes for nodes, value in self._memo.items() if not isinstance(value, Shared))
+        return frozenset(self._taken.union(*own))
 
     def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
         first = nodes[0]
@@ -206,10 +228,22 @@ class _Unifier:
         if not self._is_inner(first) and all(node is first for node in nodes):
             return Shared(first)
         if all(node.op in ("placeholder", "get_attr") for node in nodes):
-            if len(set(nodes)) != len(nodes):
-                raise NotIsomorphic(first, "some experts share a parameter and others do not")
-            return PerExpert(first, tensors=nodes)
+            return PerExpert(first, tensors=self._one_an_expert(nodes))
+        if isinstance(fact(first), Mask) and len(nodes) > 1:
+            raise NotIsomorphic(
+                first, "a mask of an expert does more than to pick the rows and the weights of its tokens"
+            )
         return self._operation(nodes)
+
+    def _one_an_expert(self, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """Parameters by expert; an expert that has a copy for each slot must use the same one in all of them."""
+        parameters: dict[Expert, fx.Node] = {}
+        for node, mask in zip(nodes, self.masks, strict=True):
+            if parameters.setdefault(mask.expert, node) is not node:
+                raise NotIsomorphic(node, "an expert uses another parameter in another slot")
+        if len(set(parameters.values())) != len(parameters):
+            raise NotIsomorphic(nodes[0], "some experts share a parameter and others do not")
+        return tuple(parameters.values())
 
     def _operation(self, nodes: tuple[fx.Node, ...]) -> Value:
         first = nodes[0]
@@ -247,23 +281,18 @@ class _Unifier:
         return first
 
     def _gathered(self, nodes: tuple[fx.Node, ...]) -> Gathered | SlotGathered | None:
+        """The same rows of one tensor from outside in all copies: of those that fit, the tensor farthest back."""
         first = nodes[0]
-        if any(op_name(node) != "getitem" and node.target is not index_with_expert for node in nodes):
-            return None
-        source = first.args[0]
-        if (
-            not isinstance(source, fx.Node)
-            or any(node.args[0] is not source for node in nodes)
-            or self._is_inner(source)
-        ):
-            return None
-        axes = {_gather_axes(node, mask) for node, mask in zip(nodes, self.masks, strict=True)}
-        kind = axes.pop() if len(axes) == 1 else None
-        if kind is None:
-            return None
-        if kind in (("T",), ("1", "T")):
-            return Gathered(source, first, leading=len(kind) - 1)
-        return SlotGathered(source, first, trailing=len(kind) - 2, table=kind[1] == "E")
+        ways = [takings(node, mask) for node, mask in zip(nodes, self.masks, strict=True)]
+        for steps in sorted(ways[0], reverse=True):
+            taking = ways[0][steps]
+            if self._is_inner(taking.source) or any(way.get(steps) != taking for way in ways):
+                continue
+            value = _taken(taking, first, is_single_choice(self.masks[0].ids))
+            if value is not None:
+                self._taken.update(step for node in nodes for step in chain(node, steps))
+                return value
+        return None
 
     def _parameter(self, nodes: tuple[fx.Node, ...]) -> PerExpert | None:
         """`stacked[e]`, with `stacked` from outside the loop."""
@@ -282,7 +311,7 @@ class _Unifier:
         """Whether `node` depends on an expert or on its rows."""
         if node not in self._inner:
             self._inner[node] = False
-            inner = isinstance(fact(node), Rows) or expert_of(node) is not None or node.target is select_expert
+            inner = isinstance(fact(node), (Rows, Mask)) or expert_of(node) is not None or node.target is select_expert
             self._inner[node] = inner or any(self._is_inner(source) for source in node.all_input_nodes)
         return self._inner[node]
 
@@ -328,35 +357,16 @@ def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
     return type(index) is int and index == expert and dim == 0
 
 
-def _gather_axes(node: fx.Node, mask: Mask) -> tuple[str, ...] | None:
-    """What each item of the index is: ("T",) for `x[tokens]`, ("1", "T") for `x[None, tokens]`, ("T", "K", "1") for
-    `weights[tokens, slots, None]`, ("T", "E") for `table[tokens, e]`; None for any other."""
-    index, source = node.args[1], known_tensor(node.args[0])
-    items = index if isinstance(index, tuple) else (index,)
-    while items and items[-1] in (slice(None), Ellipsis):
-        items = items[:-1]
-    if None in items[1:] and source.dim() != 2:
-        return None
-    axes = []
-    for item in items:
-        rows = fact(item) if isinstance(item, fx.Node) else None
-        if isinstance(rows, Rows) and rows.mask == mask:
-            axes.append(rows.axis)
-        elif _is_expert(item, mask.expert):
-            axes.append("E")
-        elif item is None:
-            axes.append("1")
-        else:
-            return None
-    if axes in (["T"], ["1", "T"]) or (axes[:2] in (["T", "K"], ["T", "E"]) and set(axes[2:]) <= {"1"}):
-        return tuple(axes)
-    return None
-
-
-def _is_expert(item: Any, expert: Expert) -> bool:
-    if isinstance(item, fx.Node):
-        return expert_of(item) is not None and expert_of(item) is expert
-    return type(item) is int and item == expert
+def _taken(taking: Taking, node: fx.Node, is_single: bool) -> Gathered | SlotGathered | None:
+    leading, rest = taking.dims.index("R"), taking.dims[taking.dims.index("R") + 1 :]
+    tensor = known_tensor(taking.source)
+    if taking.column:
+        is_value = not leading and set(rest) <= {"1"}
+        return SlotGathered(taking.source, node, len(rest), table=taking.column == "E") if is_value else None
+    is_vector = tensor.dim() == 1 or (tensor.dim() == 2 and tensor.shape[1] == 1)
+    if is_single and is_vector and not leading:
+        return SlotGathered(taking.source, node, len(rest))
+    return Gathered(taking.source, node, leading) if leading <= 1 and "1" not in rest else None
 
 
 def _show(node: fx.Node) -> str:

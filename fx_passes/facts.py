@@ -4,11 +4,14 @@ A naive MoE loop hides its routing in tensor algebra: one_hot, permute, sum, `> 
 that algebra back and answers with a statement, or None where it knows nothing:
 
     OneHot   value[..., t, ..., k, ..., c] == 1 exactly where ids[t, k] == c
-    Mask     value[..., t, ..., k] is true exactly where ids[t, k] == expert
+    Mask     value[..., t, ..., k] is true exactly where ids[t, k] == expert; value[t] where ids[t, slot] == expert, or
+             where one of the slots of t is the expert's
     Hit      value[c] is true exactly where class c occurs in ids
     Rows     the token or slot positions of the slots of one expert, each once
+    SlotOf   value[t] is the slot of token t that is the expert's, where there is one
 
-T tokens, K experts per token. A dim is labelled "T", "K", "E" (classes) or "1" (size one).
+T tokens, K experts per token. A dim is labelled "T", "K", "N" (slots, n = t * K + k), "E" (classes)
+or "1" (size one).
 """
 
 from collections.abc import Sequence
@@ -18,17 +21,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes.ids import ids_dims, is_single_choice
 from fx_passes.markers import Expert, expert_of, index_list, select_expert
-from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, varargs
+from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size, varargs
 
 Dims = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class OneHot:
+    """`reduced`: without a dim of slots; one where any slot of the token has the class."""
+
     ids: fx.Node
     num_classes: int
     dims: Dims
+    reduced: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,30 @@ class Hit:
 
 @dataclass(frozen=True)
 class Mask:
+    """`slot`: in that column of ids alone. `reduced`: in any slot of the token, so there is no dim of slots."""
+
     ids: fx.Node
     expert: Expert
     dims: Dims
+    slot: int | None = None
+    reduced: bool = False
+
+    @property
+    def key(self) -> tuple[fx.Node, Expert, int | None]:
+        """The slots that are chosen, in whatever order."""
+        return self.ids, self.expert, self.slot
+
+    def picks_as(self, other: "Mask") -> bool:
+        """Whether the slots of `other` come in the same order here.
+
+        A reduced mask names each token once: that is the order by token where a token's ids are distinct, which then
+        must hold of `other`.
+        """
+        return self.key == other.key and self._order() == other._order() and self.reduced <= other.reduced
+
+    def _order(self) -> Dims:
+        by_token = self.reduced or "N" in self.dims
+        return ("T", "K") if by_token else tuple(label for label in self.dims if label != "1")
 
 
 @dataclass(frozen=True)
@@ -78,14 +106,12 @@ class Occupied:
     mask: Mask
 
 
-Fact = OneHot | Counts | Hit | Mask | Selection | Rows | Occupied
+@dataclass(frozen=True)
+class SlotOf:
+    mask: Mask
 
 
-def ids_dims(ids: fx.Node) -> Dims | None:
-    value = fake_tensor(ids)
-    if value is None or value.dtype not in (torch.int64, torch.int32):
-        return None
-    return {1: ("T",), 2: ("T", "K")}.get(value.dim())
+Fact = OneHot | Counts | Hit | Mask | Selection | Rows | Occupied | SlotOf
 
 
 def fact(node: Any) -> Fact | None:
@@ -121,6 +147,9 @@ def _same(node: fx.Node) -> Fact | None:
 def _cast(node: fx.Node) -> Fact | None:
     """`.to(...)` of zeros and ones, or of bools, keeps their meaning; so does a move to another device."""
     inner = fact(arg(node, 0, "input"))
+    value = fake_tensor(node)
+    if isinstance(inner, Counts) and not inner.positive and value is not None:
+        return inner if value.dtype in (torch.int32, torch.int64) else None
     return inner if isinstance(inner, (OneHot, Mask)) else None
 
 
@@ -150,6 +179,9 @@ def _getitem(node: fx.Node) -> Fact | None:
         return _column(inner, index)
     if isinstance(inner, OneHot):
         return _index_one_hot(inner, index)
+    if isinstance(inner, SlotOf):
+        rows = chosen_tokens(index)
+        return Rows(rows, "K") if rows is not None and inner.mask.key == rows.key and rows.reduced else None
     return inner if isinstance(inner, Hit) and index == slice(None) else None
 
 
@@ -161,7 +193,20 @@ def _column(selection: Selection, index: Any) -> Fact | None:
     if not isinstance(index, int) or not -len(selection.mask.dims) <= index < len(selection.mask.dims):
         return None
     axis = selection.mask.dims[index]
-    return Rows(selection.mask, axis) if axis in ("T", "K") else None
+    return Rows(selection.mask, axis) if axis in ("T", "K", "N") else None
+
+
+def _divide(node: fx.Node) -> Fact | None:
+    """`slots // K` are tokens and `slots % K` their choices."""
+    rows, divisor, name = fact(arg(node, 0, "input")), arg(node, 1, "other"), op_name(node)
+    if not isinstance(rows, Rows) or rows.axis != "N" or type(divisor) is not int:
+        return None
+    ids = fake_tensor(rows.mask.ids)
+    if ids is None or not same_size(ids.shape[1], divisor):
+        return None
+    if name in ("div", "divide") and node.kwargs.get("rounding_mode") != "floor":
+        return None
+    return Rows(rows.mask, "K" if name in ("mod", "remainder", "fmod") else "T")
 
 
 def _index_one_hot(one_hot: OneHot, index: Any) -> Fact | None:
@@ -188,7 +233,7 @@ def _select(inner: Fact | None, dim: Any, expert: Expert | None, keepdim: Any) -
     if type(expert) is int and not 0 <= expert < inner.num_classes:
         return None
     dims = (*inner.dims[:dim], *(("1",) if keepdim else ()), *inner.dims[dim + 1 :])
-    return Mask(inner.ids, expert, dims)
+    return Mask(inner.ids, expert, dims, reduced=inner.reduced)
 
 
 def _squeeze(node: fx.Node) -> Fact | None:
@@ -220,8 +265,37 @@ def _eq(node: fx.Node) -> Fact | None:
         expert = right
     if not isinstance(left, fx.Node) or expert is None or op_name(left) == "one_hot":
         return None
+    column = _column_of_ids(left)
+    if column is not None:
+        return Mask(column[0], expert, ("T",), slot=column[1])
+    flat = _flat_ids(left)
+    if flat is not None:
+        return Mask(flat, expert, ("N",))
     dims = ids_dims(left)
     return Mask(left, expert, dims) if dims else None
+
+
+def _flat_ids(node: fx.Node) -> fx.Node | None:
+    """ids where `node` is `ids.view(-1)`, with more than one slot a token."""
+    source = arg(node, 0, "input")
+    if op_name(node) not in ("view", "reshape", "flatten", "ravel") or not isinstance(source, fx.Node):
+        return None
+    is_flat = ids_dims(source) == ("T", "K") and ids_dims(node) == ("T",)
+    return source if is_flat and not is_single_choice(source) else None
+
+
+def _column_of_ids(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(ids, k) where `node` is `ids[:, k]`."""
+    source = arg(node, 0, "input")
+    if not isinstance(source, fx.Node) or ids_dims(source) != ("T", "K"):
+        return None
+    if op_name(node) == "getitem" and isinstance(node.args[1], tuple) and len(node.args[1]) == 2:
+        rows, slot = node.args[1]
+    elif op_name(node) == "select" and arg(node, 1, "dim") in (1, -1):
+        rows, slot = slice(None), arg(node, 2, "index")
+    else:
+        return None
+    return (source, slot) if type(slot) is int and slot >= 0 and rows in (slice(None), Ellipsis) else None
 
 
 def _reduce(node: fx.Node) -> Fact | None:
@@ -234,12 +308,59 @@ def _reduce(node: fx.Node) -> Fact | None:
     inner, dims = fact(arg(node, 0, "input")), _reduced_dims(node)
     if isinstance(inner, Mask) and dims is None:
         return Occupied(inner)
-    if not isinstance(inner, OneHot) or dims is None:
+    if not isinstance(inner, (OneHot, Mask)) or dims is None or arg(node, 2, "keepdim", False):
         return None
-    kept = [label for at, label in enumerate(inner.dims) if at not in dims and at - len(inner.dims) not in dims]
-    if kept != ["E"] or arg(node, 2, "keepdim", False):
+    kept = tuple(label for at, label in enumerate(inner.dims) if at not in dims and at - len(inner.dims) not in dims)
+    if [label for label in inner.dims if label not in kept] == ["K"]:
+        return replace(inner, dims=kept, reduced=True)
+    if kept != ("E",) or isinstance(inner, Mask):
         return None
     return Counts(inner.ids, inner.num_classes, positive=op_name(node) == "any")
+
+
+def chosen(index: Any) -> tuple[Mask, str] | None:
+    """The mask behind an index that picks the tokens ("T") or slots ("N") of one expert: positions, or the mask."""
+    known, value = fact(index), fake_tensor(index)
+    if isinstance(known, Rows):
+        return (known.mask, known.axis) if known.axis in ("T", "N") else None
+    if not isinstance(known, Mask) or value is None or value.dtype != torch.bool:
+        return None
+    return (known, known.dims[0]) if known.dims in (("T",), ("N",)) else None
+
+
+def selected(node: Any) -> Mask | None:
+    """The mask of whose slots `node` holds the positions, or something of each."""
+    known = fact(node)
+    if isinstance(known, (Rows, Selection)):
+        return known.mask
+    if not isinstance(node, fx.Node) or op_name(node) != "getitem":
+        return None
+    index, value = fact(node.args[1]), fake_tensor(node.args[1])
+    if isinstance(index, Mask):
+        return index if value is not None and value.dtype == torch.bool else None
+    return index.mask if isinstance(index, Rows) else None
+
+
+def chosen_tokens(index: Any) -> Mask | None:
+    """The mask behind an index that picks the tokens of one expert."""
+    found = chosen(index)
+    return found[0] if found is not None and found[1] == "T" else None
+
+
+def _argmax(node: fx.Node) -> Fact | None:
+    """`(ids == e).int().argmax(-1)`."""
+    inner, dim = fact(arg(node, 0, "input")), arg(node, 1, "dim")
+    if not isinstance(inner, Mask) or inner.dims != ("T", "K") or dim not in (1, -1) or arg(node, 2, "keepdim", False):
+        return None
+    return SlotOf(inner)
+
+
+def _bincount(node: fx.Node) -> Fact | None:
+    ids, classes = arg(node, 0, "input"), arg(node, 2, "minlength", 0)
+    if not isinstance(ids, fx.Node) or arg(node, 1, "weights") is not None or type(classes) is not int or classes <= 0:
+        return None
+    flat = _flat_ids(ids) or ids
+    return Counts(flat, classes, positive=False) if ids_dims(ids) == ("T",) else None
 
 
 def _reduced_dims(node: fx.Node) -> Sequence[int] | None:
@@ -274,12 +395,15 @@ def _where(node: fx.Node) -> Fact | None:
 
 
 def _flatten(node: fx.Node) -> Fact | None:
-    """`hit.squeeze(-1)`, `hit.flatten()`, `hit.view(-1)`: still the classes that occur."""
-    inner = fact(arg(node, 0, "input"))
-    if not isinstance(inner, Hit):
+    """`hit.squeeze(-1)`, `hit.flatten()`, `hit.view(-1)`: still the classes that occur; so for positions."""
+    inner, value = fact(arg(node, 0, "input")), fake_tensor(node)
+    if value is None or value.dim() != 1:
         return _squeeze(node) if op_name(node) == "squeeze" else None
-    value = fake_tensor(node)
-    return inner if value is not None and value.dim() == 1 else None
+    if isinstance(inner, Selection) and not inner.as_tuple and inner.mask.dims in (("T",), ("N",)):
+        return Rows(inner.mask, inner.mask.dims[0])
+    if isinstance(inner, Hit):
+        return inner
+    return _squeeze(node) if op_name(node) == "squeeze" else None
 
 
 def _detach(node: fx.Node) -> Fact | None:
@@ -302,6 +426,10 @@ _RULES = {
     "sum": _reduce,
     "any": _reduce,
     "count_nonzero": _reduce,
+    "bincount": _bincount,
+    "cpu": _cast,
+    "argmax": _argmax,
+    **dict.fromkeys("floordiv floor_divide div divide mod remainder fmod".split(), _divide),
     "gt": _greater,
     "greater": _greater,
     "ne": _greater,

@@ -8,24 +8,48 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
-from fx_passes.capture import guards_of
-from fx_passes.ops import arg, fake_tensor, is_inplace, op_name, same_size
-from fx_passes.region import LoopRegion, Rejected
+from fx_passes.aliasing import allocates, storage_of, writers_of
+from fx_passes.capture import Guard, guards_of
+from fx_passes.facts import Mask, chosen
+from fx_passes.ids import ids_are_distinct, is_single_choice
+from fx_passes.ops import fake_tensor, is_inplace, op_name, same_size
+from fx_passes.region import Accumulation, LoopRegion, Rejected
 
-_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
-_PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
+ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
+EMPTY = frozenset(("empty", "empty_like", "new_empty"))
+
+
+def assignments_overwrite_nothing(region: LoopRegion) -> None:
+    """`out[tokens] = v` keeps the last expert's rows: fine only where a token has one expert, or a row for each."""
+    assigning = [accumulation for accumulation in region.accumulations if accumulation.assigns]
+    if not assigning or _is_flat(region):
+        return
+    if len(assigning) != len(region.accumulations) or not is_single_choice(region.ids_TK):
+        raise Rejected(
+            "assignments_overwrite_nothing",
+            assigning[0].result,
+            "rows are assigned to tokens that have several experts",
+        )
+
+
+def _is_flat(region: LoopRegion) -> bool:
+    """Whether each expert writes the rows of its slots, not those of its tokens."""
+    rows = [chosen(accumulation.tokens) for accumulation in region.accumulations]
+    return all(found is not None and found[1] == "N" for found in rows)
 
 
 def accumulator_starts_as_zeros(region: LoopRegion) -> None:
-    if op_name(region.accumulator) not in _ZEROS or is_inplace(region.accumulator):
-        raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the loop does not add to fresh zeros")
-    if region.accumulator.kwargs.get("requires_grad", False):
-        raise Rejected(
-            "accumulator_starts_as_zeros", region.accumulator, "the output is a leaf that requires gradients"
-        )
-    if not _is_contiguous(fake_tensor(region.accumulator)):
-        raise Rejected("accumulator_starts_as_zeros", region.accumulator, "the output is not a contiguous matrix")
+    """Where rows are assigned, it may start as any tensor of its own: tokens without an expert keep its rows."""
+    start = region.accumulator
+    if start.kwargs.get("requires_grad", False):
+        raise Rejected("accumulator_starts_as_zeros", start, "the output is a leaf that requires gradients")
+    if not _is_contiguous(fake_tensor(start)):
+        raise Rejected("accumulator_starts_as_zeros", start, "the output is not a contiguous matrix")
+    if region.base is not None and allocates(start):
+        return
+    allowed = ZEROS | EMPTY if all(found.assigns for found in region.accumulations) else ZEROS
+    if op_name(start) not in allowed or is_inplace(start):
+        raise Rejected("accumulator_starts_as_zeros", start, "the loop does not add to fresh zeros")
 
 
 def _is_contiguous(tensor: torch.Tensor | None) -> bool:
@@ -65,62 +89,44 @@ def additions_follow_each_other(region: LoopRegion) -> None:
 
 
 def repeated_ids_are_counted(region: LoopRegion) -> None:
-    """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk's are."""
-    if all(accumulation.counts_duplicates for accumulation in region.accumulations) or _single_choice(region.ids_TK):
+    """`out[tokens] += v` keeps one of two equal tokens: fine only where a token's ids are distinct, as topk's are.
+
+    So is a mask that holds where any slot of the token is the expert's.
+    """
+    pairs = zip(region.accumulations, region.masks, strict=True)
+    if (
+        is_single_choice(region.ids_TK)
+        or _is_flat(region)
+        or all(_counts_all(accumulation, mask) for accumulation, mask in pairs)
+    ):
         return
     if not ids_are_distinct(region.ids_TK) or any(writers_of(storage_of(region.ids_TK))):
         raise Rejected(
             "repeated_ids_are_counted",
             region.anchor,
-            "`+=` at repeated tokens adds once, and the ids of a token may repeat",
+            "a token's rows are added once, whatever its number of slots with the expert, and its ids may repeat",
         )
 
 
-def _single_choice(ids: fx.Node) -> bool:
-    tensor = fake_tensor(ids)
-    return tensor is not None and (tensor.dim() == 1 or tensor.shape[1] == 1)
-
-
-def ids_are_distinct(node: fx.Node) -> bool:
-    """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only."""
-    name = op_name(node)
-    source = arg(node, 0, "input")
-    if name == "getitem" and op_name(source) in ("topk", "sort") and node.args[1] == 1:
-        tensor = fake_tensor(arg(source, 0, "input"))
-        dim = arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
-        return tensor is not None and tensor.dim() == 2 and dim in (-1, 1)
-    if name == "getitem" and _keeps_columns(node.args[1]):
-        return ids_are_distinct(source)
-    if name in _PRESERVES_VALUES and _keeps_rows(node):
-        return ids_are_distinct(source)
-    if name == "argsort":
-        return arg(node, 1, "dim", -1) in (-1, 1)
-    return False
-
-
-def _keeps_columns(index: object) -> bool:
-    return isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice)
-
-
-def _keeps_rows(node: fx.Node) -> bool:
-    before, after = fake_tensor(node.args[0]), fake_tensor(node)
-    if op_name(node) in ("to", "long", "int"):
-        return after is not None and after.dtype in (torch.int32, torch.int64)
-    return (
-        before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
-    )
+def _counts_all(accumulation: Accumulation, mask: Mask) -> bool:
+    return not mask.reduced and (accumulation.counts_duplicates or mask.slot is not None)
 
 
 def guards_are_of_the_same_expert(region: LoopRegion) -> None:
     """What runs only if an expert has a token is that expert's own work."""
     for accumulation, mask in zip(region.accumulations, region.masks, strict=True):
         for node in accumulation.nodes:
-            if any(ids is not mask.ids or expert != mask.expert for ids, expert in guards_of(node)):
+            if not all(_is_about(mask, guard) for guard in guards_of(node)):
                 raise Rejected(
                     "guards_are_of_the_same_expert",
                     node,
                     "an expert's work depends on whether another expert has a token",
                 )
+
+
+def _is_about(mask: Mask, guard: Guard) -> bool:
+    """Whether what is guarded does nothing anyway where the guard is false."""
+    return (guard.ids, guard.expert) == (mask.ids, mask.expert) and guard.slot in (None, mask.slot)
 
 
 def carried_tensors_are_the_output(region: LoopRegion) -> None:
@@ -136,6 +142,7 @@ def carried_tensors_are_the_output(region: LoopRegion) -> None:
 
 
 LOOP_RULES: tuple[Callable[[LoopRegion], None], ...] = (
+    assignments_overwrite_nothing,
     accumulator_starts_as_zeros,
     accumulator_is_not_read_inside,
     guards_are_of_the_same_expert,

@@ -46,3 +46,8 @@ def index_with_expert(tensor: torch.Tensor, index: tuple[Any, ...], place: int) 
 def index_list(indices: torch.Tensor) -> torch.Tensor:
     """`indices.tolist()` where the list only serves as an index: the tensor does as well."""
     return indices.clone()
+
+
+def expert_count(counts: torch.Tensor, expert: int) -> int:
+    """`counts[expert]` as a number of unknown value."""
+    return int(counts[expert])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.body import Body, Gathered, Op, PerExpert, SlotGathered, Value, rank
+from fx_passes.body import Body, Gathered, Op, PerExpert, Scaled, SlotGathered, Value, rank
 from fx_passes.ops import fake_tensor
 
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
@@ -50,6 +50,8 @@ class Mlp:
 
 def without_router_weight(value: Value) -> Weighted:
     """Splits `cast(core * weights[tokens, slots, None])`; a body without such a factor is its own core."""
+    if isinstance(value, Scaled):
+        return Weighted(_uncast_exact(value.rows), value.weights)
     inner = _uncast(value)
     factors = _binary(inner, ("mul", "multiply"))
     if factors is not None:
@@ -62,7 +64,7 @@ def without_router_weight(value: Value) -> Weighted:
 
 def router_weight(value: Any) -> SlotGathered | None:
     """`weights[tokens, slots, None]`, where the factor is one value a row."""
-    while isinstance(value, Op) and value.name in ("unsqueeze", "view", "reshape") and _is_column(value):
+    while isinstance(value, Op) and (_is_column(value) or _is_cast_of_slots(value)):
         value = value.args[0]
     if isinstance(value, SlotGathered):
         source = fake_tensor(value.source)
@@ -284,7 +286,13 @@ def _uncast_exact(value: Value) -> Value:
     return value
 
 
+def _is_cast_of_slots(op: Op) -> bool:
+    return op.name in _CASTS and isinstance(op.args[0], (SlotGathered, Op)) and _is_float_cast(op)
+
+
 def _is_column(op: Op) -> bool:
+    if op.name not in ("unsqueeze", "view", "reshape"):
+        return False
     before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
     if before is None or after is None or not isinstance(op.args[0], (SlotGathered, Op)):
         return False

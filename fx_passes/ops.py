@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fx_passes.markers import current_expert, index_list, index_with_expert, select_expert
+from fx_passes.markers import current_expert, expert_count, index_list, index_with_expert, select_expert
 
 _NAMESPACES = (torch.nn.functional, torch._C._nn, torch, torch.special, torch._C._linalg, operator)
 
@@ -53,8 +53,17 @@ _INPLACE_ARGUMENT = {
     ),
     "rrelu": 4,
 }
-_CASTS = frozenset("bool long int half bfloat16 float double getattr".split())
-_HARMLESS = frozenset((current_expert, select_expert, index_with_expert, index_list, torch._C._set_grad_enabled))
+_NEVER_RANDOM = frozenset("bool long int half bfloat16 float double getattr sym_sum".split())
+_HARMLESS = frozenset(
+    (
+        current_expert,
+        select_expert,
+        index_with_expert,
+        index_list,
+        expert_count,
+        torch._C._set_grad_enabled,
+    )
+)
 
 
 def op_name(node: fx.Node) -> str | None:
@@ -149,7 +158,7 @@ def _draws_random(name: str) -> bool:
     """What is no operator of aten, Python or a cast is composed of others, which may."""
     packet = getattr(torch.ops.aten, name, None)
     if packet is None:
-        return not hasattr(operator, name) and name not in _CASTS
+        return not hasattr(operator, name) and name not in _NEVER_RANDOM
     return any(torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads())
 
 

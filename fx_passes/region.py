@@ -42,7 +42,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Accumulation:
-    """One `acc.index_add_(0, tokens, value)` or `acc[tokens] += value`.
+    """One `acc.index_add_(0, tokens, value)` or `acc[tokens] += value`; `acc[tokens] = value` where it `assigns`.
 
     `nodes` are all nodes that belong to it, `result` the last.
     """
@@ -53,6 +53,7 @@ class Accumulation:
     nodes: tuple[fx.Node, ...]
     result: fx.Node
     counts_duplicates: bool
+    assigns: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +101,16 @@ class MoERegion:
 class LoopRegion(MoERegion):
     """A loop over experts: number i of `accumulations` adds the rows of `masks[i]` to `accumulator`.
 
-    `symbol` is there where one iteration over a symbolic expert stands for the loop. `writes` are the additions.
+    `symbol` is there where one iteration over a symbolic expert stands for the loop. `writes` are the additions. `base`
+    is what tokens without an expert keep, where that isn't zero. The loop runs over experts from `first_expert` on.
     """
 
     accumulator: fx.Node
     accumulations: tuple[Accumulation, ...]
     masks: tuple[Mask, ...]
     symbol: fx.Node | None
+    base: fx.Node | None
+    first_expert: int
 
     @property
     def anchor(self) -> fx.Node:
@@ -114,5 +118,5 @@ class LoopRegion(MoERegion):
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """Its zeros, then what each addition gives."""
-        return (self.accumulator, *(accumulation.result for accumulation in self.accumulations))
+        """Its zeros, then what each addition gives, and the sum of slots where there is one."""
+        return (self.accumulator, *(accumulation.result for accumulation in self.accumulations), self.result)

@@ -16,6 +16,7 @@ from fx_passes.region import Rejection
 log = logging.getLogger("scatter_moe")
 
 GRADIENTS = "an expert without tokens gets a zero gradient where eager leaves None"
+UNWRITTEN = "ids outside 0..E-1 give zeros where eager leaves their rows undefined"
 RANGE = "ids outside 0..E-1 give zeros where one_hot raises"
 
 

@@ -17,7 +17,7 @@ from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value,
 from fx_passes.capture import events_of
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
 from fx_passes.ops import draws_random, known_tensor, written
-from fx_passes.region import MoERegion
+from fx_passes.region import LoopRegion, MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
 
 ops = torch.ops.scatter_moe
@@ -41,6 +41,8 @@ def rewrite(region: MoERegion) -> Rewritten:
     with region.graph.inserting_before(region.result):
         emitter = _Emitter(region)
         output = emitter.mlp(mlp) if mlp is not None else emitter.general()
+        if isinstance(region, LoopRegion) and region.base is not None:
+            output = emitter.over(region.base, output)
     output.meta["example_value"] = region.output
     _redirect_users(region, output)
     erased = _erase(region)
@@ -58,7 +60,9 @@ class _Emitter:
         self.out_dtype = region.output.dtype
         self.top_k = region.top_k
         self.ids_TK = self._by_slot(region.ids_TK)
-        routed = self._call(ops.route.default, self.ids_TK, region.num_experts)
+        first = region.first_expert if isinstance(region, LoopRegion) else 0
+        self.numbers_TK = self._function(torch.sub, self.ids_TK, first) if first else self.ids_TK
+        routed = self._call(ops.route.default, self.numbers_TK, region.num_experts)
         self.order_N = self._function(operator.getitem, routed, 0)
         self.offsets_E = self._function(operator.getitem, routed, 1)
         self._emitted: dict[int, fx.Node] = {}
@@ -90,6 +94,14 @@ class _Emitter:
         return self._call(
             ops.combine.default, rows, weights, self.order_N, self.offsets_E, self.top_k, True, self.out_dtype
         )
+
+    def over(self, base: fx.Node, output: fx.Node) -> fx.Node:
+        """`output`, but `base` at tokens without an expert."""
+        ids = self.numbers_TK
+        has_expert = self._function(
+            torch.logical_and, self._function(torch.ge, ids, 0), self._function(torch.lt, ids, self.region.num_experts)
+        )
+        return self._function(torch.where, has_expert, output, base)
 
     def emit(self, value: Value) -> fx.Node:
         """The node that holds `value` for all grouped rows."""

@@ -25,7 +25,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fx_passes.facts import ids_dims
+from fx_passes.ids import ids_dims
 from fx_passes.ops import arg, fake_tensor, is_inplace, op_name, varargs
 
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Gathered, Op, PerExpert, SlotGathered, has_rows
-from fx_passes.facts import Hit, Rows, Selection, fact
+from fx_passes.facts import Counts, Hit, fact, selected
+from fx_passes.ids import ids_are_distinct
 from fx_passes.loop_rules import LOOP_RULES
 from fx_passes.ops import draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, same_size, written
 from fx_passes.region import LoopRegion, MoERegion, Rejected
@@ -139,27 +140,55 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def _always_holds(node: fx.Node) -> bool:
-    """Dynamo's own assertions: an expert has at least no slot, and at most all; at most all experts are hit."""
+    """Dynamo's own assertions: an expert has at least no slot, and at most all; at most all experts are hit.
+
+    Two selections of one expert's slots are equally long.
+    """
     if node.target is not torch.ops.aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
         return False
     question = node.args[0]
-    most = _largest_length(question.args[0]) if len(question.args) == 2 else None
-    if most is None:
+    if len(question.args) != 2 or not _is_length(question.args[0]):
         return False
+    if op_name(question) == "eq":
+        return _are_as_many(question.args[0], question.args[1])
     bound = example(question.args[1]) if isinstance(question.args[1], fx.Node) else question.args[1]
     if op_name(question) == "ge":
-        return type(bound) is int and bound <= 0
-    return op_name(question) == "le" and isinstance(bound, (int, torch.SymInt)) and statically_known_true(bound >= most)
+        return type(bound) is int and bound <= _smallest_length(question.args[0])
+    most = _largest_length(question.args[0])
+    if op_name(question) != "le" or most is None or not isinstance(bound, (int, torch.SymInt)):
+        return False
+    return statically_known_true(bound >= most)
 
 
-def _largest_length(size: object) -> int | torch.SymInt | None:
+def _is_length(size: object) -> TypeGuard[fx.Node]:
+    return isinstance(size, fx.Node) and size.target is torch.ops.aten.sym_size.int and size.args[1:] == (0,)
+
+
+def _are_as_many(size: fx.Node, other: object) -> bool:
+    if not _is_length(other):
+        return False
+    first, second = selected(size.args[0]), selected(other.args[0])
+    if first is None or second is None or first.key != second.key:
+        return False
+    return first.reduced == second.reduced or ids_are_distinct(first.ids)
+
+
+def _smallest_length(size: fx.Node) -> int:
+    """`bincount` counts at least as many classes as it was asked for."""
+    counts = fact(size.args[0])
+    return counts.num_classes if isinstance(counts, Counts) else 0
+
+
+def _largest_length(size: fx.Node) -> int | torch.SymInt | None:
     """The largest value of `size`, where it is how many slots an expert has or how many experts are hit."""
-    if not isinstance(size, fx.Node) or size.target is not torch.ops.aten.sym_size.int or size.args[1] != 0:
-        return None
     listed = fact(size.args[0])
     if isinstance(listed, Hit):
         return listed.num_classes
-    return known_tensor(listed.mask.ids).numel() if isinstance(listed, (Rows, Selection)) else None
+    mask = selected(size.args[0])
+    if mask is None:
+        return None
+    ids = known_tensor(mask.ids)
+    return ids.shape[0] if mask.reduced or mask.slot is not None else ids.numel()
 
 
 def nothing_is_written_inside(region: MoERegion) -> None:

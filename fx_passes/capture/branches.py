@@ -7,7 +7,7 @@ from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
 from fx_passes.capture.emptiness import nonempty_question
-from fx_passes.capture.events import Scope
+from fx_passes.capture.events import Guard, Scope
 from fx_passes.capture.python_state import snapshot
 from fx_passes.capture.variables import is_open
 from fx_passes.markers import Expert, expert_of
@@ -48,7 +48,7 @@ def jump(capture: Any, tx: Any, instruction: Any) -> bool:
         return False
     tx.stack[-1] = ConstantVariable.create(question.truth)
     size = len(tx.stack) - 2
-    guard = (question.mask.ids, question.mask.expert)
+    guard = Guard(*question.mask.key)
     capture.scopes.append(Scope(event, tx, header, size, snapshot(tx, header, size), guard))
     return False
 

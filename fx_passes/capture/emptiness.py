@@ -3,6 +3,7 @@
 `mask.any()`, `mask.sum() == 0`, `idx.numel() > 0`, `idx.shape[0] == 0`, `len(idx)`
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from fx_passes.facts import Mask, Occupied, fact
 from fx_passes.ops import arg, op_name
 
 _SAMPLES = (1, 2, 3, 1000, 10**9)
+_SIZE = sympy.Symbol("size", integer=True)
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,36 @@ def _tensor_question(node: fx.Node) -> Question | None:
 def _symbol_question(number: Any, mask_of_symbol: dict[Any, Mask]) -> Question | None:
     """What a comparison of sizes asks.
 
-    One that is linear in its one symbol splits the naturals at one place: sampling shows whether that is between 0
-    and 1.
+    One that is linear in its one size splits the naturals at one place: sampling shows whether that is between 0 and 1.
     """
     if not isinstance(number, (torch.SymBool, torch.SymInt)):
         return None
     expression = number.node.expr
-    symbols = expression.free_symbols
-    symbol = next(iter(symbols)) if len(symbols) == 1 else None
-    if symbol not in mask_of_symbol or not _is_linear(expression, symbol):
+    if isinstance(expression, sympy.core.relational.Relational):
+        left, right = expression.args
+        expression = expression.func(sympy.expand(sympy.Add(left, sympy.Mul(-1, right))), 0)
+    size, expression = _in_one_size(expression, mask_of_symbol)
+    if size is None or not _is_linear(expression, _SIZE):
         return None
-    truths = {bool(expression.subs(symbol, sample)) for sample in _SAMPLES}
-    empty = bool(expression.subs(symbol, 0))
+    truths = {bool(expression.subs(_SIZE, sample)) for sample in _SAMPLES}
+    empty = bool(expression.subs(_SIZE, 0))
     if len(truths) == 1 and empty not in truths:
-        return Question(mask_of_symbol[symbol], truths.pop())
+        return Question(mask_of_symbol[size], truths.pop())
     return None
+
+
+def _in_one_size(expression: Any, sizes: Iterable[Any]) -> tuple[Any, Any]:
+    """(size, `expression` in terms of `_SIZE`), where it is about one of `sizes` alone. A size may be a sum itself."""
+    left = expression.lhs if isinstance(expression, sympy.core.relational.Relational) else expression
+    for size in sizes:
+        if size.is_Symbol:
+            inner = expression.subs(size, _SIZE)
+        else:
+            factor = 1 if (left - size).is_number else -1
+            inner = expression.subs(left, sympy.expand(left - factor * size) + factor * _SIZE)
+        if inner.free_symbols == {_SIZE}:
+            return size, inner
+    return None, None
 
 
 def _is_linear(expression: Any, symbol: Any) -> bool:

@@ -1,7 +1,7 @@
 """Events, the stretches of a trace that rest on them, and what restarts of one frame hand on to each other."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
@@ -14,8 +14,13 @@ from fx_passes.region import Rejection
 _EVENTS = "scatter_moe_events"
 _GUARDS = "scatter_moe_guards"
 
-Guard = tuple[fx.Node, Expert]
-"""(ids, expert): the assumption that the expert has a token."""
+
+class Guard(NamedTuple):
+    """The assumption that the expert has a token; where `slot` is given, one in that column of ids."""
+
+    ids: fx.Node
+    expert: Expert
+    slot: int | None = None
 
 
 class TraceAgain(TensorifyScalarRestartAnalysis):
@@ -58,7 +63,7 @@ class Scope:
         """The symbolic expert of a hit loop that is captured as one iteration."""
         if self.loop_over is None or self.guard is None:
             return None
-        return self.guard[1] if isinstance(self.guard[1], fx.Node) else None
+        return self.guard.expert if isinstance(self.guard.expert, fx.Node) else None
 
 
 @dataclass

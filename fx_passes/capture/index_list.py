@@ -51,7 +51,7 @@ def load_method(capture: Any, tx: Any, instruction: Any) -> bool:
     indices = tx.stack[-1].realize()
     if not isinstance(indices, TensorVariable) or not isinstance(fact(indices.as_proxy().node), Rows):
         return False
-    after = _past_call_without_arguments(tx)
+    after = past_call_without_arguments(tx)
     event = capture.event(tx, "index list")
     if after is None or capture.is_denied(event):
         return False
@@ -82,7 +82,7 @@ def _as_tensor(index: VariableTracker) -> VariableTracker:
     return index.tensor if isinstance(index, IndexListVariable) else index
 
 
-def _past_call_without_arguments(tx: Any) -> int | None:
+def past_call_without_arguments(tx: Any) -> int | None:
     """Where a method call without arguments that begins at the current instruction has ended."""
     at = tx.instruction_pointer + 1
     while tx.instructions[at].opname in ("PRECALL", "CACHE", "PUSH_NULL"):

@@ -7,7 +7,7 @@ from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
-from fx_passes.capture.events import Scope, events_of
+from fx_passes.capture.events import Guard, Scope, events_of
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.variables import expert_of_variable, has_open_length
 from fx_passes.facts import Hit, fact
@@ -63,7 +63,7 @@ def _next_iteration(capture: Any, scope: Scope) -> None:
         return
     expert = expert_of_variable(iterator.items[iterator.index])
     assert expert is not None and scope.loop_over is not None
-    scope.guard = (scope.loop_over, expert)
+    scope.guard = Guard(scope.loop_over, expert)
 
 
 def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> None:

@@ -9,9 +9,9 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
-from fx_passes.capture import branches, index_list, indexing, loops
+from fx_passes.capture import branches, counts, index_list, indexing, loops
 from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
-from fx_passes.facts import Mask, Selection, fact
+from fx_passes.facts import Mask, selected
 from fx_passes.faults import own_code
 from fx_passes.ops import op_name
 from fx_passes.region import Rejection
@@ -22,13 +22,18 @@ _ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort"))
 Handler = Callable[["Capture", Any, Any], bool]
 """Looks at (capture, tx, instruction) before the instruction runs; True where it did the instruction's work itself."""
 
+
+def _method(capture: "Capture", tx: Any, instruction: Any) -> bool:
+    return index_list.load_method(capture, tx, instruction) or counts.read_counts(capture, tx, instruction)
+
+
 _HANDLERS: dict[str, Handler] = {
     "GET_ITER": loops.get_iter,
     "FOR_ITER": loops.for_iter,
     "BINARY_SUBSCR": indexing.subscript,
     "STORE_SUBSCR": index_list.store_subscript,
-    "LOAD_METHOD": index_list.load_method,
-    "LOAD_ATTR": index_list.load_method,
+    "LOAD_METHOD": _method,
+    "LOAD_ATTR": _method,
 }
 
 
@@ -99,13 +104,17 @@ class Capture:
         self.events.append(event)
         return event
 
+    def forget_new_symbols(self) -> None:
+        """Symbols that were made just now belong to an event already."""
+        self._unbacked_seen = self.output.shape_env.unbacked_symint_counter
+
     def is_denied(self, event: Event) -> bool:
         return event.number in self.memory.denied
 
     def is_in_iteration_of(self, expert: Any) -> bool:
         """Whether the trace is inside the iteration of a hit loop that `expert` stands for."""
         guards = [scope.guard for scope in self.scopes if scope.loop_over is not None and scope.guard is not None]
-        return any(guard[1] is expert or (type(expert) is int and guard[1] == expert) for guard in guards)
+        return any(guard.expert is expert or (type(expert) is int and guard.expert == expert) for guard in guards)
 
     def reject(self, tx: Any, rule: str, detail: str) -> None:
         """Says why a place that looks like part of an expert loop is left to Dynamo."""
@@ -207,13 +216,12 @@ class Capture:
         return nodes
 
     def _note_selection(self, node: fx.Node) -> None:
-        selection = fact(node)
-        if not isinstance(selection, Selection):
+        mask, value = selected(node), node.meta["example_value"]
+        if mask is None:
             return
-        value = node.meta["example_value"]
         length = (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
         if isinstance(length, torch.SymInt):
-            self.masks_of_symbol[length.node.expr] = selection.mask
+            self.masks_of_symbol[length.node.expr] = mask
 
 
 def _handler(opname: str) -> Handler | None:

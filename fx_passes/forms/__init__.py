@@ -4,6 +4,15 @@
 raise Rejected where what they see is almost the form.
 """
 
-from fx_passes.forms import dense_experts, gathered_weights, hit_loop, range_loop, sorted_slots
+from fx_passes.forms import (
+    assignment,
+    dense_experts,
+    flat_pairs,
+    gathered_weights,
+    hit_loop,
+    range_loop,
+    slot_loop,
+    sorted_slots,
+)
 
-FORMS = (hit_loop, range_loop, sorted_slots, gathered_weights, dense_experts)
+FORMS = (hit_loop, range_loop, slot_loop, assignment, flat_pairs, sorted_slots, gathered_weights, dense_experts)

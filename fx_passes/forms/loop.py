@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from fx_passes.accumulation import accumulations, closure, expert_rows
-from fx_passes.body import NotIsomorphic, UnknownOperation, unify
+from fx_passes.accumulation import accumulations, closure
+from fx_passes.body import Body, NotIsomorphic, UnknownOperation, unify
 from fx_passes.capture import guards_of
-from fx_passes.facts import Hit, Mask, Selection, fact
-from fx_passes.markers import current_expert
+from fx_passes.facts import Counts, Hit, Mask, Occupied, Selection, chosen, fact
+from fx_passes.loop_rules import EMPTY, ZEROS
+from fx_passes.markers import Expert, current_expert, expert_count
 from fx_passes.ops import fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected
-from fx_passes.report import GRADIENTS, RANGE
+from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
+from fx_passes.slot_sum import SlotSum
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,21 @@ class Loop:
         expert = _mask(self.found[0]).expert
         return expert if isinstance(expert, fx.Node) else None
 
+    @property
+    def assigns(self) -> bool:
+        return any(accumulation.assigns for accumulation in self.found)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether its output has a row for each slot."""
+        found = chosen(self.found[0].tokens)
+        return found is not None and found[1] == "N"
+
+    @property
+    def is_by_slot(self) -> bool:
+        """Whether it adds the tokens that one slot sends to an expert."""
+        return _mask(self.found[0]).slot is not None
+
 
 def loops(graph: fx.Graph) -> Iterator[Loop]:
     for accumulator, found in accumulations(graph).items():
@@ -35,9 +53,9 @@ def loops(graph: fx.Graph) -> Iterator[Loop]:
 
 
 def _mask(accumulation: Accumulation) -> Mask:
-    rows = expert_rows(accumulation.tokens)
-    assert rows is not None
-    return rows.mask
+    found = chosen(accumulation.tokens)
+    assert found is not None
+    return found[0]
 
 
 def masks_of(loop: Loop) -> tuple[Mask, ...]:
@@ -50,25 +68,35 @@ def masks_of(loop: Loop) -> tuple[Mask, ...]:
     return masks
 
 
-def region_of(form: str, loop: Loop, masks: tuple[Mask, ...], num_experts: int) -> LoopRegion:
+def region_of(
+    form: str, loop: Loop, masks: tuple[Mask, ...], num_experts: int, total: SlotSum | None = None
+) -> LoopRegion:
     """The region of `loop`, of which accumulation number i adds the rows of `masks[i]`.
+
+    Where the loop has a row for each slot, `total` sums over these.
 
     Raises Rejected where the experts' bodies are not the same computation.
     """
     found = loop.found
-    order = sorted(range(len(found)), key=lambda place: _number(masks[place]))
+    order = sorted(range(len(found)), key=lambda place: (_number(masks[place]), masks[place].slot or 0))
     try:
         body = unify([found[place].value for place in order], [masks[place] for place in order])
     except NotIsomorphic as reason:
         raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
     except UnknownOperation as reason:
         raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
-    output = fake_tensor(loop.accumulator)
+    result = total.result if total is not None else found[-1].result
+    output = fake_tensor(total.result if total is not None else loop.accumulator)
     if output is None:
         raise Rejected("accumulator_starts_as_zeros", loop.accumulator, "the loop adds to something that is no tensor")
     additions = frozenset(node for accumulation in found for node in accumulation.nodes)
-    routing = _routing(loop, masks[0].ids)
     stops = frozenset(accumulation.result for accumulation in found)
+    inner = closure(_starts(loop.accumulator.graph, masks, body), stops) | additions
+    if total is not None:
+        inner |= closure(total.nodes[:1], stops=frozenset((result,))) | {result}
+        additions |= {*total.nodes}
+        body = body.scaled(total.weights) if total.weights is not None else body
+    routing = _routing(loop, masks[0].ids, inner)
     return LoopRegion(
         form=form,
         ids_TK=masks[0].ids,
@@ -76,15 +104,17 @@ def region_of(form: str, loop: Loop, masks: tuple[Mask, ...], num_experts: int) 
         num_experts=num_experts,
         body=body,
         routing=routing,
-        inner=closure(_starts(loop.accumulator.graph, masks), stops) | additions,
-        result=found[-1].result,
+        inner=inner,
+        result=result,
         output=output,
         writes=additions,
-        deviations=tuple(_deviations(additions, routing)),
+        deviations=tuple(_deviations(loop, additions, routing)),
         accumulator=loop.accumulator,
         accumulations=found,
         masks=masks,
         symbol=loop.symbol,
+        base=_base(loop),
+        first_expert=_number(masks[order[0]]),
     )
 
 
@@ -93,18 +123,28 @@ def _top_k(ids: fx.Node) -> int:
     return int(tensor.shape[1]) if tensor.dim() == 2 else 1
 
 
-def _deviations(additions: frozenset[fx.Node], routing: frozenset[fx.Node]) -> Iterator[str]:
+def _base(loop: Loop) -> fx.Node | None:
+    """What tokens without an expert keep, where experts assign and that isn't zero or undefined."""
+    starts_blank = op_name(loop.accumulator) in ZEROS | EMPTY
+    return loop.accumulator if loop.assigns and not loop.is_flat and not starts_blank else None
+
+
+def _deviations(loop: Loop, additions: frozenset[fx.Node], routing: frozenset[fx.Node]) -> Iterator[str]:
     """Where the rewritten loop may differ from eager."""
     if any(guards_of(node) for node in additions):
         yield GRADIENTS
     if any(op_name(node) == "one_hot" for node in routing):
         yield RANGE
+    if op_name(loop.accumulator) in EMPTY:
+        yield UNWRITTEN
 
 
-def _routing(loop: Loop, ids: fx.Node) -> frozenset[fx.Node]:
-    """Nodes between the ids and the row positions: one_hot, permute, comparison, where."""
+def _routing(loop: Loop, ids: fx.Node, inner: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """Nodes between the ids and the row positions, and what guards ask: one_hot, permute, comparison, where, any."""
     nodes: set[fx.Node] = set()
     stack = [accumulation.tokens for accumulation in loop.found]
+    stack += [node for node in ids.graph.nodes if _is_question_about(node, ids)]
+    stack += [source for node in inner for source in node.all_input_nodes if source not in inner]
     stack += [loop.symbol] if loop.symbol is not None else []
     while stack:
         node = stack.pop()
@@ -114,20 +154,54 @@ def _routing(loop: Loop, ids: fx.Node) -> frozenset[fx.Node]:
     return frozenset(nodes)
 
 
+def _is_question_about(node: fx.Node, ids: fx.Node) -> bool:
+    """Whether `node` says that an expert has a token."""
+    known = fact(node)
+    return isinstance(known, Occupied) and known.mask.ids is ids
+
+
 def _number(mask: Mask) -> int:
     return mask.expert if isinstance(mask.expert, int) else 0
 
 
-def _starts(graph: fx.Graph, masks: tuple[Mask, ...]) -> set[fx.Node]:
-    """Where the loop begins: the row positions of each expert, and the list of hit experts that a loop ran over."""
+def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node]:
+    """Where the loop begins: what takes the rows of an expert, and the list of hit experts that a loop ran over."""
     starts: set[fx.Node] = set()
+    keys = {mask.key for mask in masks}
     for node in graph.nodes:
         known = fact(node)
-        if isinstance(known, Selection) and known.mask in masks:
+        if isinstance(known, Selection) and known.mask.key in keys:
+            starts.add(node)
+        if _is_indexed_by(node, keys) or (node in body.nodes and _is_masked_by(node, keys)):
+            starts.add(node)
+        if _counts_of(node) is masks[0].ids:
             starts.add(node)
         if node.target is current_expert:
             starts.update(_hit_list(node.args[0], masks[0].ids))
     return starts
+
+
+def _counts_of(node: fx.Node) -> fx.Node | None:
+    """The ids of which `node` is the number of tokens of one expert, or how many experts were counted."""
+    if node.target not in (expert_count, torch.ops.aten.sym_size.int):
+        return None
+    known = fact(node.args[0])
+    return known.ids if isinstance(known, Counts) else None
+
+
+def _is_indexed_by(node: fx.Node, keys: set[tuple[fx.Node, Expert, int | None]]) -> bool:
+    """Whether a boolean mask of an expert picks from a tensor here."""
+    if op_name(node) not in ("getitem", "setitem"):
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    known = [fact(item) for item in index]
+    return any(isinstance(mask, Mask) and mask.key in keys for mask in known)
+
+
+def _is_masked_by(node: fx.Node, keys: set[tuple[fx.Node, Expert, int | None]]) -> bool:
+    """Whether the mask of an expert is multiplied by something, or the like."""
+    masks = [known for known in map(fact, node.all_input_nodes) if isinstance(known, Mask)]
+    return fact(node) is None and any(mask.key in keys for mask in masks)
 
 
 def _hit_list(node: fx.Node, ids: fx.Node) -> set[fx.Node]:

@@ -4,14 +4,22 @@
         slots, tokens = torch.where(mask[e])             # mask = one_hot(ids, E).permute(2, 1, 0), or ids == e
         out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
 
-Dynamo unrolls it. A loop over the experts that were hit becomes the same where the experts are modules of their own.
-Guards that skip an expert without tokens (`if mask.any():`, `if tokens.numel() == 0: continue`) are seen through.
+Dynamo unrolls it. A loop over the experts that were hit becomes the same where the experts are modules of their own. It
+may run over `range(first, last)`: the slots of other experts give zeros. Guards that skip an expert without tokens are
+seen through: `if mask.any():`, `if tokens.numel() == 0: continue`, `if counts[e] == 0: continue` with
+`counts = ids.flatten().bincount(minlength=E).tolist()`.
+
+The mask may also hold where any slot of a token is the expert's, or of flat slots, of which `slots // K` are tokens:
+
+    m = (ids == e).any(-1)
+    out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]
 """
 
 from collections.abc import Iterator
 
 from torch import fx
 
+from fx_passes.facts import Mask
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
 from fx_passes.region import LoopRegion, Rejected
 
@@ -19,23 +27,31 @@ NAME = "range_loop"
 
 
 def candidates(graph: fx.Graph) -> Iterator[Loop]:
-    return (loop for loop in loops(graph) if loop.symbol is None)
+    return (
+        loop for loop in loops(graph) if loop.symbol is None and not (loop.is_by_slot or loop.is_flat or loop.assigns)
+    )
 
 
 def match(loop: Loop) -> LoopRegion:
     masks = masks_of(loop)
+    require_all_experts(loop, masks)
+    return region_of(NAME, loop, masks, len(masks))
+
+
+def require_all_experts(loop: Loop, masks: tuple[Mask, ...]) -> None:
+    """The loop was unrolled over consecutive experts, each once."""
     numbers = [mask.expert for mask in masks if isinstance(mask.expert, int)]
     if len(numbers) != len(masks):
         raise Rejected(
             "loop_has_a_known_form", loop.found[0].result, "rows are added by token, but not in one loop over experts"
         )
-    if sorted(numbers) != list(range(len(numbers))):
+    first = min(numbers)
+    if sorted(numbers) != list(range(first, first + len(numbers))):
         raise Rejected(
             "every_expert_is_covered",
             loop.found[0].result,
-            f"the loop runs over {_brief(numbers)}, not over 0..E-1, each once",
+            f"the loop runs over {_brief(numbers)}, not over consecutive ones, each once",
         )
-    return region_of(NAME, loop, masks, len(numbers))
 
 
 def _brief(numbers: list[int]) -> str:

@@ -318,8 +318,8 @@ MISSES = (
     NearMiss("range_maximum", "loop_has_a_known_form", Maximum),
     NearMiss("range_minus_equals", "accumulation_is_a_plain_sum", MinusEquals, may_rewrite=True),
     NearMiss("range_times_equals", "accumulation_is_a_plain_sum", TimesEquals),
-    NearMiss("range_assigned", "accumulation_is_a_plain_sum", Assigned),
-    NearMiss("hit_assigned", "accumulation_is_a_plain_sum", AssignedHit),
+    NearMiss("range_assigned", "assignments_overwrite_nothing", Assigned),
+    NearMiss("hit_assigned", "assignments_overwrite_nothing", AssignedHit),
     NearMiss("range_two_accumulators", "no_intermediate_escapes", TwoAccumulators, may_rewrite=True),
     NearMiss("range_restarts_half_way", "every_expert_is_covered", RestartsHalfWay, may_rewrite=True),
 )

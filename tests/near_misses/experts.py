@@ -259,7 +259,7 @@ MISSES = (
     NearMiss("range_expert_used_twice", "bodies_are_isomorphic", LastTwice),
     NearMiss("hit_one_expert_for_all", "experts_have_their_own_parameters", OneForAll, may_rewrite=True),
     NearMiss("range_without_last", "every_expert_is_covered", WithoutLast, may_rewrite=True),
-    NearMiss("range_without_first", "every_expert_is_covered", WithoutFirst),
+    NearMiss("range_without_first", "every_expert_is_covered", WithoutFirst, may_rewrite=True),
     NearMiss("range_every_other", "every_expert_is_covered", EveryOther, may_rewrite=True),
     NearMiss("range_wider_router", "every_expert_is_covered", WiderRouter, may_rewrite=True),
     NearMiss("range_reversed", "every_expert_is_covered", Reversed, may_rewrite=True),

@@ -1,6 +1,20 @@
 """Naive Mixture-of-Experts blocks as people write them: the programs which the rewrite must find."""
 
-from tests.zoo import bodies, deepseek, dense, gathered, gpt_oss, loops, mixtral, others, qwen, sorted_slots, stacked
+from tests.zoo import (
+    bodies,
+    deepseek,
+    dense,
+    flat,
+    gathered,
+    gpt_oss,
+    loops,
+    masks,
+    mixtral,
+    others,
+    qwen,
+    sorted_slots,
+    stacked,
+)
 from tests.zoo.case import Case
 from tests.zoo.common import hidden_states
 
@@ -12,6 +26,8 @@ ZOO: tuple[Case, ...] = (
     *gpt_oss.CASES,
     *others.CASES,
     *loops.CASES,
+    *masks.CASES,
+    *flat.CASES,
     *bodies.CASES,
     *sorted_slots.CASES,
     *gathered.CASES,

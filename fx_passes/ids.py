@@ -1,0 +1,74 @@
+"""What is known of topk_ids: their dims, whether a token's ids are distinct, whether all are below a number.
+
+T tokens, K experts per token.
+"""
+
+import torch
+from torch import fx
+
+from fx_passes.ops import arg, fake_tensor, op_name
+
+_PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
+
+
+def ids_dims(ids: fx.Node) -> tuple[str, ...] | None:
+    value = fake_tensor(ids)
+    if value is None or value.dtype not in (torch.int64, torch.int32):
+        return None
+    return {1: ("T",), 2: ("T", "K")}.get(value.dim())
+
+
+def is_single_choice(ids: fx.Node) -> bool:
+    """Whether a token has one expert at most."""
+    value = fake_tensor(ids)
+    return value is not None and (value.dim() == 1 or value.shape[1] == 1)
+
+
+def ids_are_distinct(node: fx.Node) -> bool:
+    """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only."""
+    name = op_name(node)
+    source = arg(node, 0, "input")
+    if name == "getitem" and op_name(source) in ("topk", "sort") and node.args[1] == 1:
+        tensor = fake_tensor(arg(source, 0, "input"))
+        dim = arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
+        return tensor is not None and tensor.dim() == 2 and dim in (-1, 1)
+    if name == "getitem" and _keeps_columns(node.args[1]):
+        return ids_are_distinct(source)
+    if name in _PRESERVES_VALUES and _keeps_rows(node):
+        return ids_are_distinct(source)
+    if name == "argsort":
+        return arg(node, 1, "dim", -1) in (-1, 1)
+    return False
+
+
+def _keeps_columns(index: object) -> bool:
+    return isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice)
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    if op_name(node) in ("to", "long", "int"):
+        return after is not None and after.dtype in (torch.int32, torch.int64)
+    return (
+        before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
+    )
+
+
+def ids_are_below(node: fx.Node, num_experts: int) -> bool:
+    """Whether `node` holds indices of one of `num_experts` columns, through value-preserving operations only."""
+    name, source = op_name(node), arg(node, 0, "input")
+    if name == "getitem" and op_name(source) in ("topk", "sort", "max") and node.args[1] == 1:
+        return _has_columns(
+            arg(source, 0, "input"), num_experts, arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
+        )
+    if name in ("argmax", "argsort"):
+        return _has_columns(source, num_experts, arg(node, 1, "dim", -1))
+    if name in _PRESERVES_VALUES or (name == "getitem" and fake_tensor(source) is not None):
+        return isinstance(source, fx.Node) and ids_dims(node) is not None and ids_are_below(source, num_experts)
+    return False
+
+
+def _has_columns(scores: object, number: int, dim: object) -> bool:
+    """Whether `scores` has that many entries along its last dim, which is `dim`."""
+    tensor = fake_tensor(scores)
+    return tensor is not None and tensor.shape[-1] == number and dim in (-1, tensor.dim() - 1)

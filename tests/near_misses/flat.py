@@ -1,0 +1,143 @@
+"""Flat pairs whose rows are in another order, are read elsewhere, or are not summed by token."""
+
+import torch
+
+from tests.near_misses.common import NearMiss
+from tests.zoo.common import D
+from tests.zoo.masks import MaskLoop
+
+
+class FlatLoop(MaskLoop):
+    """The loop over flat pairs; a near miss changes one of its steps."""
+
+    def moe(self, x, ids, weights):
+        y = self.rows_of_slots(x, ids)
+        return (y.view(*ids.shape, D) * weights.unsqueeze(-1)).sum(dim=1)
+
+    def rows_of_slots(self, x, ids):
+        flat, rows = ids.view(-1), self.repeated(x)
+        y = self.start(rows)
+        for e in self.numbers():
+            y[flat == e] = self.experts[e](rows[flat == e])
+        return y
+
+    def repeated(self, x):
+        return x.repeat_interleave(self.top_k, dim=0)
+
+    def start(self, rows):
+        return torch.zeros_like(rows)
+
+    def numbers(self):
+        return range(self.num_experts)
+
+
+class Tiled(FlatLoop):
+    """All tokens once, then all again: another order than that of the slots."""
+
+    def repeated(self, x):
+        return x.repeat(self.top_k, 1)
+
+
+class FlatStartsAsInput(FlatLoop):
+    """Slots without an expert would keep their input."""
+
+    def start(self, rows):
+        return rows.clone()
+
+
+class FlatWithoutSecond(FlatLoop):
+    """An expert is left out: its slots give zeros."""
+
+    def numbers(self):
+        return (0, 2, 3)
+
+
+class FlatAddedToUndefined(FlatLoop):
+    """`+=` reads what `empty_like` left there; zeros by accident of the test alone."""
+
+    def rows_of_slots(self, x, ids):
+        flat, rows = ids.view(-1), self.repeated(x)
+        y = torch.empty_like(rows).fill_(0)
+        for e in self.numbers():
+            y[flat == e] += self.experts[e](rows[flat == e])
+        return y
+
+
+class FlatReturnedToo(FlatLoop):
+    """The experts' rows are used a second time."""
+
+    def moe(self, x, ids, weights):
+        y = self.rows_of_slots(x, ids)
+        out = (y.view(*ids.shape, D) * weights.unsqueeze(-1)).sum(dim=1)
+        return out + y.mean(dim=0)
+
+
+class FlatSummedAcross(FlatLoop):
+    """The slots are summed as if they lay the other way round."""
+
+    def moe(self, x, ids, weights):
+        y = self.rows_of_slots(x, ids)
+        return (y.view(self.top_k, -1, D) * weights.t().unsqueeze(-1)).sum(dim=0)
+
+
+class FlatMean(FlatLoop):
+    """The mean over the slots."""
+
+    def moe(self, x, ids, weights):
+        y = self.rows_of_slots(x, ids)
+        return (y.view(*ids.shape, D) * weights.unsqueeze(-1)).mean(dim=1)
+
+
+class FlatReadEarly(FlatLoop):
+    """The slots are weighted and summed before the last expert has written its own."""
+
+    def moe(self, x, ids, weights):
+        flat, rows = ids.view(-1), self.repeated(x)
+        y = torch.zeros_like(rows)
+        for e in range(self.num_experts):
+            if e == self.num_experts - 1:
+                out = (y.view(*ids.shape, D) * weights.unsqueeze(-1)).sum(dim=1)
+            y[flat == e] = self.experts[e](rows[flat == e])
+        return out
+
+
+class FlatOtherDivisor(MaskLoop):
+    """The slots' tokens by another divisor than the number of slots."""
+
+    def moe(self, x, ids, weights):
+        flat, flat_weights = ids.view(-1), weights.view(-1)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            slots = torch.where(flat == e)[0]
+            tokens = slots // (self.top_k + 1)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * flat_weights[slots].unsqueeze(1))
+        return out
+
+
+class FlatWeightOfChoice(MaskLoop):
+    """The weight of the choice's number, taken from the first tokens."""
+
+    def moe(self, x, ids, weights):
+        flat, flat_weights = ids.view(-1), weights.view(-1)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            slots = torch.where(flat == e)[0]
+            tokens = slots // self.top_k
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * flat_weights[slots % self.top_k].unsqueeze(1))
+        return out
+
+
+ZEROS, SUMMED = "accumulator_starts_as_zeros", "slots_of_a_token_are_summed"
+
+MISSES = (
+    NearMiss("flat_tiled", "bodies_are_isomorphic", Tiled),
+    NearMiss("flat_starts_as_input", ZEROS, FlatStartsAsInput),
+    NearMiss("flat_without_second", "every_expert_is_covered", FlatWithoutSecond),
+    NearMiss("flat_added_to_undefined", ZEROS, FlatAddedToUndefined),
+    NearMiss("flat_returned_too", "no_intermediate_escapes", FlatReturnedToo),
+    NearMiss("flat_summed_across", SUMMED, FlatSummedAcross),
+    NearMiss("flat_mean", SUMMED, FlatMean),
+    NearMiss("flat_read_early", "accumulator_is_not_read_inside", FlatReadEarly),
+    NearMiss("flat_other_divisor", "loop_has_a_known_form", FlatOtherDivisor),
+    NearMiss("flat_weight_of_choice", "bodies_are_isomorphic", FlatWeightOfChoice),
+)
