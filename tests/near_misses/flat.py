@@ -96,7 +96,7 @@ class FlatReadEarly(FlatLoop):
         y = torch.zeros_like(rows)
         for e in range(self.num_experts):
             if e == self.num_experts - 1:
-                out = (y.view(*ids.shape, D) * weights.unsqueeze(-1)).sum(dim=1)
+                out = (y.view(*ids.shape, D) * weights.detach().unsqueeze(-1)).sum(dim=1)
             y[flat == e] = self.experts[e](rows[flat == e])
         return out
 
