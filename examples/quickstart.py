@@ -243,7 +243,7 @@ def main() -> None:
     print_summary(runs)
 
     console.rule("what the model writes")
-    console.print(generate(model, b"    def ", 300, size, device), markup=False, highlight=False)
+    console.print(generate(model, b"    def ", 200, size, device), markup=False, highlight=False)
     picture = Path("runs") / f"quickstart-{arguments.model}-{device}.png"
     save_picture(runs, f"{arguments.model} on {device}, {parameters / 1e6:.1f} M parameters", picture)
     console.print(f"Curves and times: {picture}")
