@@ -2,18 +2,22 @@
 
 import linecache
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
 from fx_passes.region import Rejection
 
 log = logging.getLogger("scatter_moe")
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 GRADIENTS = "an expert without tokens gets a zero gradient where eager leaves None"
 UNWRITTEN = "ids outside 0..E-1 give zeros where eager leaves their rows undefined"
@@ -84,8 +88,14 @@ def source_of(node: fx.Node | None) -> tuple[str, str]:
     while node is not None and node.op not in ("root", "output") and not node.meta.get("stack_trace"):
         node = node.next
     trace = node.meta.get("stack_trace") if node is not None else None
-    places = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
-    return source_line(places[-1][0], int(places[-1][1])) if places else ("unknown source", "")
+    return innermost_source((name, int(line)) for name, line in re.findall(r'File "([^"]+)", line (\d+)', trace or ""))
+
+
+def innermost_source(places: Iterable[tuple[str, int]]) -> tuple[str, str]:
+    """The innermost of the places, outermost first, that is not in PyTorch itself (a layer's forward, say)."""
+    places = list(places)
+    own = [place for place in places if not place[0].startswith(_TORCH)] or places
+    return source_line(*own[-1]) if own else ("unknown source", "")
 
 
 def source_line(filename: str, line: int) -> tuple[str, str]:

@@ -188,7 +188,8 @@ def _largest_length(size: fx.Node) -> int | torch.SymInt | None:
     if mask is None:
         return None
     ids = known_tensor(mask.ids)
-    return ids.shape[0] if mask.reduced or mask.slot is not None else ids.numel()
+    once_a_token = mask.reduced or mask.slot is not None or ids_are_distinct(mask.ids)
+    return ids.shape[0] if once_a_token else ids.numel()
 
 
 def nothing_is_written_inside(region: MoERegion) -> None:

@@ -15,7 +15,7 @@ from fx_passes.facts import Mask, selected
 from fx_passes.faults import own_code
 from fx_passes.ops import op_name
 from fx_passes.region import Rejection
-from fx_passes.report import record_rejections, source_line
+from fx_passes.report import innermost_source, record_rejections, source_line
 
 _ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort"))
 
@@ -177,7 +177,7 @@ class Capture:
     def _reject_untraceable(self, error: Exception) -> None:
         """Dynamo gave up on a frame in which the rows of an expert are selected: says where and why."""
         frames = getattr(error, "real_stack", None)
-        place = source_line(frames[-1].filename, frames[-1].lineno or 0) if frames else ("unknown source", "")
+        place = innermost_source((frame.filename, frame.lineno or 0) for frame in frames or ())
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         record_rejections([Rejection("loop_can_be_traced", reason, *place)], self.memory.reported)
 

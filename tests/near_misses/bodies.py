@@ -258,7 +258,7 @@ BODIES = (
     ("global_max", "body_is_row_wise", GlobalMax, False),
     ("divide_by_count", "operations_are_known", DivideByCount, False),
     ("row_number", "operations_are_known", RowNumber, False),
-    ("first_row_zero", "body_is_row_wise", FirstRowZero, False),
+    ("first_row_zero", "no_intermediate_escapes", FirstRowZero, False),
     ("retiled", "body_is_row_wise", Retiled, False),
     ("batch_norm", "loop_can_be_traced", BatchNormed, False),
     ("in_place_on_row", "no_intermediate_escapes", InPlaceOnRow, False),
@@ -275,7 +275,7 @@ BODIES = (
     ("item_in_body", "loop_can_be_traced", ItemInBody, False),
     ("counting_buffer", "no_intermediate_escapes", Counting, False),
     ("remembered_output", "no_intermediate_escapes", Remembering, False),
-    ("top_tokens", "body_is_row_wise", TopTokens, False),
+    ("top_tokens", "no_intermediate_escapes", TopTokens, False),
 )
 
 HOOKS = (

@@ -253,7 +253,7 @@ class ExpertChoice(Loop):
 
 
 MISSES = (
-    NearMiss("range_shifted_mask", "every_expert_is_covered", ShiftedMask),
+    NearMiss("range_shifted_mask", "every_expert_is_covered", ShiftedMask, may_rewrite=True),
     NearMiss("range_more_classes", "every_expert_is_covered", MoreClasses, may_rewrite=True),
     NearMiss("range_threshold_mask", "loop_has_a_known_form", ThresholdMask),
     NearMiss("hit_threshold_mask", "loop_is_over_the_hit_experts", ThresholdMaskHit),
