@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.ops import arg, example, op_name, written
+from fx_passes.ops import arg, example, is_inplace, op_name, written
 from fx_passes.row_wise import POINTWISE
 
 _ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
@@ -44,6 +44,17 @@ def writers_of(storage: fx.Node) -> Iterator[fx.Node]:
             if user not in aliases and _aliased(user) is alias:
                 aliases.add(user)
                 stack.append(user)
+
+
+def inplace_users(node: fx.Node) -> list[fx.Node]:
+    """What writes to `node` by its own name, in graph order."""
+    return sorted(user for user in node.users if is_inplace(user) and arg(user, 0, "input") is node)
+
+
+def is_read_before(node: fx.Node, writes: list[fx.Node]) -> bool:
+    """Whether anyone reads `node`, which `writes` write to, before the last of them has."""
+    early = any(reader not in writes and reader < writes[-1] for reader in node.users)
+    return early or any(write.users for write in writes[:-1])
 
 
 def _aliased(node: fx.Node) -> fx.Node | None:

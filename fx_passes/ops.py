@@ -124,6 +124,12 @@ def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     return statically_known_true(left == right)
 
 
+def casts_nothing(node: fx.Node) -> bool:
+    """Whether `node`, a `to`, keeps dtype and device."""
+    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+
+
 def normalized_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
+from fx_passes.aliasing import inplace_users, is_read_before
 from fx_passes.body import (
     Body,
     Gathered,
@@ -27,16 +28,15 @@ from fx_passes.body import (
     nested_values,
     rank,
 )
-from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, op_name, varargs
+from fx_passes.ops import arg, casts_nothing, fake_tensor, is_inplace, normalized_dim, op_name, varargs
 from fx_passes.region import Rejected
 from fx_passes.row_wise import POINTWISE
-from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, inplace_users, slot_fact
+from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, slot_fact
 
 
 @dataclass(frozen=True)
 class SlotBody:
-    """`writes` are the writes that `body` has followed; `fills_absent` says whether it fills
-    the rows of sentinels."""
+    """`writes` are the writes that `body` has followed; `fills_absent` says whether it fills the rows of sentinels."""
 
     body: Body
     num_experts: int
@@ -108,7 +108,7 @@ class _Translator:
             return gathered
         if name == "masked_fill" and self._fills_absent(node):
             return self.value(node.args[0])
-        if name == "to" and _changes_nothing(node):
+        if name == "to" and casts_nothing(node):
             return self.value(node.args[0])
         if name is None:
             raise Rejected("operations_are_known", node, f"an expert calls `{node.target}`")
@@ -179,10 +179,7 @@ class _Translator:
             return value
         if is_inplace(node) or not isinstance(value, (Gathered, Op)) or not _is_fresh(node):
             raise Rejected("nothing_is_written_inside", writes[0], f"`{op_name(writes[0])}` writes to `{node.name}`")
-        for reader in node.users:
-            if reader not in writes and reader < writes[-1]:
-                raise Rejected("nothing_is_written_inside", writes[-1], f"`{node.name}` is written after it was read")
-        if any(write.users for write in writes[:-1]):
+        if is_read_before(node, writes):
             raise Rejected("nothing_is_written_inside", writes[-1], f"`{node.name}` is written after it was read")
         for write in writes:
             value = self._after(write, value)
@@ -227,10 +224,3 @@ def _swaps_last_dims(node: fx.Node) -> bool:
 def _is_fresh(node: fx.Node) -> bool:
     """Whether `node` holds memory of its own: a product, or rows taken by an index tensor."""
     return op_name(node) == "grouped_mm" or slot_fact(node.args[1]) is not None
-
-
-def _changes_nothing(node: fx.Node) -> bool:
-    before, after = fake_tensor(node.args[0]), fake_tensor(node)
-    if before is None or after is None:
-        return False
-    return (before.dtype, before.device, before.shape) == (after.dtype, after.device, after.shape)

@@ -25,8 +25,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fx_passes.aliasing import inplace_users
 from fx_passes.ids import ids_dims
-from fx_passes.ops import arg, fake_tensor, is_inplace, op_name, varargs
+from fx_passes.ops import arg, fake_tensor, op_name, varargs
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,6 @@ def slot_fact(node: Any) -> SlotFact | None:
         rule = _RULES.get(op_name(node) or "")
         node.meta["scatter_moe_slot_fact"] = rule(node) if rule else None
     return node.meta["scatter_moe_slot_fact"]
-
-
-def inplace_users(node: fx.Node) -> list[fx.Node]:
-    """What writes to `node`, in graph order."""
-    return sorted(user for user in node.users if is_inplace(user) and arg(user, 0, "input") is node)
 
 
 def _flat(node: fx.Node) -> SlotFact | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, op_name, same_size, varargs
+from fx_passes.ops import arg, casts_nothing, fake_tensor, is_inplace, normalized_dim, op_name, same_size, varargs
 
 Dim = tuple[Any, ...]
 
@@ -131,14 +131,14 @@ def _reshape(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
             dims.append(merged)
             del old[:2]
         elif old and old[0][1][:1] in (("r",), ("t",)):
+            repeated, kind, source = old[0][0], old[0][1][0], old[0][1][1]
             rest = after[len(dims) + 1] if len(dims) + 1 < len(after) else 1
-            own = _shape_of_dim(inner, old[0][1][1])
-            pieces = (size, rest) if old[0][1][0] == "t" else (rest, size)
-            if not same_size(pieces[1], own) or not same_size(size * rest, old[0][0]):
+            length = rest if kind == "t" else size
+            if not same_size(length, _shape(inner.start)[source]) or not same_size(size * rest, repeated):
                 return None
-            kind, source = old[0][1][0], old[0][1][1]
-            dims.append(() if kind == "t" else (source,))
-            old[0] = (rest, (source,) if kind == "t" else ())
+            first, second = ((), (source,)) if kind == "t" else ((source,), ())
+            dims.append(first)
+            old[0] = (rest, second)
         else:
             return None
     return tuple(dims) if not old else None
@@ -152,10 +152,6 @@ def _merged(first: Dim, second: Dim) -> Dim | None:
     return (*first, *second) if len(first) == len(second) == 1 else None
 
 
-def _shape_of_dim(inner: View, dim: int) -> int | torch.SymInt:
-    return _shape(inner.start)[dim]
-
-
 def _dtype(node: Any) -> torch.dtype | None:
     tensor = fake_tensor(node)
     return tensor.dtype if tensor is not None else None
@@ -166,10 +162,7 @@ def _same(_node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 
 def _to(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
-    """A cast or a move that changes nothing."""
-    before, after = fake_tensor(node.args[0]), fake_tensor(node)
-    same = before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
-    return inner.dims if same else None
+    return inner.dims if casts_nothing(node) else None
 
 
 _RULES = {

@@ -17,7 +17,8 @@ from torch import fx
 
 from fx_passes.accumulation import closure
 from fx_passes.aliasing import storage_of, writers_of
-from fx_passes.batched import PAIRS, Batched, Total
+from fx_passes.batched.rows import PAIRS, Total
+from fx_passes.batched.walk import Walk
 from fx_passes.body import PerExpert, SlotGathered, Value
 from fx_passes.forms.rounding import with_cast
 from fx_passes.loop_rules import ids_are_distinct
@@ -38,7 +39,7 @@ class Mixture:
     products: tuple[fx.Node, ...]
     total: fx.Node
     rows: Value
-    walk: Batched
+    walk: Walk
     num_experts: int
 
 
@@ -92,7 +93,7 @@ def _mixture(products: list[fx.Node], stacked: fx.Node) -> Mixture | None:
         return None
     tokens = sizes[1] if same_size(sizes[0], num_experts) else sizes[0]
     everything = closure(products, stops=frozenset())
-    walk = Batched(everything, PAIRS, {"T": tokens, "K": 0, "N": tokens, "E": num_experts, "M": num_experts * tokens})
+    walk = Walk(everything, PAIRS, {"T": tokens, "K": 0, "N": tokens, "E": num_experts, "M": num_experts * tokens})
     for node in first.graph.nodes:
         try:
             seen = walk.seen(node) if node in everything else None

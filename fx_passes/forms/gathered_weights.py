@@ -20,7 +20,9 @@ import torch
 from torch import fx
 
 from fx_passes.accumulation import closure
-from fx_passes.batched import SLOTS, Batched, Total, index_labels, picked_by
+from fx_passes.batched.inputs import index_labels, index_of
+from fx_passes.batched.rows import SLOTS, Total
+from fx_passes.batched.walk import Walk
 from fx_passes.body import PerExpert, Value
 from fx_passes.forms.rounding import with_cast
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
@@ -56,7 +58,7 @@ def candidates(graph: fx.Graph) -> Iterator[Picks]:
 
 def match(found: Picks) -> MoERegion:
     everything = closure(found.picks, stops=frozenset())
-    walk = Batched(everything, SLOTS, _sizes(found), found.ids)
+    walk = Walk(everything, SLOTS, _sizes(found), found.ids)
     total, root = _total(walk, everything, found)
     result = with_cast(total)
     inner = closure(found.picks, stops=frozenset((result,))) | {result}
@@ -78,7 +80,7 @@ def match(found: Picks) -> MoERegion:
 
 def _ids_of_picked_matrices(node: fx.Node) -> fx.Node | None:
     """What the index of `W[index]` is a view of, where the result is multiplied with."""
-    index = picked_by(node)
+    index = index_of(node)
     weights = fake_tensor(arg(node, 0, "input")) if index is not None else None
     if index is None or weights is None or weights.dim() != 3 or not weights.is_floating_point():
         return None
@@ -111,7 +113,7 @@ def _sizes(found: Picks) -> dict[str, int | torch.SymInt]:
     return {"T": shape[0] if len(shape) == 2 else slots // found.top_k, "K": found.top_k, "N": slots}
 
 
-def _total(walk: Batched, nodes: frozenset[fx.Node], found: Picks) -> tuple[fx.Node, Value]:
+def _total(walk: Walk, nodes: frozenset[fx.Node], found: Picks) -> tuple[fx.Node, Value]:
     for node in found.ids.graph.nodes:
         seen = walk.seen(node) if node in nodes else None
         if isinstance(seen, Total):

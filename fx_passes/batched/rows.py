@@ -1,0 +1,49 @@
+"""Which dims of a tensor count rows, and what one row is.
+
+Dims that count rows are named by labels: T tokens, K experts per token, N = T * K slots, E experts, M = E * T pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fx_passes.body import Value
+from fx_passes.views import View
+
+Labels = tuple[str, ...]
+SLOTS: tuple[Labels, ...] = (("N",), ("T", "K"))
+PAIRS: tuple[Labels, ...] = (("M",), ("E", "T"), ("T", "E"))
+PARTS: dict[str, Labels] = {"N": ("T", "K"), "M": ("E", "T")}
+"""The dims of which a dim of slots or pairs is made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The first dims of a node count rows, each of which is a row of `value`.
+
+    `unit` says where a dim of size one stands beside the vector of a row: "before", "after", or "" where none does.
+    """
+
+    labels: Labels
+    value: Value
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor from outside, or weights taken by the experts of rows, as each of the views that it is."""
+
+    views: tuple[View, ...]
+
+    def moved(self, move: Callable[[View], View | None]) -> "Input":
+        moved = (move(view) for view in self.views)
+        return Input(tuple(view for view in moved if view is not None))
+
+
+@dataclass(frozen=True)
+class Total:
+    """`rows`, summed over the experts of each token."""
+
+    rows: Value
+
+
+Seen = Rows | Input | Total
