@@ -38,7 +38,7 @@ def test_text_around_markers_is_kept():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(document):
-    prose = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```$|^    .*?$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", prose)
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not missing

@@ -216,9 +216,10 @@ class Capture:
         return nodes
 
     def _note_selection(self, node: fx.Node) -> None:
-        mask, value = selected(node), node.meta["example_value"]
+        mask = selected(node)
         if mask is None:
             return
+        value = node.meta["example_value"]
         length = (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
         if isinstance(length, torch.SymInt):
             self.masks_of_symbol[length.node.expr] = mask

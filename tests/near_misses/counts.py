@@ -87,6 +87,9 @@ class CountReturned(CountedLoop):
 class CountBeforeChange(CountedLoop):
     """The ids change in place after they were counted."""
 
+    def moe(self, x, ids, weights):
+        return super().moe(x, ids.clone(), weights)  # backward of the router's topk reads its ids
+
     def count(self, ids):
         counts = super().count(ids)
         ids.add_(1).remainder_(self.num_experts)
