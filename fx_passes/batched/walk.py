@@ -114,7 +114,8 @@ class Walk:
         return found
 
     def _after(self, write: fx.Node, node: fx.Node, rows: Rows) -> Rows:
-        if op_name(write) not in ("add_", "iadd") or write.kwargs or rows.unit:
+        is_sum = op_name(write) in ("add_", "iadd") and not write.kwargs and isinstance(write.args[1], fx.Node)
+        if not is_sum or rows.unit:
             raise Rejected("nothing_is_written_inside", write, f"`{op_name(write)}` writes to the experts' rows")
         addend, result = write.args[1], known_tensor(node)
         other = beside_rows(self._graph, addend, self.seen(addend), rows.labels, result.dim())

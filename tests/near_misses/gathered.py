@@ -72,6 +72,15 @@ class WrittenAfterRead(BatchedExperts):
         return F.silu(gate) * h[:, FF:]
 
 
+class NumberAddedInPlace(BatchedExperts):
+    """A number is added to the product in place: no bias."""
+
+    def up(self, rows, experts):
+        h = self.linear(rows, self.gate_up_proj[experts])
+        h += 1.0
+        return F.silu(h[:, :FF]) * h[:, FF:]
+
+
 class FrozenDown(EinsumExperts):
     """Some weights are gathered without gradients."""
 
@@ -100,6 +109,7 @@ MISSES = (
     NearMiss("gathered_more_experts", "every_expert_is_covered", block(MoreExperts)),
     NearMiss("gathered_tokens_in_turn", "body_is_row_wise", block(TokensInTurn)),
     NearMiss("gathered_written_after_read", "nothing_is_written_inside", block(WrittenAfterRead)),
+    NearMiss("gathered_number_added_in_place", "nothing_is_written_inside", block(NumberAddedInPlace)),
     NearMiss("gathered_frozen_down", "grad_mode_is_constant", block(FrozenDown)),
     NearMiss("gathered_weights_in_turn", None, block(WeightsInTurn), may_rewrite=True),
 )
