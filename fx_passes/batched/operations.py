@@ -30,7 +30,7 @@ def operation(graph: RowGraph, node: fx.Node, name: str, seen: Callable[[fx.Node
     rank = known_tensor(node).dim() if fake_tensor(node) is not None else 0
 
     def beside(operand: fx.Node) -> Value:
-        return beside_rows(graph, operand, seen(operand), labels, 0 if name in NORMS else rank)
+        return beside_rows(graph, operand, seen(operand), labels, rank)
 
     if name == "type_as":
         rows = beside(node.args[0])
@@ -44,7 +44,7 @@ def operation(graph: RowGraph, node: fx.Node, name: str, seen: Callable[[fx.Node
 
 
 def beside_rows(graph: RowGraph, node: Any, seen: Seen | None, labels: Labels, rank: int) -> Value:
-    """A tensor beside rows; `rank` dims are lined up, none where it is a parameter that has no rows."""
+    """A tensor beside rows, lined up with them in `rank` dims."""
     if isinstance(seen, Rows):
         if seen.labels != labels:
             raise refused(node)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import D, E, K
-from tests.zoo.dense import DenseBlock, DenseExperts, MaskedSoftmax, ScatteredSigmoid, WeightedInputs
+from tests.zoo.dense import DenseBlock, DenseExperts, MaskedSoftmax, ScatteredSigmoid, TransposedExperts, WeightedInputs
 
 
 class SoftMixture(DenseBlock):
@@ -98,6 +98,19 @@ class MeanOverExperts(DenseExperts):
         return super().add_up(y - y.mean(dim=1, keepdim=True), table)
 
 
+class NormAsWideAsExperts(TransposedExperts):
+    """A norm's weight has as many entries as there are experts: it belongs to the features all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * E, D))
+        self.down_proj = nn.Parameter(torch.empty(E, E, D))
+        self.norm = nn.Parameter(torch.empty(E))
+
+    def activate(self, h):
+        return F.rms_norm(super().activate(h), (E,), self.norm)
+
+
 def block(experts):
     return lambda: DenseBlock(experts)
 
@@ -113,4 +126,5 @@ MISSES = (
     NearMiss("dense_all_biased_inputs", "weights_are_zero_outside_the_top_k", lambda: ScatteredSigmoid(BiasedInputs)),
     NearMiss("dense_all_hidden_used", None, block(HiddenReturned)),
     NearMiss("dense_all_mean_over_experts", None, block(MeanOverExperts)),
+    NearMiss("dense_all_norm_as_wide_as_experts", None, block(NormAsWideAsExperts), may_rewrite=True),
 )
