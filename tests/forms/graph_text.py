@@ -44,6 +44,8 @@ def graph_text(graph: fx.Graph) -> str:
 
 
 def _target(node: fx.Node) -> str:
+    if node.op == "call_method" and node.target == "__eq__":
+        return "eq"  # torch 2.11 and 2.13 record `a == b` differently
     if node.op == "call_method":
         return f".{node.target}"
     if isinstance(node.target, torch._ops.OpOverload):
