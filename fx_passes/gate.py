@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fx_passes.body import Gathered, Op, PerExpert
+from fx_passes.hook_guards import HOOKS
 from fx_passes.mlp_body import match_activation
 from fx_passes.recorder import Recorder
 
 _log = logging.getLogger("scatter_moe")
 _READABLE = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType, functools.partial)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ROWS = 3
 
 
@@ -61,7 +61,7 @@ def inputs_of_function(module: nn.Module, function: Any) -> Inputs:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs more than its forward."""
-    return any(len(getattr(module, hooks)) for hooks in _HOOKS)
+    return any(len(getattr(module, hooks)) for hooks in HOOKS)
 
 
 def _read(module: nn.Module, name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo.guards import GuardBuilder
 from torch._guards import TracingContext
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def guard_hooks_of(anchors: Iterable[fx.Node]) -> None:
@@ -22,7 +22,7 @@ def guard_hooks_of(anchors: Iterable[fx.Node]) -> None:
     regions = {_module_of(anchor) for anchor in anchors}
     guards = context.guards_context.dynamo_guards
     for guard in list(guards):
-        if guard.name.endswith(_HOOKS) and any(_words(guard.name)[: len(path)] == path for path in regions):
+        if guard.name.endswith(HOOKS) and any(_words(guard.name)[: len(path)] == path for path in regions):
             guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
 
 

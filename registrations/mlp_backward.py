@@ -7,11 +7,11 @@ from registrations.mlp import ARGUMENTS
 from registrations.mlp_forward import OPTIONS
 from scatter_ops import checks
 
-define(
-    f"mlp_backward(Tensor grad_out, Tensor h, {ARGUMENTS}, {OPTIONS}, bool[] needs) -> (Tensor grad_x, "
-    "Tensor grad_topk_weights, Tensor grad_gate_up, Tensor grad_up, Tensor grad_down, Tensor grad_gate_up_bias, "
-    "Tensor grad_up_bias, Tensor grad_down_bias)"
+SIGNATURE = (
+    f"{ARGUMENTS}, {OPTIONS}, bool[] needs) -> (Tensor grad_x, Tensor grad_topk_weights, Tensor grad_gate_up, "
+    "Tensor grad_up, Tensor grad_down, Tensor grad_gate_up_bias, Tensor grad_up_bias, Tensor grad_down_bias)"
 )
+define(f"mlp_backward(Tensor grad_out, Tensor h, {SIGNATURE}")
 kernels("mlp_backward", checks.mlp_backward)
 
 

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from registrations.library import LIBRARY, define, fake, flops, not_differentiable
-from registrations.mlp import ARGUMENTS
-from registrations.mlp_backward import SECOND_DERIVATIVES, mlp_backward_fake, mlp_backward_flops
-from registrations.mlp_forward import OPTIONS
+from registrations.mlp_backward import SECOND_DERIVATIVES, SIGNATURE, mlp_backward_fake, mlp_backward_flops
 from scatter_ops import checks, cpu
 
-define(
-    f"mlp_backward_(Tensor grad_out, Tensor(a!) h, {ARGUMENTS}, {OPTIONS}, bool[] needs) -> (Tensor grad_x, "
-    "Tensor grad_topk_weights, Tensor grad_gate_up, Tensor grad_up, Tensor grad_down, Tensor grad_gate_up_bias, "
-    "Tensor grad_up_bias, Tensor grad_down_bias)"
-)
+define(f"mlp_backward_(Tensor grad_out, Tensor(a!) h, {SIGNATURE}")
 
 
 def mlp_backward_cpu(*arguments) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ def read_counts(capture: Any, tx: Any, instruction: Any) -> bool:
     if not isinstance(known, Counts) or known.positive:
         return False
     if not ids_are_below(known.ids, known.num_classes):
-        if known_tensor(known.ids).dim() == 2:
+        if known_tensor(known.ids).dim() == 2:  # one id a token is counted in much else than a layer of experts
             capture.reject(tx, "ids_are_in_range", "ids are counted that are not known to be those of an expert")
         return False
     after = past_call_without_arguments(tx)

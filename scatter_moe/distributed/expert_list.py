@@ -3,6 +3,8 @@
 M rows, K experts per token, E experts, D model width.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -53,4 +55,4 @@ def divide_list(experts: nn.ModuleList, exchange: Exchange) -> None:
         if int(name) not in mine:
             experts.register_module(name, None)
     experts.__class__ = ExpertList
-    experts.exchange = exchange  # type: ignore[assignment]
+    cast(ExpertList, experts).exchange = exchange

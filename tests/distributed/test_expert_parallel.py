@@ -46,7 +46,7 @@ def test_partition_is_that_of_chunk(num_experts, num_ranks):
 def test_auto_gathers_where_the_bytes_are_nearly_the_same_and_the_number_of_tokens_is_bounded(
     num_ranks, top_k, max_tokens, gathers
 ):
-    exchange = Exchange(None, Partition(64, num_ranks, 0), "auto", max_tokens)  # type: ignore[arg-type]
+    exchange = Exchange(None, Partition(64, num_ranks, 0), "auto", max_tokens)
     assert exchange._gathers(top_k) is gathers
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import registrations  # noqa: F401
+import registrations  # noqa: F401  registers the operators
 from scatter_ops import reference
 from tests.numerics import MIN_SEEDS, Sample, assert_low_precision
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 VOCAB = 128
 
@@ -19,6 +20,14 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def give_unit_scale(model: nn.Module) -> None:
+    """Draws weights that keep rows at unit scale, so that experts matter to the result."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,7 @@ class Model:
         config = config_class(**COMMON | self.extra, experts_implementation=experts, attn_implementation="eager")
         torch.manual_seed(seed)
         model = getattr(transformers, f"{self.name}ForCausalLM")(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        give_unit_scale(model)
         return model
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 import scatter_moe
 from tests.backend.harness import assert_same, compile_ours, fresh_dynamo, graphs, observe, rewritten
-from tests.models.tiny import VOCAB, Architecture, architectures
+from tests.models.tiny import Architecture, architectures, first_output, token_ids
 
 TWIN = "scatter_moe_survey_twin"
 IMPLEMENTATIONS = {"eager": "eager", "default": None, "grouped_mm": "grouped_mm", "batched_mm": "batched_mm"}
@@ -51,14 +51,6 @@ def trivial_experts(self, hidden_states, top_k_index, top_k_weights):
     return hidden_states * top_k_weights.sum(-1, keepdim=True).to(hidden_states.dtype)
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(2, VOCAB - 8, (2, 8), generator=torch.Generator().manual_seed(0))
-
-
-def first_output(call):
-    return lambda input_ids: call(input_ids=input_ids, use_cache=False)[0]
-
-
 def moe_layers(architecture: Architecture, model: nn.Module) -> int:
     return sum(type(module).__name__ in architecture.experts for module in model.modules())
 
@@ -66,7 +58,7 @@ def moe_layers(architecture: Architecture, model: nn.Module) -> int:
 def graphs_of_twin(architecture: Architecture) -> int:
     fresh_dynamo()
     model = architecture.make(TWIN)
-    observe(first_output(torch.compile(model, backend="counting_aot_eager")), model, tokens())
+    observe(first_output(torch.compile(model, backend="counting_aot_eager"), model), model, token_ids())
     return len(graphs)
 
 
@@ -79,9 +71,9 @@ def survey(architecture: Architecture, experts: str) -> Row:
         row["layers"] = moe_layers(architecture, model)
         row["twin_graphs"] = graphs_of_twin(architecture)
         fresh_dynamo()
-        actual = observe(first_output(compile_ours(model)), model, tokens())
+        actual = observe(first_output(compile_ours(model), model), model, token_ids())
         row |= {"rewritten": rewritten(), "graphs": len(graphs)}
-        expected = observe(first_output(eager), eager, tokens())
+        expected = observe(first_output(eager, eager), eager, token_ids())
         actual.state = expected.state
         assert_same(actual, expected)
         row["equal"] = True
@@ -95,7 +87,7 @@ def survey(architecture: Architecture, experts: str) -> Row:
 def first_rejection(model: nn.Module) -> str:
     fresh_dynamo()
     with contextlib.redirect_stdout(None):
-        report = scatter_moe.explain(model, input_ids=tokens(), use_cache=False)
+        report = scatter_moe.explain(model, input_ids=token_ids(), use_cache=False)
     return "; ".join(f"{r.rule}: {r.detail}" for r in report.rejections[:1]) or "no candidate"
 
 

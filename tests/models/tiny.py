@@ -2,19 +2,18 @@
 
 import importlib
 import inspect
+import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-VOCAB = 128
-DECORATED = re.compile(r"^@use_experts_implementation", re.MULTILINE)
-EXPERTS_CLASS = re.compile(r"^@use_experts_implementation[^\n]*\n(?:[^c\n@][^\n]*\n|\)\n)*class (\w+)", re.MULTILINE)
+from docs.transformers_experts import experts_classes
+from tests.models.configs import VOCAB, give_unit_scale
 
 # Attribute names of configurations, by pattern, and the value they take. The first pattern that matches counts.
 SIZES: tuple[tuple[str, Any], ...] = (
@@ -87,35 +86,36 @@ class Architecture:
     experts: tuple[str, ...]
     model_class: type[nn.Module] | None
 
-    def config(self, **settings: Any) -> PretrainedConfig:
-        assert self.model_class is not None
-        return tiny(self.model_class.config_class, **SETTINGS.get(self.name, {}) | settings)
-
     def make(self, experts_implementation: str | None, seed: int = 0) -> nn.Module:
         """The model in fp32 with weights of unit scale, so that experts matter to the result."""
-        config = self.config()
-        config._experts_implementation = experts_implementation
+        assert self.model_class is not None
+        config = tiny(self.model_class.config_class, **SETTINGS.get(self.name, {}))
         torch.manual_seed(seed)
         model = self.model_class._from_config(
             config, attn_implementation="eager", experts_implementation=experts_implementation
         )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        give_unit_scale(model)
         return model
 
 
 def architectures() -> list[Architecture]:
     """Every architecture of the installed transformers with experts behind @use_experts_implementation."""
-    models = Path(transformers.__file__).parent / "models"
     found = []
-    for file in sorted(models.glob("*/modeling_*.py")):
-        text = file.read_text()
-        if DECORATED.search(text):
-            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
-            found.append(Architecture(file.parent.name, tuple(EXPERTS_CLASS.findall(text)), _whole_model(module)))
+    for name, classes in itertools.groupby(experts_classes(), key=lambda experts: experts.model):
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        found.append(Architecture(name, tuple(experts.name for experts in classes), _whole_model(module)))
     return found
+
+
+def token_ids() -> torch.Tensor:
+    """Two sequences of 8 tokens, none of which means anything special."""
+    return torch.randint(2, VOCAB - 8, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+def first_output(call: Callable, model: nn.Module) -> Callable:
+    """`call`, which is the model or made from it, without a cache and with nothing but what it returns first."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return lambda input_ids: call(input_ids=input_ids, **options)[0]
 
 
 def _whole_model(module) -> type[nn.Module] | None:

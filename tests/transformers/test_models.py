@@ -4,15 +4,13 @@ Some gradients of a whole model are differences of nearly equal sums, in which f
 is the rule's or, as in low precision, three times what the model's own loops are off from their float64 run.
 """
 
-import inspect
-
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from tests.backend.harness import observe
-from tests.models.tiny import VOCAB, Architecture, architectures
+from tests.models.tiny import Architecture, architectures, first_output, token_ids
 from tests.numerics import TOLERANCE
 
 pytestmark = pytest.mark.slow
@@ -28,9 +26,7 @@ def test_causal_language_models_are_many():
 
 def run(model):
     """Output and gradients by name. Not in training mode: its random numbers would differ between dtypes."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    ids = torch.randint(2, VOCAB - 8, (2, 8), generator=torch.Generator().manual_seed(0))
-    seen = observe(lambda input_ids: model(input_ids=input_ids, **options)[0], model, ids, grad_dtype=torch.float32)
+    seen = observe(first_output(model, model), model, token_ids(), grad_dtype=torch.float32)
     return {"output": seen.outputs[0], **seen.grads}
 
 
