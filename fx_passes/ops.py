@@ -43,6 +43,8 @@ _FUNCTION_NAMES = _public_functions()
 _OPERATOR_NAMES = {"transformers::grouped_mm_fallback": "grouped_mm"}
 """Custom operators with the meaning and the arguments (without options) of a torch function."""
 
+ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
+EMPTY = frozenset(("empty", "empty_like", "new_empty"))
 
 _WRITES_STATISTICS = frozenset("batch_norm instance_norm embedding embedding_bag".split())
 _INPLACE_ARGUMENT = {

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_passes.aliasing import inplace_users
 from fx_passes.ids import ids_dims
-from fx_passes.ops import arg, fake_tensor, op_name, varargs
+from fx_passes.ops import arg, fake_tensor, op_name, same_size, varargs
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _floor_divide(node: fx.Node) -> SlotFact | None:
     if not isinstance(inner, Order) or type(divisor) is not int:
         return None
     ids = fake_tensor(inner.ids)
-    return Tokens(inner) if ids is not None and statically_known_true(ids.shape[1] == divisor) else None
+    return Tokens(inner) if ids is not None and same_size(ids.shape[1], divisor) else None
 
 
 def _cast(node: fx.Node) -> SlotFact | None:
@@ -201,7 +200,7 @@ def _counts_up(node: Any, order: fx.Node) -> bool:
     options = set(node.kwargs) <= {"end", "device", "dtype"} and not inplace_users(node)
     if own is None or other is None or not options or own.dtype not in (torch.int32, torch.int64):
         return False
-    return statically_known_true(own.shape[0] == other.shape[0])
+    return same_size(own.shape[0], other.shape[0])
 
 
 _RULES: dict[str, Callable[[fx.Node], SlotFact | None]] = {

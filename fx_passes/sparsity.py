@@ -16,10 +16,9 @@ from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Op, SlotGathered
-from fx_passes.ops import arg, fake_tensor, is_inplace, op_name
+from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, op_name
 
 _SAME = frozenset("to float half bfloat16 double type_as bool contiguous clone detach".split())
-_FRESH = frozenset(("zeros", "zeros_like", "new_zeros"))
 _COMPARED_WITH_ZERO = frozenset(("gt", "ne"))
 _QUOTIENTS = frozenset(("div", "divide", "truediv", "true_divide", "itruediv", "div_"))
 _ZERO_AT_ZERO = frozenset(
@@ -35,7 +34,7 @@ def chosen_by(node: Any) -> fx.Node | None:
     name, source = op_name(node), arg(node, 0, "input")
     if name in ("scatter", "scatter_"):
         return _scattered(node, 0.0)
-    if name in _FRESH:
+    if name in ZEROS:
         return _scattered_later(node)
     if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"))):
         return chosen_by(source)
@@ -100,7 +99,7 @@ def _not_chosen_by(node: Any) -> fx.Node | None:
 def _filled_with(node: fx.Node) -> float | None:
     """The number that a fresh tensor holds everywhere."""
     name = op_name(node)
-    if name in _FRESH:
+    if name in ZEROS:
         return 0.0
     if name in ("full", "full_like", "new_full"):
         return _number(arg(node, 2 if name == "new_full" else 1, "fill_value"))

@@ -10,9 +10,8 @@ from fx_passes.accumulation import accumulations, closure
 from fx_passes.body import Body, NotIsomorphic, UnknownOperation, unify
 from fx_passes.capture import guards_of
 from fx_passes.facts import Counts, Hit, Mask, Occupied, Selection, chosen, fact
-from fx_passes.loop_rules import EMPTY, ZEROS
 from fx_passes.markers import Expert, current_expert, expert_count
-from fx_passes.ops import fake_tensor, known_tensor, op_name
+from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
 from fx_passes.slot_sum import SlotSum
