@@ -1,6 +1,6 @@
 """PyTorch registrations of the mixture-of-experts operators. Importing this makes `torch.ops.scatter_moe.*` callable.
 
-Each operator has one file with the same sections: schema, kernels, fake, autograd, autocast, FLOPs.
+Each operator has one file with the same sections: schema, kernels, fake, autograd, autocast, FLOPs, sharding.
 """
 
 from registrations import (

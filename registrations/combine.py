@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from registrations.library import OPS, autograd, define, fake, kernels
+from registrations.sharding import PARTIAL, REPLICATED, Division, Placed, sharding, tokens_are_sharded
 from scatter_ops import checks
 
 define(
@@ -44,3 +45,12 @@ def backward(ctx, grad_out: Tensor):
 
 
 autograd("combine", setup_context, backward)
+
+
+@sharding("combine", 4)
+def combine_sharding(y: Placed, topk_weights: Placed | None, order: Placed, offsets: Placed, *options) -> Division:
+    """Partial sums stay partial, since there are fewer tokens than slots to add up."""
+    if tokens_are_sharded(order, offsets):
+        return [0], [0, 0, 0, PARTIAL]
+    place = y.placement if y.placement in (1, PARTIAL) else REPLICATED
+    return [place], [place, REPLICATED, REPLICATED, REPLICATED]

@@ -6,6 +6,7 @@ grad_y = s * grad_out and grad_s = <grad_out, y> are bilinear: their own gradien
 from torch import Tensor
 
 from registrations.library import OPS, autograd, define, fake, kernels
+from registrations.sharding import PARTIAL, REPLICATED, Division, Placed, sharding, tokens_are_sharded
 from scatter_ops import checks
 
 define(
@@ -59,3 +60,21 @@ def backward(ctx, grad_grad_y: Tensor | None, grad_grad_weights: Tensor | None):
 
 
 autograd("combine_backward", setup_context, backward)
+
+
+@sharding("combine_backward", 5)
+def combine_backward_sharding(
+    grad_out: Placed, y: Placed, topk_weights: Placed | None, order: Placed, offsets: Placed, *options
+) -> Division:
+    _, _, need_y, need_weights = options
+    whole = len(y.shape) == 2
+    if tokens_are_sharded(order, offsets):
+        places, inputs = (0, 0), [0, 0 if whole else REPLICATED, 0, 0, PARTIAL]
+    elif grad_out.placement == 1:
+        places, inputs = (1, PARTIAL), [1, 1 if whole else REPLICATED, *[REPLICATED] * 3]
+    elif need_weights and y.placement == PARTIAL:
+        places, inputs = (REPLICATED, PARTIAL), [REPLICATED, PARTIAL, *[REPLICATED] * 3]
+    else:
+        places, inputs = (REPLICATED, REPLICATED), [REPLICATED] * 5
+    results = [place if need else REPLICATED for place, need in zip(places, (need_y, need_weights), strict=True)]
+    return results, inputs

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from registrations.library import OPS, autograd, define, fake, kernels
+from registrations.sharding import PARTIAL, REPLICATED, Division, Placed, sharding, tokens_are_sharded
 from scatter_ops import checks
 
 define("dispatch(Tensor x, Tensor order, Tensor offsets, int top_k) -> Tensor")
@@ -25,3 +26,11 @@ def backward(ctx, grad: Tensor):
 
 
 autograd("dispatch", setup_context, backward)
+
+
+@sharding("dispatch", 3)
+def dispatch_sharding(x: Placed, order: Placed, offsets: Placed, top_k: int) -> Division:
+    if tokens_are_sharded(order, offsets):
+        return [0], [0, 0, PARTIAL]
+    place = x.placement if x.placement in (1, PARTIAL) else REPLICATED
+    return [place], [place, REPLICATED, REPLICATED]

@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 from registrations.library import LIBRARY, OPS, autocast, define, requires_grad
+from registrations.sharding import (
+    PARTIAL,
+    REPLICATED,
+    Placed,
+    Placement,
+    divisible,
+    refuse,
+    same_placement,
+    tokens_are_sharded,
+    weight_dims,
+)
 
 ARGUMENTS = (
     "Tensor x, Tensor topk_weights, Tensor order, Tensor offsets, Tensor[] gate_up, Tensor[] up, Tensor[] down, "
@@ -53,3 +64,49 @@ LIBRARY.impl("mlp", mlp, "CompositeImplicitAutograd")
 def mlp_autocast(cast, x, topk_weights, order, offsets, *rest):
     parameters, options = rest[:6], rest[6:]
     return cast(x), topk_weights, order, offsets, *(cast(parameter) for parameter in parameters), *options
+
+
+def mlp_division(
+    x: Placed,
+    topk_weights: Placed,
+    order: Placed,
+    offsets: Placed,
+    gate_up: Sequence[Placed],
+    up: Sequence[Placed],
+    down: Sequence[Placed],
+    gate_up_bias: Sequence[Placed],
+    up_bias: Sequence[Placed],
+    down_bias: Sequence[Placed],
+    activation: str,
+    layout: str,
+    transposed: bool,
+    *options,
+) -> tuple[str, list[Placement]]:
+    """For the rules of mlp_forward and mlp_backward: "replicated", "tokens" or "columns", and where arguments must be.
+
+    Columns of the first projections are rows of down: no rank needs another's part of the activation. The bias of down
+    is a partial sum as its result is, so that it is added once.
+    """
+    first = {"gate_up": gate_up, "up": up} if up else {"gate_up": gate_up}
+    placements = [same_placement(name, weight) for name, weight in {**first, "down": down}.items()]
+    column, _ = weight_dims(gate_up, transposed)
+    _, row = weight_dims(down, transposed)
+    by_columns = [*[column] * len(first), row]
+    if placements not in ([REPLICATED] * len(placements), by_columns):
+        raise refuse(f"{', '.join(first)}, down", placements, f"all replicated, and columns with rows, {by_columns}")
+    if tokens_are_sharded(order, offsets):
+        if placements == by_columns:
+            raise refuse("gate_up", column, "replicated, where the tokens are sharded on this dimension of the mesh")
+        divisible("topk_weights", topk_weights.shape[0], topk_weights.ranks)
+        return "tokens", [0, 0, 0, PARTIAL, *[REPLICATED] * 6]
+    if placements != by_columns:
+        return "replicated", [REPLICATED] * 10
+    if layout == "concatenated":
+        raise refuse(
+            "gate_up",
+            f"{column} with layout 'concatenated'",
+            "the layouts 'plain', 'interleaved' and 'separate': a rank needs gate and up of the same columns",
+        )
+    divisible("down", down[0].shape[row], down[0].ranks)
+    biases = [len(bias[0].shape) - 1 if bias else REPLICATED for bias in (gate_up_bias, up_bias)]
+    return "columns", [*[REPLICATED] * 4, column, column, row, *biases, PARTIAL]

@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from registrations.library import define, fake, flops, kernels, not_differentiable
-from registrations.mlp import ARGUMENTS
+from registrations.mlp import ARGUMENTS, mlp_division
 from registrations.mlp_forward import OPTIONS
+from registrations.sharding import PARTIAL, REPLICATED, Division, Placed, sharding
 from scatter_ops import checks
 
 SIGNATURE = (
@@ -50,3 +51,17 @@ def mlp_backward_flops(grad_out, h, x, topk_weights, order_shape, offsets, gate_
     return (
         cost_down * (through_down + need_down) + cost_gate_up * (need_x + need_gate_up) + cost_up * (need_x + need_up)
     )
+
+
+@sharding("mlp_backward", 12)
+def mlp_backward_sharding(grad_out: Placed, h: Placed, *arguments) -> Division:
+    division, inputs = mlp_division(*arguments)
+    transposed, needs = arguments[12], arguments[-1]
+    column, row = (2, 1) if transposed else (1, 2)
+    grad, h_place, results = {
+        "replicated": (REPLICATED, REPLICATED, [REPLICATED] * 8),
+        "tokens": (0, 0, [0, 0, *[PARTIAL] * 6]),
+        "columns": (REPLICATED, 1, [PARTIAL, PARTIAL, column, column, row, 1, 1, REPLICATED]),
+    }[division]
+    results = [place if need else REPLICATED for place, need in zip(results, needs, strict=True)]
+    return results, [grad, h_place if len(h.shape) == 2 else REPLICATED, *inputs]

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from registrations.library import OPS, autograd, define, fake, flops, kernels, like_parameter, requires_grad
-from registrations.mlp import ARGUMENTS
+from registrations.mlp import ARGUMENTS, mlp_division
+from registrations.sharding import PARTIAL, REPLICATED, Division, sharding
 from scatter_ops import checks
 
 OPTIONS = "bool transposed, str weight_on, float alpha, float limit, ScalarType? out_dtype"
@@ -78,3 +79,11 @@ def mlp_forward_flops(
     """2 * N * in * out for each matrix; an upper bound, since slots of sentinels cost nothing."""
     num_slots = order_shape[0]
     return sum(2 * num_slots * shapes[0][-1] * shapes[0][-2] for shapes in (gate_up, up, down) if shapes)
+
+
+@sharding("mlp_forward", 10)
+def mlp_forward_sharding(*arguments) -> Division:
+    division, inputs = mlp_division(*arguments)
+    out, h = {"replicated": (REPLICATED, REPLICATED), "tokens": (0, 0), "columns": (PARTIAL, 1)}[division]
+    save_h = arguments[-1]
+    return [out, h if save_h else REPLICATED], inputs

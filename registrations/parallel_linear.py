@@ -5,6 +5,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from registrations.library import OPS, autocast, autograd, define, fake, flops, kernels, like_parameter, requires_grad
+from registrations.sharding import (
+    PARTIAL,
+    REPLICATED,
+    Division,
+    Placed,
+    divisible,
+    refuse,
+    same_placement,
+    sharding,
+    tokens_are_sharded,
+    weight_dims,
+)
 from scatter_ops import checks
 
 define(
@@ -87,3 +99,30 @@ def parallel_linear_flops(x_shape, weight_shapes, *args, out_shape, **kwargs) ->
     num_slots, _ = out_shape
     rows, columns = weight_shapes[0][-2:]
     return 2 * num_slots * rows * columns
+
+
+@sharding("parallel_linear", 4)
+def parallel_linear_sharding(
+    x: Placed,
+    weight: Sequence[Placed],
+    order: Placed,
+    offsets: Placed,
+    top_k: int,
+    grouped_in: bool,
+    grouped_out: bool,
+    bias: Sequence[Placed],
+    transposed: bool = False,
+) -> Division:
+    placement, (out_dim, in_dim) = same_placement("weight", weight), weight_dims(weight, transposed)
+    if placement not in (REPLICATED, out_dim, in_dim):
+        raise refuse("weight", placement, f"replicated, {out_dim} (columns) and {in_dim} (rows)")
+    if tokens_are_sharded(order, offsets):
+        if placement != REPLICATED:
+            raise refuse("weight", placement, "replicated, where the tokens are sharded on this dimension of the mesh")
+        return [0], [0, REPLICATED, 0, PARTIAL, REPLICATED]
+    if placement == REPLICATED:
+        return [REPLICATED], [REPLICATED] * 5
+    divisible("weight", weight[0].shape[placement], weight[0].ranks)
+    if placement == in_dim:
+        return [PARTIAL], [1, in_dim, REPLICATED, REPLICATED, PARTIAL]
+    return [1], [REPLICATED, out_dim, REPLICATED, REPLICATED, len(bias[0].shape) - 1 if bias else REPLICATED]

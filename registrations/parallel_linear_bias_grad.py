@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from registrations.library import OPS, autograd, define, fake, kernels
+from registrations.sharding import PARTIAL, REPLICATED, Division, Placed, sharding, tokens_are_sharded
 from scatter_ops import checks
 
 define("parallel_linear_bias_grad(Tensor grad, Tensor order, Tensor offsets, bool grouped_out) -> Tensor")
@@ -28,3 +29,11 @@ def backward(ctx, grad_bias: Tensor):
 
 
 autograd("parallel_linear_bias_grad", setup_context, backward)
+
+
+@sharding("parallel_linear_bias_grad", 3)
+def parallel_linear_bias_grad_sharding(grad: Placed, order: Placed, offsets: Placed, grouped_out: bool) -> Division:
+    if tokens_are_sharded(order, offsets):
+        return [PARTIAL], [0, 0, PARTIAL]
+    place = grad.placement if grad.placement in (1, PARTIAL) else REPLICATED
+    return [place], [place, REPLICATED, REPLICATED]

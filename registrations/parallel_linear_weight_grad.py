@@ -7,6 +7,7 @@ from torch import Tensor
 
 from registrations.library import OPS, autograd, define, fake, flops, kernels
 from registrations.parallel_linear import input_grad
+from registrations.sharding import PARTIAL, REPLICATED, Division, Placed, sharding, tokens_are_sharded
 from scatter_ops import checks
 
 define(
@@ -54,3 +55,24 @@ def parallel_linear_weight_grad_flops(x_shape, grad_shape, *args, **kwargs) -> i
     """2 * N * in * out; an upper bound, since slots of sentinels cost nothing."""
     num_slots, num_out = grad_shape
     return 2 * num_slots * x_shape[1] * num_out
+
+
+@sharding("parallel_linear_weight_grad", 4)
+def parallel_linear_weight_grad_sharding(
+    x: Placed,
+    grad: Placed,
+    order: Placed,
+    offsets: Placed,
+    top_k: int,
+    grouped_in: bool,
+    grouped_out: bool,
+    transposed: bool = False,
+) -> Division:
+    if tokens_are_sharded(order, offsets):
+        return [PARTIAL], [0, 0, 0, PARTIAL]
+    out_dim, in_dim = (2, 1) if transposed else (1, 2)
+    if grad.placement == 1:
+        return [out_dim], [REPLICATED, 1, REPLICATED, REPLICATED]
+    if x.placement == 1:
+        return [in_dim], [1, REPLICATED, REPLICATED, REPLICATED]
+    return [REPLICATED], [REPLICATED] * 4
