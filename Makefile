@@ -1,4 +1,4 @@
-# make run | test | test-full | check | test-gpu | bench | goldens | matrix | docs | clean
+# make run | test | test-full | check | test-gpu | bench | goldens | matrix | releases | docs | clean
 #
 # By default everything happens in .venv, made from constraints.txt on first use.
 # With PYTHON=... on the command line nothing is installed: that interpreter is used as it is, with this checkout on its path.
@@ -8,6 +8,7 @@
 ARGS ?=
 TORCH_INDEX ?=
 TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.1
+TRANSFORMERS_VERSIONS ?= 4.36.2 4.45.2 4.51.3 4.57.6
 
 ifeq ($(origin PYTHON),command line)
   RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -23,9 +24,9 @@ PIP_INSTALL = -m pip install --quiet --constraint constraints.txt $(if $(TORCH_I
 
 # Threads that spin while they wait for each other make small matrix products many times slower on a busy machine.
 run bench: export OMP_WAIT_POLICY = passive
-test test-full test-gpu goldens matrix: export OMP_NUM_THREADS = 1
+test test-full test-gpu goldens matrix releases: export OMP_NUM_THREADS = 1
 
-.PHONY: run test test-full check format lint types layers spelling generated test-gpu bench goldens matrix docs clean
+.PHONY: run test test-full check format lint types layers spelling generated test-gpu bench goldens matrix releases docs clean
 
 run: $(TO_RUN)
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -83,6 +84,16 @@ matrix: $(addprefix .venv/matrix/,$(TORCH_VERSIONS))
 	$@/bin/python -m pip install --quiet --constraint $@/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	    torch==$* -e ".[dev]"
 	$@/bin/python -m pytest -m "not gpu" $(ARGS)
+
+# What becomes of every model with experts in older releases of transformers: one table each.
+releases: $(addprefix .venv/transformers/,$(TRANSFORMERS_VERSIONS))
+
+# An environment which holds that release and what it needs, over the packages of the one that tests run in.
+.venv/transformers/%: $(TO_TEST) FORCE
+	$(RUN) -m venv --clear $@
+	$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $@/lib/python*/site-packages)/below.pth
+	$@/bin/python -m pip install --quiet transformers==$*
+	PYTHONPATH=$(CURDIR) $@/bin/python -m tests.models.survey $(ARGS)
 
 FORCE:
 

@@ -1,32 +1,40 @@
-"""Which experts of transformers are rewritten: a table over every architecture with @use_experts_implementation.
+"""Which experts of the installed transformers are rewritten: a table over every architecture that has some.
 
-    python -m tests.models.survey [NAME ...] [--experts eager default] [--json FILE]
+    python -m tests.models.survey [NAME ...] [--experts eager default] [--jobs N] [--json FILE]
 
-A tiny model of each architecture makes one training step under our backend, with eager experts and with the
-implementation that transformers chooses by itself. Its twin, whose experts are one trivial registered function, shows
-how many graphs the rest of the model needs. Equal: outputs and every gradient are those of eager.
+A tiny model of each architecture makes one training step under our backend. From transformers 5.0 on, where the
+implementation of experts can be chosen, it does so with eager experts and with what transformers chooses by itself;
+older models, and the few newer ones that decorate nothing, have one row, "own". Its twin, which has no experts, shows
+how many graphs the rest of the model needs. Equal: outputs and every gradient are those of eager, by the rule for
+float32 or as close to the model's float64 run as eager itself is.
+
+Each architecture has a process of its own.
 """
 
 import argparse
-import contextlib
 import json
 import logging
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-import scatter_moe
-from tests.backend.harness import assert_same, compile_ours, fresh_dynamo, graphs, observe, rewritten
-from tests.models.tiny import Architecture, architectures, first_output, token_ids
+from fx_passes.report import collecting
+from tests.backend.harness import Seen, assert_same, compile_ours, fresh_dynamo, graphs, observe, rewritten
+from tests.models.architectures import Architecture, architectures
+from tests.models.tiny import first_output, token_ids
+from tests.models.twin import make_twin
+from tests.processes import Finished, run_all
 
-TWIN = "scatter_moe_survey_twin"
+OWN = "own"
 IMPLEMENTATIONS = {"eager": "eager", "default": None, "grouped_mm": "grouped_mm", "batched_mm": "batched_mm"}
+TIMES_OF_EAGER = 3  # how much further than eager from float64 a result may be that differs from eager
 
 
 @dataclass(frozen=True)
@@ -47,48 +55,67 @@ class Row:
         return 0 < self.layers == self.rewritten and self.graphs <= self.twin_graphs and self.equal
 
 
-def trivial_experts(self, hidden_states, top_k_index, top_k_weights):
-    return hidden_states * top_k_weights.sum(-1, keepdim=True).to(hidden_states.dtype)
-
-
-def moe_layers(architecture: Architecture, model: nn.Module) -> int:
-    return sum(type(module).__name__ in architecture.experts for module in model.modules())
-
-
-def graphs_of_twin(architecture: Architecture) -> int:
-    fresh_dynamo()
-    model = architecture.make(TWIN)
-    observe(first_output(torch.compile(model, backend="counting_aot_eager"), model), model, token_ids())
-    return len(graphs)
-
-
 def survey(architecture: Architecture, experts: str) -> Row:
     """One row of the table; whatever goes wrong is its reason."""
     row = {"name": architecture.name, "experts": experts}
     try:
-        implementation = IMPLEMENTATIONS[experts]
-        eager, model = architecture.make("eager"), architecture.make(implementation)
+        model = architecture.make(IMPLEMENTATIONS.get(experts))
         row["layers"] = moe_layers(architecture, model)
+        eager = step(architecture)
         row["twin_graphs"] = graphs_of_twin(architecture)
         fresh_dynamo()
-        actual = observe(first_output(compile_ours(model), model), model, token_ids())
+        with collecting() as report:
+            ours = observe(first_output(compile_ours(model), model), model, token_ids())
         row |= {"rewritten": rewritten(), "graphs": len(graphs)}
-        expected = observe(first_output(eager, eager), eager, token_ids())
-        actual.state = expected.state
-        assert_same(actual, expected)
+        row["reason"] = "; ".join(f"{r.rule}: {r.detail}" for r in report.rejections[:1])
+        assert_equal(ours, eager, lambda: step(architecture, torch.float64))
         row["equal"] = True
-        if row["rewritten"] != row["layers"]:
-            row["reason"] = first_rejection(model)
     except Exception as error:  # noqa: BLE001  the table is to name every failure
         row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return Row(**row)
 
 
-def first_rejection(model: nn.Module) -> str:
+def moe_layers(architecture: Architecture, model: nn.Module) -> int:
+    """How many regions there are; a mixture of attention has two, before and behind its attention."""
+    blocks = [module for module in model.modules() if type(module).__name__ in architecture.blocks]
+    return sum(2 if hasattr(block, "reduce") else 1 for block in blocks)
+
+
+def step(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Seen:
+    """A training step with the model's own loops."""
+    model = architecture.make("eager").to(dtype)
+    return observe(first_output(model, model), model, token_ids(), grad_dtype=torch.float32)
+
+
+def graphs_of_twin(architecture: Architecture) -> int:
+    twin = make_twin(architecture, lambda model: first_output(model, model)(token_ids()))
     fresh_dynamo()
-    with contextlib.redirect_stdout(None):
-        report = scatter_moe.explain(model, input_ids=token_ids(), use_cache=False)
-    return "; ".join(f"{r.rule}: {r.detail}" for r in report.rejections[:1]) or "no candidate"
+    observe(first_output(torch.compile(twin, backend="counting_aot_eager"), twin), twin, token_ids())
+    return len(graphs)
+
+
+def assert_equal(ours: Seen, eager: Seen, run_in_float64: Callable[[], Seen]) -> None:
+    """By the rule for float32, or no more than TIMES_OF_EAGER as far from float64 as eager is."""
+    ours.state = eager.state  # of the configuration and of transformers' own bookkeeping
+    try:
+        assert_same(ours, eager)
+    except AssertionError as difference:
+        truth = run_in_float64()
+        for name, exact in _named(truth).items():
+            off, own = (_distance(_named(seen)[name], exact) for seen in (ours, eager))
+            if off > TIMES_OF_EAGER * own:
+                raise AssertionError(f"{name} is off by {off:.3g}, eager by {own:.3g}") from difference
+
+
+def _named(seen: Seen) -> dict[str, torch.Tensor | None]:
+    return {f"output {number}": output for number, output in enumerate(seen.outputs)} | seen.grads
+
+
+def _distance(given: torch.Tensor | None, exact: torch.Tensor | None) -> float:
+    """Of the element that is furthest off; an absent gradient is zeros."""
+    if given is None or exact is None:
+        return 0.0 if given is exact else float((exact if given is None else given).abs().max())
+    return (given - exact).abs().max().item()
 
 
 def show(rows: list[Row]) -> None:
@@ -105,27 +132,51 @@ def show(rows: list[Row]) -> None:
         console.print(f"{experts}: {sum(row.good for row in chosen)} of {len(chosen)} rewritten in full")
 
 
+def rows_of(architecture: Architecture, implementations: list[str]) -> list[str]:
+    return implementations if architecture.dispatched else [OWN]
+
+
+def survey_here(architecture: Architecture, implementations: list[str]) -> None:
+    """In this process, one JSON line a row."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    for experts in rows_of(architecture, implementations):
+        print(json.dumps(asdict(survey(architecture, experts))), flush=True)
+
+
+def rows_from(finished: Finished, architecture: Architecture, implementations: list[str]) -> list[Row]:
+    rows = {line["experts"]: Row(**line) for line in finished.lines}
+    return [
+        rows.get(experts) or Row(architecture.name, experts, reason=finished.fault)
+        for experts in rows_of(architecture, implementations)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--experts", nargs="+", choices=list(IMPLEMENTATIONS), default=["eager", "default"])
+    parser.add_argument("--jobs", type=int, default=1, help="how many architectures at a time")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for an architecture")
     parser.add_argument("--json", help="append the rows to this file")
+    parser.add_argument("--here", action="store_true", help="in this process, with rows as JSON on stdout")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(TWIN, trivial_experts)
     chosen = [a for a in architectures() if not arguments.names or a.name in arguments.names]
-    work = [(architecture, experts) for architecture in chosen for experts in arguments.experts]
-    rows, progress = [], Console(stderr=True)
-    for architecture, experts in track(work, console=progress):
-        rows.append(survey(architecture, experts))
-        progress.print(rows[-1], highlight=False)
+    if arguments.here:
+        for architecture in chosen:
+            survey_here(architecture, arguments.experts)
+        return
+    commands = [["-m", "tests.models.survey", "--here", a.name, "--experts", *arguments.experts] for a in chosen]
+    rows: list[Row] = []
+    for count, finished in enumerate(run_all(commands, jobs=arguments.jobs, timeout=arguments.timeout), 1):
+        new = rows_from(finished, chosen[finished.number], arguments.experts)
+        rows += new
+        told = ", ".join(f"{row.experts} {row.rewritten}/{row.layers}" for row in new)
+        print(f"[{count}/{len(commands)}] {chosen[finished.number].name}: {told}", file=sys.stderr, flush=True)
         if arguments.json:
             with open(arguments.json, "a") as file:
-                file.write(json.dumps(asdict(rows[-1])) + "\n")
-    show(rows)
+                file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
+    show(sorted(rows, key=lambda row: (row.name, row.experts)))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-"""Tiny models of any transformers architecture with experts, from its default configuration and a table of sizes."""
+"""Tiny configurations of any transformers model, from its defaults and a table of sizes, and how it is called."""
 
-import importlib
 import inspect
-import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from docs.transformers_experts import experts_classes
-from tests.models.configs import VOCAB, give_unit_scale
+from tests.models.configs import VOCAB
 
 # Attribute names of configurations, by pattern, and the value they take. The first pattern that matches counts.
 SIZES: tuple[tuple[str, Any], ...] = (
@@ -45,9 +41,12 @@ FOUR_LAYERS = {"num_hidden_layers": 4}  # the smallest with every kind of layer
 SETTINGS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": FOUR_LAYERS,
     "beam": {"mlp_layer_types": SPARSE},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
     "deepseek_ocr2": {"num_experts_per_tok": 2, "mlp_layer_types": SPARSE},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v3": {"qk_head_dim": 32},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "doge": {"is_moe": True},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {
         "moe_intermediate_size": [24, 24],
@@ -60,11 +59,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm5_next": FOUR_LAYERS,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
+    "gptsan_japanese": {"num_switch_layers": 2, "num_ext_layers": 0, "dropout_rate": 0.0},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+        "use_mamba_kernels": False,
+    },
+    "jetmoe": {"kv_channels": 16, "num_attention_heads": 4},
     "kimi_linear": FOUR_LAYERS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 32},
     "mimo_v2_flash": {"num_attention_heads": 4, "mlp_layer_types": SPARSE, "head_dim": 24, "v_head_dim": 24},
     "mistral4": {"qk_head_dim": 32, "head_dim": 32},
+    "nllb_moe": {
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+        "dropout": 0.0,
+        "activation_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "moe_token_dropout": 0.0,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+    },
     "qwen3_5_moe": FOUR_LAYERS,
     "qwen3_next": FOUR_LAYERS,
     "qwen4_exp": FOUR_LAYERS
@@ -75,36 +93,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "step3p7": {"sliding_window": 16, "mlp_layer_types": SPARSE},
+    "switch_transformers": {"dropout_rate": 0.0},
 }
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One modeling file of transformers that has decorated experts, and the class of its whole model."""
-
-    name: str
-    experts: tuple[str, ...]
-    model_class: type[nn.Module] | None
-
-    def make(self, experts_implementation: str | None, seed: int = 0) -> nn.Module:
-        """The model in fp32 with weights of unit scale, so that experts matter to the result."""
-        assert self.model_class is not None
-        config = tiny(self.model_class.config_class, **SETTINGS.get(self.name, {}))
-        torch.manual_seed(seed)
-        model = self.model_class._from_config(
-            config, attn_implementation="eager", experts_implementation=experts_implementation
-        )
-        give_unit_scale(model)
-        return model
-
-
-def architectures() -> list[Architecture]:
-    """Every architecture of the installed transformers with experts behind @use_experts_implementation."""
-    found = []
-    for name, classes in itertools.groupby(experts_classes(), key=lambda experts: experts.model):
-        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        found.append(Architecture(name, tuple(experts.name for experts in classes), _whole_model(module)))
-    return found
 
 
 def token_ids() -> torch.Tensor:
@@ -114,17 +105,12 @@ def token_ids() -> torch.Tensor:
 
 def first_output(call: Callable, model: nn.Module) -> Callable:
     """`call`, which is the model or made from it, without a cache and with nothing but what it returns first."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    options: dict[str, Any] = {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
+    if getattr(model.config, "is_encoder_decoder", False):
+        options["decoder_input_ids"] = token_ids()
     return lambda input_ids: call(input_ids=input_ids, **options)[0]
-
-
-def _whole_model(module) -> type[nn.Module] | None:
-    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    for ending in ("ForCausalLM", "TextModel", "ForConditionalGeneration", "ForTokenClassification"):
-        for candidate in own:
-            if candidate.__name__.endswith(ending) and getattr(candidate, "config_class", None) is not None:
-                return candidate
-    return None
 
 
 def tiny(config_class: type[PretrainedConfig], **settings: Any) -> PretrainedConfig:

@@ -10,12 +10,13 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.backend.harness import observe
-from tests.models.tiny import Architecture, architectures, first_output, token_ids
+from tests.models.architectures import Architecture, architectures
+from tests.models.tiny import first_output, token_ids
 from tests.numerics import TOLERANCE
 
 pytestmark = pytest.mark.slow
 
-MODELS = [architecture for architecture in architectures() if architecture.model_class is not None]
+MODELS = [a for a in architectures() if a.dispatched and a.model_class is not None]
 NOT_IN_FLOAT64 = ("inkling2",)  # their code mixes dtypes then: their float32 run is the truth
 SAME_ROUTING = 1e-3  # outputs that are further from those in float64 come from other experts
 
