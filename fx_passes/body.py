@@ -135,9 +135,9 @@ class Body:
     def of(self, kind: type) -> Iterator[Any]:
         return (value for value in self.values if isinstance(value, kind))
 
-    def scaled(self, weights_TK: fx.Node) -> "Body":
-        """This body, its rows times the weights of their slots."""
-        weights = SlotGathered(weights_TK, weights_TK, trailing=1)
+    def scaled(self, source: fx.Node, *, table: bool = False) -> "Body":
+        """This body, its rows times the weights [T, K] of their slots, or the entries of a table [T, E]."""
+        weights = SlotGathered(source, source, trailing=1, table=table)
         root = Scaled(self.root, weights)
         return replace(self, root=root, values=(*self.values, weights, root))
 
@@ -192,29 +192,32 @@ def unify(copies: Sequence[fx.Node], masks: Sequence[Mask]) -> Body:
         NotIsomorphic: if two copies compute different things.
         UnknownOperation: at an operation without a name.
     """
-    walk = _Unifier(tuple(masks))
+    walk = Unifier(tuple(masks))
     root = walk.value(tuple(copies))
     return Body(root, tuple(walk.values), walk.nodes())
 
 
-class _Unifier:
-    def __init__(self, masks: tuple[Mask, ...]) -> None:
+class Unifier:
+    """Walks all copies at once; copy i is computed by `experts[i]`, on the slots of `masks[i]` where it has any."""
+
+    def __init__(self, masks: tuple[Mask, ...], experts: tuple[Expert, ...] = ()) -> None:
         self.masks = masks
+        self.experts = experts or tuple(mask.expert for mask in masks)
         self.values: list[Value] = []
-        self._memo: dict[tuple[fx.Node, ...], Value] = {}
+        self.memo: dict[tuple[fx.Node, ...], Value] = {}
         self._inner: dict[fx.Node, bool] = {}
         self._taken: set[fx.Node] = set()
 
     def value(self, nodes: tuple[fx.Node, ...]) -> Value:
-        if nodes not in self._memo:
+        if nodes not in self.memo:
             value = self._derive(nodes)
-            self._memo[nodes] = value
+            self.memo[nodes] = value
             self.values.append(value)
-        return self._memo[nodes]
+        return self.memo[nodes]
 
     def nodes(self) -> frozenset[fx.Node]:
         """All nodes of all copies, save what comes from outside the loop."""
-        own = (nodes for nodes, value in self._memo.items() if not isinstance(value, Shared))
+        own = (nodes for nodes, value in self.memo.items() if not isinstance(value, Shared))
         return frozenset(self._taken.union(*own))
 
     def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
@@ -238,8 +241,8 @@ class _Unifier:
     def _one_an_expert(self, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
         """Parameters by expert; an expert that has a copy for each slot must use the same one in all of them."""
         parameters: dict[Expert, fx.Node] = {}
-        for node, mask in zip(nodes, self.masks, strict=True):
-            if parameters.setdefault(mask.expert, node) is not node:
+        for node, expert in zip(nodes, self.experts, strict=True):
+            if parameters.setdefault(expert, node) is not node:
                 raise NotIsomorphic(node, "an expert uses another parameter in another slot")
         if len(set(parameters.values())) != len(parameters):
             raise NotIsomorphic(nodes[0], "some experts share a parameter and others do not")
@@ -300,7 +303,7 @@ class _Unifier:
         source = first.args[0] if first.args else None
         if not isinstance(source, fx.Node) or self._is_inner(source) or fact(source) is not None:
             return None
-        if any(not _is_slice_of(node, source, mask.expert) for node, mask in zip(nodes, self.masks, strict=True)):
+        if any(not _is_slice_of(node, source, expert) for node, expert in zip(nodes, self.experts, strict=True)):
             return None
         if fake_tensor(source) is None:
             return None

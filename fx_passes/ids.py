@@ -6,7 +6,7 @@ T tokens, K experts per token.
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, fake_tensor, op_name
+from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, op_name
 
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
 
@@ -31,13 +31,13 @@ def ids_are_distinct(node: fx.Node) -> bool:
     if name == "getitem" and op_name(source) in ("topk", "sort") and node.args[1] == 1:
         tensor = fake_tensor(arg(source, 0, "input"))
         dim = arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
-        return tensor is not None and tensor.dim() == 2 and dim in (-1, 1)
+        return tensor is not None and tensor.dim() >= 2 and is_last_dim(dim, arg(source, 0, "input"))
     if name == "getitem" and _keeps_columns(node.args[1]):
         return ids_are_distinct(source)
     if name in _PRESERVES_VALUES and _keeps_rows(node):
         return ids_are_distinct(source)
     if name == "argsort":
-        return arg(node, 1, "dim", -1) in (-1, 1)
+        return is_last_dim(arg(node, 1, "dim", -1), node)
     return False
 
 
@@ -46,12 +46,11 @@ def _keeps_columns(index: object) -> bool:
 
 
 def _keeps_rows(node: fx.Node) -> bool:
-    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    """Whether the ids of a token still stand beside each other, and are what they were."""
+    after = fake_tensor(node)
     if op_name(node) in ("to", "long", "int"):
         return after is not None and after.dtype in (torch.int32, torch.int64)
-    return (
-        before is not None and after is not None and before.dim() == after.dim() and before.shape[-1] == after.shape[-1]
-    )
+    return keeps_last_dim(node)
 
 
 def ids_are_below(node: fx.Node, num_experts: int) -> bool:

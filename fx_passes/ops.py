@@ -136,6 +136,21 @@ def normalized_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
+def keeps_last_dim(node: fx.Node) -> bool:
+    """Whether the last dim of `node`, which has the entries of its input in the same order, is that of its input."""
+    before, after = fake_tensor(node.args[0]), fake_tensor(node)
+    if before is None or after is None or not before.dim() or not after.dim():
+        return False
+    return same_size(before.shape[-1], after.shape[-1])
+
+
+def is_last_dim(dim: Any, node: Any) -> bool:
+    """Whether `dim`, or the one dim in a tuple, is the last of the tensor behind `node`."""
+    tensor = fake_tensor(node)
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    return isinstance(dim, int) and tensor is not None and normalized_dim(dim, tensor.dim()) == tensor.dim() - 1
+
+
 def written(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensors that `node` may write to. An operation that is not known by name may write to all its inputs."""
     if node.op not in ("call_function", "call_method", "call_module"):

@@ -63,7 +63,8 @@ class MoERegion:
     `ids_TK` and router weights may be flat, [T * K]. `routing` are the nodes between the ids and the positions of rows.
     `inner` are the nodes that depend on an expert's rows and die with the region. `result` is the last node, `output` a
     tensor of the output's shape and dtype. `writes` are the nodes that write, all to tensors which the region itself
-    made, and what belongs to these writes.
+    made, and what belongs to these writes. Tokens are counted by the first `token_dims` dims. `addend` is what the sum
+    of the experts is added to.
     """
 
     form: str
@@ -77,6 +78,8 @@ class MoERegion:
     output: torch.Tensor = field(repr=False)
     writes: frozenset[fx.Node] = field(repr=False)
     deviations: tuple[str, ...]
+    token_dims: int = 1
+    addend: fx.Node | None = None
 
     @property
     def anchor(self) -> fx.Node:

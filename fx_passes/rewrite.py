@@ -43,6 +43,10 @@ def rewrite(region: MoERegion) -> Rewritten:
         output = emitter.mlp(mlp) if mlp is not None else emitter.general()
         if isinstance(region, LoopRegion) and region.base is not None:
             output = emitter.over(region.base, output)
+        if region.token_dims > 1:
+            output = emitter.by_dims_of_tokens(output)
+        if region.addend is not None:
+            output = emitter.plus(region.addend, output)
     output.meta["example_value"] = region.output
     _redirect_users(region, output)
     erased = _erase(region)
@@ -59,6 +63,7 @@ class _Emitter:
         self.graph = region.graph
         self.out_dtype = region.output.dtype
         self.top_k = region.top_k
+        self._flat: dict[fx.Node, fx.Node] = {}
         self.ids_TK = self._by_slot(region.ids_TK)
         first = region.first_expert if isinstance(region, LoopRegion) else 0
         self.numbers_TK = self._function(torch.sub, self.ids_TK, first) if first else self.ids_TK
@@ -83,9 +88,8 @@ class _Emitter:
             self.out_dtype,
         )
         topk_weights = self._slots(mlp.weights) if mlp.weights is not None else self._ones(mlp.x)
-        return self._call(
-            ops.mlp.default, mlp.x, topk_weights, self.order_N, self.offsets_E, *weights, *biases, *settings
-        )
+        x = self._by_token(mlp.x)
+        return self._call(ops.mlp.default, x, topk_weights, self.order_N, self.offsets_E, *weights, *biases, *settings)
 
     def general(self) -> fx.Node:
         weighted = without_router_weight(self.region.body.root)
@@ -102,6 +106,16 @@ class _Emitter:
             torch.logical_and, self._function(torch.ge, ids, 0), self._function(torch.lt, ids, self.region.num_experts)
         )
         return self._function(torch.where, has_expert, output, base)
+
+    def by_dims_of_tokens(self, output: fx.Node) -> fx.Node:
+        """`output` with the tokens in as many dims as the region has them."""
+        sizes = self.region.output.shape[: self.region.token_dims]
+        rows = next(self.region.body.of(Gathered)).source
+        own = [size if isinstance(size, int) else self._method("size", rows, at) for at, size in enumerate(sizes)]
+        return self._method("unflatten", output, 0, tuple(own))
+
+    def plus(self, addend: fx.Node, output: fx.Node) -> fx.Node:
+        return self._function(torch.add, addend, output)
 
     def emit(self, value: Value) -> fx.Node:
         """The node that holds `value` for all grouped rows."""
@@ -146,7 +160,7 @@ class _Emitter:
 
     def _gather(self, value: Gathered) -> fx.Node:
         is_vector = known_tensor(value.source).dim() == 1
-        source = self._method("unsqueeze", value.source, -1) if is_vector else value.source
+        source = self._method("unsqueeze", value.source, -1) if is_vector else self._by_token(value.source)
         rows = self._call(ops.dispatch.default, source, self.order_N, self.offsets_E, self.top_k)
         rows = self._method("squeeze", rows, -1) if is_vector else rows
         for _ in range(value.leading):
@@ -165,15 +179,26 @@ class _Emitter:
         if not value.table:
             return self._by_slot(value.source)
         ids = self._method("clamp", self.ids_TK, 0, self.region.num_experts - 1)
-        return self._method("gather", value.source, 1, self._method("long", ids))
+        return self._method("gather", self._by_token(value.source), 1, self._method("long", ids))
 
     def _by_slot(self, node: fx.Node) -> fx.Node:
         """`node` as [T, K]."""
-        return node if known_tensor(node).dim() == 2 else self._method("view", node, -1, self.top_k)
+        flat = known_tensor(node).dim() == 1
+        return self._method("view", node, -1, self.top_k) if flat else self._by_token(node)
+
+    def _by_token(self, node: fx.Node) -> fx.Node:
+        """`node` with one dim of tokens."""
+        rank = known_tensor(node).dim()
+        if rank <= 2:
+            return node
+        if node not in self._flat:
+            self._flat[node] = self._method("flatten", node, 0, rank - 2)
+        return self._flat[node]
 
     def _linear(self, linear: Linear) -> fx.Node:
         gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading
-        rows = linear.rows.source if isinstance(linear.rows, Gathered) and gathers else self.emit(linear.rows)
+        source = linear.rows.source if isinstance(linear.rows, Gathered) and gathers else None
+        rows = self._by_token(source) if source is not None else self.emit(linear.rows)
         bias = list(linear.bias.parameters) if linear.bias is not None else []
         top_k = self.top_k if gathers else 1
         weight = list(linear.weight.parameters)

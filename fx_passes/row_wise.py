@@ -29,7 +29,7 @@ ALONG_DIM = frozenset("chunk split unbind cat stack concat narrow select unsquee
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
 PERMUTATIONS = frozenset(("transpose", "permute", "swapaxes", "swapdims"))
 
-_DIM_ARGUMENT = {"split": 2, "stack": 1, "cat": 1, "concat": 1, "chunk": 2, "norm": 2, "normalize": 2}
+DIM_ARGUMENT = {"split": 2, "stack": 1, "cat": 1, "concat": 1, "chunk": 2, "norm": 2, "normalize": 2}
 _DIM_DEFAULT = {"chunk": 0, "split": 0, "unbind": 0, "cat": 0, "stack": 0, "concat": 0, "normalize": 1, "glu": -1}
 
 
@@ -130,7 +130,7 @@ def _check_dims(op: Op) -> None:
         has_rows(value) and not _is_row_tensor(value) for value in nested_values((op.args, op.kwargs))
     ):
         raise _refused(op, f"`{op.name}` of something that is not rows")
-    dims = op.arg(_DIM_ARGUMENT.get(op.name, 1), "dim", _DIM_DEFAULT.get(op.name))
+    dims = op.arg(DIM_ARGUMENT.get(op.name, 1), "dim", _DIM_DEFAULT.get(op.name))
     dims = (dims,) if isinstance(dims, int) else dims
     places = operand_rank + (op.name in ("unsqueeze", "stack"))
     if not isinstance(dims, (tuple, list)) or not dims or any(normalized_dim(dim, places) == 0 for dim in dims):

@@ -1,6 +1,7 @@
 """Is a table of weights zero but for the experts that each token chose?
 
-`chosen_by(table)` answers with the ids [T, K] outside of which a table [T, E] is provably zero, whatever the inputs:
+`chosen_by(table)` answers with the ids [T, K] outside of which a table [T, E] is provably zero, whatever the inputs.
+Both may have more dims of tokens, and not the same: `table.reshape(-1, E)`.
 
     zeros.scatter(1, ids, weights)                          and products, casts and quotients of such tables
     softmax(full(-inf).scatter(1, ids, logits), -1)         and sigmoid
@@ -16,9 +17,10 @@ from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Op, SlotGathered
-from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, op_name
+from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, is_last_dim, keeps_last_dim, op_name
 
 _SAME = frozenset("to float half bfloat16 double type_as bool contiguous clone detach".split())
+_RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
 _COMPARED_WITH_ZERO = frozenset(("gt", "ne"))
 _QUOTIENTS = frozenset(("div", "divide", "truediv", "true_divide", "itruediv", "div_"))
 _ZERO_AT_ZERO = frozenset(
@@ -38,12 +40,14 @@ def chosen_by(node: Any) -> fx.Node | None:
         return _scattered_later(node)
     if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"))):
         return chosen_by(source)
+    if name in _RESHAPES:
+        return chosen_by(source) if keeps_last_dim(node) else None
     if name in _COMPARED_WITH_ZERO:
         return chosen_by(source) if _number(arg(node, 1, "other")) == 0.0 else None
     if name in ("mul", "multiply"):
         return chosen_by(source) or chosen_by(arg(node, 1, "other"))
     if name in ("softmax", "sigmoid"):
-        along = name == "sigmoid" or arg(node, 1, "dim") in (-1, 1)
+        along = name == "sigmoid" or is_last_dim(arg(node, 1, "dim"), node)
         return _left_by(source) if along else None
     return _selected(node, 0.0)
 
@@ -64,7 +68,7 @@ def _scattered(node: fx.Node, outside: float) -> fx.Node | None:
     """`full(outside).scatter(1, ids, ...)`, of a tensor that nothing else writes to."""
     table, dim, ids = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index")))
     shape, index = fake_tensor(table), fake_tensor(ids)
-    if shape is None or index is None or shape.dim() != 2 or dim not in (1, -1):
+    if shape is None or index is None or shape.dim() < 2 or not is_last_dim(dim, table):
         return None
     if "reduce" in node.kwargs or len(node.args) > 4 or set(writers_of(table)) - {node}:
         return None
@@ -113,7 +117,7 @@ def _number(value: Any) -> float | None:
 def _is_one_a_row(divisor: Any) -> bool:
     """A divisor that is zero makes the whole row NaN, what was chosen too."""
     tensor = fake_tensor(divisor)
-    return tensor is None or tensor.dim() == 0 or (tensor.dim() == 2 and tensor.shape[1] == 1)
+    return tensor is None or tensor.dim() == 0 or (tensor.dim() >= 2 and tensor.shape[-1] == 1)
 
 
 def _is_changed(node: fx.Node) -> bool:

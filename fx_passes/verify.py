@@ -36,14 +36,14 @@ def body_is_row_wise(region: MoERegion) -> None:
 
 def rows_belong_to_tokens(region: MoERegion) -> None:
     """What is gathered by token has T rows, what is gathered by slot has the shape of ids, the output has T rows."""
-    rows, sizes = fake_tensor(region.body.root.node), region.output.shape
-    if len(sizes) != 2 or rows is None or sizes[1:] != rows.shape[1:]:
+    rows, sizes, count = fake_tensor(region.body.root.node), region.output.shape, region.token_dims
+    if len(sizes) != count + 1 or rows is None or sizes[count:] != rows.shape[1:]:
         raise Rejected(
             "rows_belong_to_tokens", region.anchor, "the output is not of shape [tokens, width of the experts' rows]"
         )
-    tokens = sizes[:1]
+    tokens = sizes[:count]
     by_slot = (torch.Size((*tokens, region.top_k)), torch.Size((sizes[0] * region.top_k,)))
-    _require_size(region.ids_TK, by_slot[known_tensor(region.ids_TK).dim() == 1], region.ids_TK)
+    _require_size(region.ids_TK, by_slot[known_tensor(region.ids_TK).dim() == 1], region.ids_TK, count)
     for value in region.body.of(Gathered):
         _require_size(value.source, tokens, value.node)
     for value in region.body.of(SlotGathered):
@@ -53,8 +53,11 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
         )
 
 
-def _require_size(node: fx.Node, sizes: torch.Size, at: fx.Node) -> None:
+def _require_size(node: fx.Node, sizes: torch.Size, at: fx.Node, token_dims: int = 0) -> None:
+    """Raises Rejected where `node` has other sizes; its tokens may stand in more than `token_dims` dims, if told."""
     tensor = fake_tensor(node)
+    if tensor is not None and tensor.dim() > token_dims + 1 > 1:
+        tensor = tensor.flatten(0, tensor.dim() - 1 - token_dims)
     if (
         tensor is None
         or tensor.dim() < len(sizes)
@@ -297,7 +300,8 @@ def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
     if not has_rows(region.body.root):
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "what is added does not depend on the tokens")
     for gathered in (*region.body.of(Gathered), *region.body.of(SlotGathered)):
-        if not known_tensor(gathered.source).is_floating_point() or known_tensor(gathered.source).dim() > 2:
+        source = known_tensor(gathered.source)
+        if not source.is_floating_point() or source.dim() > 1 + region.token_dims:
             raise Rejected("dtypes_are_those_of_a_layer", gathered.node, "gathered rows are no floating point vectors")
 
 

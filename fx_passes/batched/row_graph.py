@@ -28,6 +28,7 @@ class RowGraph:
         self.steps: set[fx.Node] = set()
         self._graph = fx.Graph()
         self._leaves: dict[Any, Value] = {}
+        self._outer: dict[fx.Node, fx.Node] = {}
 
     def shared(self, source: Any) -> Value:
         return self._leaves.setdefault((Shared, source), Shared(source))
@@ -62,10 +63,20 @@ class RowGraph:
 
     def _op(self, node: fx.Node, name: str, target: Any, args: Any, kwargs: Any, result: Any) -> Value:
         kind = "call_method" if isinstance(target, str) else "call_function"
-        own_args, own_kwargs = map_values((args, kwargs), lambda value: value.node)
+        own_args, own_kwargs = map_values((args, kwargs), self._own)
         own = self._graph.create_node(kind, target, own_args, own_kwargs, name=node.name)
         own.meta = _origin(node) | {"example_value": result}
         return Op(name, own, args, kwargs, has_rows=True)
+
+    def _own(self, value: Value) -> Any:
+        """A node of this graph that stands for `value`."""
+        node = value.node
+        if not isinstance(node, fx.Node) or node.graph is self._graph:
+            return node
+        if node not in self._outer:
+            self._outer[node] = self._graph.placeholder(node.name)
+            self._outer[node].meta = node.meta
+        return self._outer[node]
 
 
 def features_of(value: Value) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ raise Rejected where what they see is almost the form.
 from fx_passes.forms import (
     assignment,
     dense_experts,
+    dense_modules,
     flat_pairs,
     gathered_weights,
     hit_loop,
@@ -15,4 +16,14 @@ from fx_passes.forms import (
     sorted_slots,
 )
 
-FORMS = (hit_loop, range_loop, slot_loop, assignment, flat_pairs, sorted_slots, gathered_weights, dense_experts)
+FORMS = (
+    hit_loop,
+    range_loop,
+    slot_loop,
+    assignment,
+    flat_pairs,
+    sorted_slots,
+    gathered_weights,
+    dense_experts,
+    dense_modules,
+)

@@ -6,6 +6,7 @@ from tests.near_misses import (
     boolean_masks,
     counts,
     dense,
+    dense_modules,
     dtypes,
     escapes,
     exits,
@@ -43,6 +44,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *slots.MISSES,
     *gathered.MISSES,
     *dense.MISSES,
+    *dense_modules.MISSES,
 )
 
 __all__ = ["NEAR_MISSES", "NearMiss"]

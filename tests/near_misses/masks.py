@@ -270,8 +270,8 @@ MISSES = (
     NearMiss("hit_busy_experts", "loop_is_over_the_hit_experts", BusyExperts),
     NearMiss("hit_idle_experts", "loop_is_over_the_hit_experts", IdleExperts),
     NearMiss("hit_next_expert", "loop_can_be_traced", NextExpert),
-    NearMiss("dense_soft_mixture", None, SoftMixture),
-    NearMiss("dense_leaky", None, LeakyDense),
-    NearMiss("dense_finite_mask", None, FiniteMask),
+    NearMiss("dense_soft_mixture", "weights_are_zero_outside_the_top_k", SoftMixture),
+    NearMiss("dense_leaky", "weights_are_zero_outside_the_top_k", LeakyDense),
+    NearMiss("dense_finite_mask", "weights_are_zero_outside_the_top_k", FiniteMask),
     NearMiss("range_expert_choice", "loop_has_a_known_form", ExpertChoice, may_rewrite=True),
 )

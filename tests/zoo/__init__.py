@@ -4,6 +4,7 @@ from tests.zoo import (
     bodies,
     deepseek,
     dense,
+    dense_modules,
     flat,
     gathered,
     gpt_oss,
@@ -32,6 +33,7 @@ ZOO: tuple[Case, ...] = (
     *sorted_slots.CASES,
     *gathered.CASES,
     *dense.CASES,
+    *dense_modules.CASES,
 )
 
 __all__ = ["ZOO", "Case", "hidden_states"]

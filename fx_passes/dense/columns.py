@@ -1,0 +1,150 @@
+"""The weights of one expert for all tokens: a column of a table [T, E], or what its slots of [T, K] add up to.
+
+table[:, e, None]    table[:, e : e + 1]    table.unbind(-1)[e].unsqueeze(-1)    table.t()[e].unsqueeze(-1)
+(weights * (ids == e)).sum(-1, keepdim=True)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_passes.ops import arg, example, fake_tensor, is_last_dim, normalized_dim, op_name
+from fx_passes.views import Dim, views_of
+
+CASTS = frozenset("to float half bfloat16 double type_as".split())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A table [T, E]; or [T, K], a weight for each of `ids`."""
+
+    source: fx.Node
+    ids: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    weights: Weights
+    expert: int
+
+
+def column_of(node: Any, dims: int) -> Column | None:
+    """The expert's weights that `node` is, [T, 1], or [T] before a dim is added; `dims` count tokens."""
+    if fake_tensor(node) is None:
+        return None
+    if op_name(node) in CASTS:
+        return column_of(arg(node, 0, "input"), dims)
+    picked = _picked(node)
+    if picked is not None:
+        source, dim, expert = picked
+        table = _table(source, dim, dims)
+        return Column(Weights(table), expert) if table is not None else None
+    masked = _masked_sum(node, dims)
+    if masked is not None:
+        return masked
+    tokens: tuple[Dim, ...] = tuple((dim,) for dim in range(dims))
+    starts = (view.start for view in views_of(node)[:-1] if view.dims in (tokens, (*tokens, ()), (*tokens, (dims,))))
+    return next((column for start in starts if (column := column_of(start, dims)) is not None), None)
+
+
+def _picked(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """(source, dim, e) where `node` is entry e of `source` along `dim`."""
+    name, source = op_name(node), arg(node, 0, "input")
+    if name == "select" and type(arg(node, 2, "index")) is int:
+        dim, index = arg(node, 1, "dim"), arg(node, 2, "index")
+        return (source, dim, index) if index >= 0 and fake_tensor(source) is not None else None
+    if name != "getitem":
+        return None
+    if isinstance(example(source), (tuple, list)):
+        return _piece(source, node.args[1])
+    return _indexed(source, node.args[1])
+
+
+def _piece(pieces: fx.Node, index: Any) -> tuple[fx.Node, int, int] | None:
+    """Number `index` of what was taken apart into single entries."""
+    name, source = op_name(pieces), arg(pieces, 0, "input")
+    dim = arg(pieces, 1 if name == "unbind" else 2, "dim", 0)
+    tensor = fake_tensor(source)
+    if tensor is None or not isinstance(dim, int) or type(index) is not int or index < 0:
+        return None
+    sizes = {"unbind": 1, "split": arg(pieces, 1, "split_size_or_sections"), "chunk": arg(pieces, 1, "chunks")}
+    single = {"unbind": 1, "split": 1, "chunk": tensor.shape[dim]}
+    return (source, dim, index) if name in sizes and sizes[name] == single[name] else None
+
+
+def _indexed(source: fx.Node, index: Any) -> tuple[fx.Node, int, int] | None:
+    """`source[..., e]`, `source[:, e : e + 1]`, `source[:, e, None]`."""
+    tensor = fake_tensor(source)
+    items = list(index) if isinstance(index, tuple) else [index]
+    if tensor is None or any(isinstance(item, fx.Node) for item in items):
+        return None
+    while items[-1:] == [None]:
+        items.pop()
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (tensor.dim() - len(items) + 1)
+    picks = [(dim, item) for dim, item in enumerate(items) if item != slice(None)]
+    if len(picks) != 1:
+        return None
+    dim, item = picks[0]
+    if isinstance(item, slice) and type(item.start) is int and item.stop == item.start + 1 and item.step in (None, 1):
+        item = item.start
+    return (source, dim, item) if type(item) is int and item >= 0 else None
+
+
+def _table(source: fx.Node, dim: int, dims: int) -> fx.Node | None:
+    """The table [T, E] whose experts stand along `dim` of `source`."""
+    for view in reversed(views_of(source)):
+        own = list(view.dims)
+        tensor = fake_tensor(view.start)
+        if tensor is None or tensor.dim() != dims + 1 or len(own) != dims + 1:
+            continue
+        if own.pop(normalized_dim(dim, dims + 1)) == (dims,) and own == [(place,) for place in range(dims)]:
+            return view.start
+    return None
+
+
+def _masked_sum(node: fx.Node, dims: int) -> Column | None:
+    """`(weights * (ids == e)).sum(-1)`, `where(ids == e, weights, 0).sum(-1)`."""
+    masked = arg(node, 0, "input")
+    if op_name(node) != "sum" or not is_last_dim(arg(node, 1, "dim"), masked) or "dtype" in node.kwargs:
+        return None
+    for weights, mask in _masked(masked):
+        chosen = _chosen(mask)
+        tensor = fake_tensor(weights)
+        if chosen is not None and tensor is not None and tensor.dim() == dims + 1 and tensor.is_floating_point():
+            return Column(Weights(weights, chosen[0]), chosen[1])
+    return None
+
+
+def _masked(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """(weights, mask) of a product or a choice."""
+    name, operands = op_name(node), node.args
+    if name in ("mul", "multiply") and len(operands) == 2:
+        yield operands[0], operands[1]
+        yield operands[1], operands[0]
+    elif name == "where" and len(operands) == 3 and type(operands[2]) in (int, float) and operands[2] == 0:
+        yield operands[1], operands[0]
+    elif name == "masked_fill" and arg(node, 2, "value") == 0:
+        yield operands[0], _negated(arg(node, 1, "mask"))
+
+
+def _negated(mask: Any) -> Any:
+    negates = isinstance(mask, fx.Node) and op_name(mask) in ("invert", "logical_not", "bitwise_not")
+    return arg(mask, 0, "input") if negates else None
+
+
+def _chosen(mask: Any) -> tuple[fx.Node, int] | None:
+    """(ids, e) where `mask` is `ids == e`."""
+    if fake_tensor(mask) is None:
+        return None
+    if op_name(mask) in CASTS | {"int", "long", "bool"}:
+        return _chosen(arg(mask, 0, "input"))
+    ids, expert = arg(mask, 0, "input"), arg(mask, 1, "other")
+    tensor = fake_tensor(ids)
+    if op_name(mask) != "eq" or type(expert) is not int or tensor is None:
+        return None
+    return (ids, expert) if tensor.dtype in (torch.int32, torch.int64) else None

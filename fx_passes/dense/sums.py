@@ -1,0 +1,188 @@
+"""Sums of experts' outputs, each times its own weights.
+
+out = 0                                  or fresh zeros, or any tensor that the experts are added to
+for e, expert in enumerate(experts):
+    out = out + weights_e * expert(x)    or in place; or torch.stack(products, d).sum(d)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from fx_passes.aliasing import allocates
+from fx_passes.dense.columns import CASTS, Column, Weights, column_of
+from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, normalized_dim, op_name, same_size
+
+_SUMS = frozenset(("add", "iadd", "add_"))
+_PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"))
+_STEPS_TO_PRODUCT = 16
+
+
+@dataclass(frozen=True)
+class Term:
+    """`output` times the weights of its expert; `nodes` lead from it to the product."""
+
+    output: fx.Node
+    column: Column
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """`outputs[e]` is what expert e makes of all tokens. `nodes` lead from the outputs to `result`.
+
+    `addend` is what was there before. `start` are fresh zeros that were added to.
+    """
+
+    outputs: tuple[fx.Node, ...]
+    experts: tuple[int, ...]
+    weights: Weights
+    nodes: tuple[fx.Node, ...]
+    result: fx.Node
+    addend: fx.Node | None = None
+
+
+def weighted_sums(graph: fx.Graph) -> Iterator[Mixture]:
+    """Every sum of two or more experts' weighted outputs that is as long as it gets."""
+    chains: dict[fx.Node, _Chain] = {}
+    for node in graph.nodes:
+        chain = _summed_stack(node) or _extended(node, chains) or _begun(node)
+        if chain is not None:
+            chains[node] = chain
+    for result, chain in chains.items():
+        if len(chain.terms) > 1 and all(is_product(term.output) for term in chain.terms):
+            yield chain.mixture(result)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a matrix product lies shortly before `node`."""
+    for _ in range(_STEPS_TO_PRODUCT):
+        if op_name(node) in _PRODUCTS:
+            return True
+        if not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+@dataclass(frozen=True)
+class _Chain:
+    start: Any
+    terms: tuple[Term, ...]
+    sums: tuple[fx.Node, ...]
+
+    def mixture(self, result: fx.Node) -> Mixture:
+        nodes = [node for term in self.terms for node in term.nodes]
+        blank = isinstance(self.start, fx.Node) and op_name(self.start) in ZEROS
+        return Mixture(
+            outputs=tuple(term.output for term in self.terms),
+            experts=tuple(term.column.expert for term in self.terms),
+            weights=self.terms[0].column.weights,
+            nodes=(*nodes, *self.sums, *([self.start] if blank else [])),
+            result=result,
+            addend=self.start if isinstance(self.start, fx.Node) and not blank else None,
+        )
+
+
+def _begun(node: fx.Node) -> _Chain | None:
+    """`0 + term`, `zeros += term`, `x + term`, `term + term`."""
+    operands = _operands(node)
+    if operands is None:
+        return None
+    first, second = (_term(operand) for operand in operands)
+    if first is not None and second is not None and not is_inplace(node):
+        own = first.column.weights == second.column.weights
+        return _Chain(None, (first, second), (node,)) if own else None
+    if second is not None and _may_start(operands[0], node):
+        return _Chain(operands[0], (second,), (node,))
+    if first is not None and not is_inplace(node) and _may_start(operands[1], node):
+        return _Chain(operands[1], (first,), (node,))
+    return None
+
+
+def _may_start(start: Any, node: fx.Node) -> bool:
+    """Zero, fresh zeros, or any tensor of the output's shape, which is written only if nobody else reads it."""
+    if not isinstance(start, fx.Node):
+        return start == 0
+    if not _have_one_shape(start, node) or start.kwargs.get("requires_grad", False):
+        return False
+    return not is_inplace(node) or (allocates(start) and len(start.users) == 1)
+
+
+def _extended(node: fx.Node, chains: dict[fx.Node, _Chain]) -> _Chain | None:
+    """One more term."""
+    operands = _operands(node)
+    if operands is None:
+        return None
+    for sofar, other in (operands,) if is_inplace(node) else (operands, operands[::-1]):
+        chain = chains.get(sofar) if isinstance(sofar, fx.Node) else None
+        term = _term(other) if chain is not None else None
+        if chain is not None and term is not None and term.column.weights == chain.terms[0].column.weights:
+            del chains[sofar]
+            return replace(chain, terms=(*chain.terms, term), sums=(*chain.sums, node))
+    return None
+
+
+def _summed_stack(node: fx.Node) -> _Chain | None:
+    """`torch.stack(products, d).sum(d)`."""
+    stack, dim = arg(node, 0, "input"), arg(node, 1, "dim")
+    parts = stacked(stack) if op_name(node) == "sum" and not set(node.kwargs) - {"input", "dim"} else None
+    if parts is None or not isinstance(dim, int) or len(node.args) > 2:
+        return None
+    rank = len(_shape(stack))
+    terms = [_term(part) for part in parts[0]]
+    if normalized_dim(dim, rank) != parts[1] or any(term is None for term in terms):
+        return None
+    known = tuple(term for term in terms if term is not None)
+    alike = {term.column.weights for term in known}
+    return _Chain(None, known, (stack, *stack.all_input_nodes, node)) if len(alike) == 1 else None
+
+
+def stacked(node: Any) -> tuple[tuple[fx.Node, ...], int] | None:
+    """The tensors that `node` stacks, and along which dim; `cat` of tensors with a new dim stacks them as well."""
+    name = op_name(node) if fake_tensor(node) is not None else None
+    parts, dim = arg(node, 0, "tensors"), arg(node, 1, "dim", 0)
+    if name not in ("stack", "cat", "concat") or not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
+        return None
+    rank = len(_shape(node))
+    dim = normalized_dim(dim, rank)
+    if name != "stack":
+        if any(op_name(part) != "unsqueeze" or normalized_dim(arg(part, 1, "dim"), rank) != dim for part in parts):
+            return None
+        parts = [arg(part, 0, "input") for part in parts]
+    same = all(_have_one_shape(part, parts[0]) for part in parts)
+    return (tuple(parts), dim) if same and len(set(parts)) == len(parts) > 1 else None
+
+
+def _term(node: Any) -> Term | None:
+    """`weights_e * expert(x)`, and casts of it."""
+    casts = []
+    while fake_tensor(node) is not None and op_name(node) in CASTS:
+        casts.append(node)
+        node = arg(node, 0, "input")
+    if fake_tensor(node) is None or op_name(node) not in ("mul", "multiply") or len(node.args) != 2:
+        return None
+    for output, factor in (node.args, node.args[::-1]):
+        if not _have_one_shape(output, node) or _shape(factor)[-1:] != (1,) or len(_shape(factor)) != len(_shape(node)):
+            continue
+        column = column_of(factor, len(_shape(node)) - 1)
+        if column is not None:
+            return Term(output, column, (node, *casts))
+    return None
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any] | None:
+    plain = op_name(node) in _SUMS and len(node.args) == 2 and not node.kwargs
+    return (node.args[0], node.args[1]) if plain else None
+
+
+def _shape(node: Any) -> tuple[Any, ...]:
+    tensor = fake_tensor(node)
+    return tuple(tensor.shape) if tensor is not None else ()
+
+
+def _have_one_shape(node: Any, other: Any) -> bool:
+    own, wanted = _shape(node), _shape(other)
+    return len(own) == len(wanted) > 0 and all(map(same_size, own, wanted))

@@ -1,0 +1,97 @@
+"""Experts of their own, each on every token, and weights that are zero but for the top-k.
+
+    for e, expert in enumerate(experts):
+        out = out + table[:, e, None] * expert(x)                            # table: zeros.scatter(1, ids, weights)
+
+    out = sum((weights * (ids == e)).sum(-1, keepdim=True) * expert(x) for e, expert in enumerate(experts))
+
+    y = torch.stack([expert(x) for expert in experts], 1)                    # [T, E, D]
+    out = (y * table.unsqueeze(-1)).sum(1)                                   # or einsum, or bmm
+    out = (y.gather(1, ids.unsqueeze(-1).expand(-1, -1, D)) * weights.unsqueeze(-1)).sum(1)
+
+Tokens may be counted by several dims, [B, S, D]. A mixture in which every expert counts is left as it is.
+"""
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.dense.columns import Weights
+from fx_passes.dense.stacks import summed_stacks
+from fx_passes.dense.sums import Mixture, weighted_sums
+from fx_passes.dense.token_body import token_body
+from fx_passes.forms.dense_experts import UNCHOSEN
+from fx_passes.ids import ids_are_distinct
+from fx_passes.ops import is_inplace, known_tensor, same_size
+from fx_passes.region import MoERegion, Rejected
+from fx_passes.sparsity import chosen_by
+
+NAME = "dense_modules"
+
+
+def candidates(graph: fx.Graph) -> Iterator[Mixture]:
+    yield from weighted_sums(graph)
+    yield from summed_stacks(graph)
+
+
+def match(found: Mixture) -> MoERegion:
+    order = _order(found)
+    ids = _chosen(found)
+    body, computed = token_body(tuple(found.outputs[place] for place in order), tuple(range(len(order))))
+    output, dims = known_tensor(found.result), known_tensor(found.outputs[0]).dim() - 1
+    inner = computed.union(found.nodes)
+    return MoERegion(
+        form=NAME,
+        ids_TK=ids,
+        top_k=int(known_tensor(ids).shape[-1]),
+        num_experts=len(order),
+        body=body.scaled(found.weights.source, table=found.weights.ids is None),
+        routing=inner | _columns(found),
+        inner=inner,
+        result=found.result,
+        output=output,
+        writes=frozenset(node for node in found.nodes if is_inplace(node)),
+        deviations=(UNCHOSEN,),
+        token_dims=dims,
+        addend=found.addend,
+    )
+
+
+def _order(found: Mixture) -> list[int]:
+    """The places of experts 0, 1, ... among the outputs."""
+    numbers = sorted(found.experts)
+    width = known_tensor(found.weights.source).shape[-1] if found.weights.ids is None else len(numbers)
+    if numbers != list(range(len(numbers))) or not same_size(width, len(numbers)):
+        raise Rejected(
+            "every_expert_is_covered", found.result, f"outputs of experts {numbers[:8]}, and weights of {width}"
+        )
+    return sorted(range(len(numbers)), key=found.experts.__getitem__)
+
+
+def _chosen(found: Mixture) -> fx.Node:
+    """The ids outside of which an expert has weight zero."""
+    weights: Weights = found.weights
+    if weights.ids is not None:
+        return weights.ids
+    chosen = chosen_by(weights.source)
+    if chosen is None:
+        raise Rejected(
+            "weights_are_zero_outside_the_top_k", found.result, "every expert may count for every token: it stays dense"
+        )
+    if not ids_are_distinct(chosen) or any(writers_of(storage_of(chosen))):
+        raise Rejected("repeated_ids_are_counted", found.result, "the ids of a token may repeat")
+    return chosen
+
+
+def _columns(found: Mixture) -> frozenset[fx.Node]:
+    """What lies between the weights and the products with them."""
+    stops = {found.weights.source, found.weights.ids, found.addend, *found.outputs, *found.nodes}
+    seen: set[fx.Node] = set()
+    stack = [source for node in found.nodes for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in stops and node not in seen and node > found.weights.source:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return frozenset(seen)

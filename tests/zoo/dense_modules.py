@@ -1,0 +1,142 @@
+"""Experts that are modules, each on every token: sums of weighted outputs, stacked outputs; [T, D] and [B, S, D]."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.zoo.case import Case
+from tests.zoo.common import FF, Block, D, E, K
+
+
+class Dense(Block):
+    """A table [..., E] that is zero outside the top-k; subclasses add up. Tokens keep their dims."""
+
+    def table(self, logits):
+        weights, ids = F.softmax(logits, dim=-1).topk(K, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, ids, weights / weights.sum(dim=-1, keepdim=True))
+
+    def forward(self, x):
+        return self.add_up(x, self.table(self.gate(x)))
+
+
+class SumOfProducts(Dense):
+    """Python's sum over a generator."""
+
+    def add_up(self, x, table):
+        return sum(table[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class AddedInPlace(Dense):
+    """-inf outside the top-k, columns by unbind, `out +=`."""
+
+    def table(self, logits):
+        values, ids = logits.topk(K, dim=-1)
+        return torch.full_like(logits, float("-inf")).scatter(-1, ids, values).softmax(dim=-1)
+
+    def add_up(self, x, table):
+        out = torch.zeros_like(x)
+        for weight, expert in zip(table.unbind(dim=-1), self.experts, strict=True):
+            out += weight.unsqueeze(-1) * expert(x)
+        return out
+
+
+class BesideShared(Dense):
+    """Added to what an expert of all tokens computes, from a transposed table, on flat tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(D, D)
+
+    def add_up(self, x, table):
+        x, columns = x.reshape(-1, D), table.reshape(-1, E).t()
+        out = self.shared(x)
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * columns[e].unsqueeze(-1)
+        return out
+
+
+class MaskedWeights(Block):
+    """The weight of an expert is the sum of the weights of its slots."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * (weights * (ids == e)).sum(dim=-1, keepdim=True)
+        return out.view_as(hidden_states)
+
+
+class StackedEinsum(Dense):
+    """Outputs stacked between tokens and features, summed by einsum."""
+
+    def add_up(self, x, table):
+        return torch.einsum("bse,bsed->bsd", table, torch.stack([expert(x) for expert in self.experts], dim=2))
+
+
+class StackedProduct(Dense):
+    """Outputs stacked in front, a product and a sum; cat of outputs with a dim of their own."""
+
+    def add_up(self, x, table):
+        outputs = torch.cat([expert(x).unsqueeze(0) for expert in self.experts], dim=0)
+        return (outputs * table.permute(2, 0, 1).unsqueeze(-1)).sum(dim=0)
+
+
+class StackedMatmul(Dense):
+    """A row of weights times the stacked outputs."""
+
+    def add_up(self, x, table):
+        x, table = x.reshape(-1, D), table.reshape(-1, E)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return torch.bmm(table.unsqueeze(1), outputs).squeeze(1)
+
+
+class GatheredOutputs(Dense):
+    """The chosen ones of stacked outputs, [B, S, K, D]."""
+
+    def forward(self, x):
+        weights, ids = self.gate(x).topk(K, dim=-1)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=2)
+        chosen = outputs.gather(2, ids.unsqueeze(-1).expand(-1, -1, -1, D))
+        return (chosen * weights.softmax(dim=-1).unsqueeze(-1)).sum(dim=2)
+
+
+class IndexedOutputs(Block):
+    """The same by indexing with pairs."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
+        chosen = outputs[torch.arange(x.shape[0])[:, None], ids]
+        return torch.einsum("tkd,tk->td", chosen, weights).view_as(hidden_states)
+
+
+class NormedMLP(nn.Module):
+    """Steps along the features, of [B, S, D] as of [T, D]: slices, a norm, a reshape, a softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.up = nn.Linear(D, 2 * FF)
+        self.down = nn.Linear(FF, D)
+
+    def forward(self, x):
+        h = self.up(self.norm(x))
+        h = h[..., :FF] * torch.softmax(h[..., FF:], dim=x.dim() - 1)
+        h = h.view(*h.shape[:-1], 3, FF // 3) * h.view(*h.shape[:-1], 3, FF // 3).mean(dim=-2, keepdim=True)
+        return self.down(h.flatten(-2))
+
+
+CASES = (
+    Case("dense_modules_sum", SumOfProducts),
+    Case("dense_modules_in_place", AddedInPlace),
+    Case("dense_modules_beside_shared", BesideShared),
+    Case("dense_modules_masked", MaskedWeights),
+    Case("dense_modules_einsum", StackedEinsum),
+    Case("dense_modules_product", StackedProduct),
+    Case("dense_modules_matmul", StackedMatmul),
+    Case("dense_modules_gather", GatheredOutputs),
+    Case("dense_modules_index", IndexedOutputs),
+    Case("dense_modules_norm", lambda: SumOfProducts(NormedMLP), activation="any", op="parallel_linear"),
+)
