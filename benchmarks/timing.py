@@ -11,16 +11,16 @@ def median_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5
     """Median milliseconds of one call, measured by CUDA events where there is a CUDA device."""
     for _ in range(warmup):
         function()
-    measure = _cuda_ms if torch.cuda.is_available() else lambda f: 1e3 * seconds(f)
-    return statistics.median(measure(function) for _ in range(repeats))
+    return statistics.median(_ms(function) for _ in range(repeats))
 
 
 def queued_ms(function: Callable[[], object], calls: int = 10) -> float:
     """Milliseconds of one call among several that are queued without waiting, as in training: the host runs ahead."""
     function()
-    torch.cuda.synchronize()
-    function()  # keeps the device busy while the host gets ahead
-    return _cuda_ms(lambda: [function() for _ in range(calls)]) / calls
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        function()  # keeps the device busy while the host gets ahead
+    return _ms(lambda: [function() for _ in range(calls)]) / calls
 
 
 def graph_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 5) -> float:
@@ -53,7 +53,10 @@ def peak_gib(function: Callable[[], object]) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def _cuda_ms(function: Callable[[], object]) -> float:
+def _ms(function: Callable[[], object]) -> float:
+    """Milliseconds of one call, measured by CUDA events where there is a CUDA device."""
+    if not torch.cuda.is_available():
+        return 1e3 * seconds(function)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()
