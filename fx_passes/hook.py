@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch._dynamo import output_graph, symbolic_convert
 
 from fx_passes.capture import Capture
@@ -78,6 +79,12 @@ def current_capture() -> Capture | None:
     """The capture of the frame that is being traced in this thread."""
     tx = getattr(symbolic_convert.tls, "current_tx", None)
     return getattr(tx.output, _CAPTURE, None) if tx is not None else None
+
+
+@torch.compiler.assume_constant_result
+def is_captured() -> bool:
+    """Whether the frame that is being traced, if any, is one that naive loops are looked for in."""
+    return current_capture() is not None
 
 
 def is_rewritten() -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fx_passes.body import Body, Gathered, Op, PerExpert, Scaled, SlotGathered, Value, rank
+from fx_passes.low_rank import low_rank
 from fx_passes.ops import fake_tensor
 
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
@@ -88,7 +89,7 @@ def match_mlp(body: Body) -> Mlp | None:
         x, weights, weight_on = scaled.core, scaled.weights, "input"
     if not isinstance(x, Gathered) or x.leading or (up is not None and not _same_rows(up.rows, gate_up.rows)):
         return None
-    if not _one_layout((gate_up, up, down)) or rank(x) != 2:
+    if not _one_layout((gate_up, up, down)) or rank(x) != 2 or any(map(_is_low_rank, (gate_up, up, down))):
         return None
     return Mlp(x.source, weights, weight_on, gate_up, up, down, activation, layout, **numbers)
 
@@ -262,6 +263,11 @@ def _same_rows(left: Value, right: Value) -> bool:
 
 def _one_layout(linears: tuple[Linear | None, ...]) -> bool:
     return len({linear.transposed for linear in linears if linear is not None}) == 1
+
+
+def _is_low_rank(linear: Linear | None) -> bool:
+    """Whether the product is cheaper in its parts, which only the general rewrite has."""
+    return linear is not None and low_rank(linear.weight) is not None
 
 
 def _uncast(value: Value) -> Value:

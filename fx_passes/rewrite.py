@@ -7,7 +7,7 @@ T tokens, K experts per token, N = T * K slots, E experts.
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import fx
 
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.capture import events_of
+from fx_passes.low_rank import low_rank
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
 from fx_passes.ops import draws_random, known_tensor, written
 from fx_passes.region import LoopRegion, MoERegion
@@ -196,16 +197,32 @@ class _Emitter:
         return self._flat[node]
 
     def _linear(self, linear: Linear) -> fx.Node:
+        parts = low_rank(linear.weight)
+        if parts is None:
+            return self._product(linear)
+        # The thin factors may be strided views, whose copies are small.
+        lhs, rhs = (PerExpert(node, stacked=self._method("contiguous", node)) for node in (parts.lhs, parts.rhs))
+        first, second = (lhs, rhs) if linear.transposed else (rhs, lhs)
+        base = PerExpert(parts.base, stacked=parts.base)
+        product = self._linear(replace(linear, weight=base))
+        thin = self._method("mul", self._product(replace(linear, weight=first, bias=None)), parts.scale)
+        return self._method("add", product, self._parallel_linear(thin, second, (1, True), [], linear.transposed))
+
+    def _product(self, linear: Linear) -> fx.Node:
         gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading
         source = linear.rows.source if isinstance(linear.rows, Gathered) and gathers else None
         rows = self._by_token(source) if source is not None else self.emit(linear.rows)
         bias = list(linear.bias.parameters) if linear.bias is not None else []
-        top_k = self.top_k if gathers else 1
-        weight = list(linear.weight.parameters)
-        layout = (top_k, not gathers, True)
-        return self._call(
-            ops.parallel_linear.default, rows, weight, self.order_N, self.offsets_E, *layout, bias, linear.transposed
-        )
+        layout = (self.top_k if gathers else 1, not gathers)
+        return self._parallel_linear(rows, linear.weight, layout, bias, linear.transposed)
+
+    def _parallel_linear(
+        self, rows: fx.Node, weight: PerExpert, layout: tuple[int, bool], bias: list[fx.Node], transposed: bool
+    ) -> fx.Node:
+        """Rows as `layout` = (top_k, grouped_in) says in, grouped rows out."""
+        weights = list(weight.parameters)
+        routing = (self.order_N, self.offsets_E)
+        return self._call(ops.parallel_linear.default, rows, weights, *routing, *layout, True, bias, transposed)
 
     def _norm(self, op: Op) -> fx.Node:
         """A norm whose scale and shift are the expert's own: normalise, then scale in fp32 and round once."""

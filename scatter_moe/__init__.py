@@ -22,6 +22,7 @@ from scatter_moe.from_modules import ExpertList, from_modules
 from scatter_moe.moe import MoE
 from scatter_moe.parallel_linear import ParallelLinear
 from scatter_moe.parameters import expert_parameters, router_parameters, set_dropout
+from scatter_moe.peft import extend_when_imported
 from scatter_moe.transformers import register_when_imported
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
 
 install()
 register_when_imported()
+extend_when_imported()
 if not entry_points(group="torch_dynamo_backends", name="scatter_moe"):
     register_backend(compiler_fn=backend, name="scatter_moe")

@@ -7,16 +7,22 @@ PyTorch on the grouped rows, between two grouped GEMMs.
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H = 2F (F without a gate).
 """
 
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from fx_passes.gate import Gate, inputs_of, inputs_of_function, recognise
 from scatter_moe.dispatch import Dispatch
+from scatter_moe.peft import LowRank
+
+Adapters = Mapping[str, list[LowRank]]
 
 
-def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapters: Adapters | None = None
+) -> Tensor:
     """The experts of a transformers module on this library's operators.
 
     Args:
@@ -26,6 +32,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         hidden_states: `[T, D]`.
         top_k_index: `[T, K]`. An id of E or more is a sentinel of expert parallelism: its slot is not computed.
         top_k_weights: `[T, K]`.
+        adapters: by name of a parameter what is added to it, which is never made as a whole.
 
     Returns:
         `[T, D]` in the dtype of hidden_states.
@@ -35,9 +42,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     up = self.gate_up_proj if getattr(self, "has_gate", True) else self.up_proj
     dispatch = Dispatch.of_ids(top_k_index, up.shape[0])
-    gate = gate_of(self)
+    gate = None if adapters else gate_of(self)
     if gate is None:
-        return _general(self, hidden_states, top_k_weights, dispatch)
+        return _general(self, hidden_states, top_k_weights, dispatch, adapters or {})
     return _fused(self, hidden_states, top_k_weights, dispatch, gate)
 
 
@@ -66,21 +73,21 @@ def _activate(self: Any, h_NH: Tensor) -> Tensor:
 
 
 def _fused(self: Any, x_TD: Tensor, topk_weights: Tensor, dispatch: Dispatch, gate: Gate) -> Tensor:
-    (up, up_bias), (down, down_bias) = _projections(self)
+    up, down = _projections(self, {})
     return torch.ops.scatter_moe.mlp(
         x_TD,
         topk_weights,
         dispatch.order,
         dispatch.offsets,
-        up,
+        [up.weight],
         [],
-        down,
-        up_bias,
+        [down.weight],
+        up.bias,
         [],
-        down_bias,
+        down.bias,
         gate.activation,
         gate.layout,
-        getattr(self, "is_transposed", False),
+        up.transposed,
         "output",
         gate.alpha,
         gate.limit,
@@ -88,22 +95,48 @@ def _fused(self: Any, x_TD: Tensor, topk_weights: Tensor, dispatch: Dispatch, ga
     )
 
 
-def _general(self: Any, x_TD: Tensor, topk_weights: Tensor, dispatch: Dispatch) -> Tensor:
-    (up, up_bias), (down, down_bias) = _projections(self)
+def _general(self: Any, x_TD: Tensor, topk_weights: Tensor, dispatch: Dispatch, adapters: Adapters) -> Tensor:
+    up, down = _projections(self, adapters)
     order, offsets, top_k = dispatch
-    transposed = getattr(self, "is_transposed", False)
-    linear = torch.ops.scatter_moe.parallel_linear
-    h_NH = linear(x_TD, up, order, offsets, top_k, False, True, up_bias, transposed)
+    h_NH = _project(up, x_TD, dispatch, rows_are_grouped=False)
     a_NF = self._apply_gate(h_NH) if getattr(self, "has_gate", True) else _activate(self, h_NH)
-    y_ND = linear(a_NF, down, order, offsets, 1, True, True, down_bias, transposed)
+    y_ND = _project(down, a_NF, dispatch, rows_are_grouped=True)
     if getattr(self, "has_post_expert_norm", False):
         y_ND = self.post_expert_norm(y_ND)
     return torch.ops.scatter_moe.combine(y_ND, topk_weights, order, offsets, top_k, True, x_TD.dtype)
 
 
-def _projections(self: Any) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
-    """Weight and bias of the up and of the down projection, as the operators take them."""
-    name = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
-    has_bias = getattr(self, "has_bias", False)
-    up_bias = [getattr(self, f"{name}_bias")] if has_bias else []
-    return ([getattr(self, name)], up_bias), ([self.down_proj], [self.down_proj_bias] if has_bias else [])
+class _Projection(NamedTuple):
+    weight: Tensor
+    bias: list[Tensor]
+    adapters: list[LowRank]
+    transposed: bool
+
+
+def _projections(self: Any, adapters: Adapters) -> tuple[_Projection, _Projection]:
+    """The up and the down projection."""
+    has_bias, transposed = getattr(self, "has_bias", False), getattr(self, "is_transposed", False)
+
+    def projection(name: str) -> _Projection:
+        bias = [getattr(self, f"{name}_bias")] if has_bias else []
+        return _Projection(getattr(self, name), bias, adapters.get(name, []), transposed)
+
+    return projection("gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"), projection("down_proj")
+
+
+def _project(projection: _Projection, rows: Tensor, dispatch: Dispatch, *, rows_are_grouped: bool) -> Tensor:
+    """The product of rows `[T, in]`, or of `[N, in]` that are grouped, with each slot's expert: grouped `[N, out]`."""
+    weight, bias, adapters, transposed = projection
+    order, offsets, top_k = dispatch
+    top_k = 1 if rows_are_grouped else top_k
+
+    def linear(weight: Tensor, rows: Tensor, bias: list[Tensor], top_k: int, grouped: bool) -> Tensor:
+        arguments = (order, offsets, top_k, grouped, True, bias, transposed)
+        return torch.ops.scatter_moe.parallel_linear(rows, [weight], *arguments)
+
+    y = linear(weight, rows, bias, top_k, rows_are_grouped)
+    for lhs, rhs, scale in adapters:
+        first, second = (lhs, rhs) if transposed else (rhs, lhs)
+        thin = linear(first.to(weight.dtype).contiguous(), rows, [], top_k, rows_are_grouped)
+        y = y + linear(second.to(weight.dtype).contiguous(), scale * thin, [], 1, True)
+    return y
