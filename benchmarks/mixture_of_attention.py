@@ -45,11 +45,8 @@ class Sizes(NamedTuple):
     active_heads: int
     head_dim: int
 
-    @property
-    def experts_per_token(self) -> tuple[int, ...]:
-        return 1, 2, 4, 8
 
-
+TOP_K = (1, 2, 4, 8)
 FULL, TINY = Sizes(8, 2048, 4096, 32, 128), Sizes(2, 32, 64, 8, 16)
 
 
@@ -196,13 +193,14 @@ def _peak(run: Callable[[], Any]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--top-k", type=int, nargs="+", default=TOP_K, choices=TOP_K)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="scatter_moe and grouped_mm under torch.compile too")
     parser.add_argument("--tiny", action="store_true", help="small sizes, whose results are not kept")
     arguments = parser.parse_args()
     sizes = TINY if arguments.tiny else FULL
     rows = []
-    for top_k in sizes.experts_per_token:
+    for top_k in arguments.top_k:
         rows += measure(sizes, top_k, arguments.rounds, arguments.compiled)
         print(f"K = {top_k} done", flush=True)
         torch.compiler.reset()
