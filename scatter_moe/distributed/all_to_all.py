@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from scatter_moe.distributed import collectives
 from scatter_moe.distributed.partition import Partition
+from scatter_moe.distributed.trip import Trip
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
-_OPS = torch.ops.scatter_moe
 
 
 @torch.compiler.disable(reason="all-to-all reads the number of tokens for each rank on the host")
@@ -46,22 +45,10 @@ def exchange_all_to_all(
     Returns:
         `[T, D]` in x's dtype.
     """
-    ranks_TS = destinations(topk_ids_TK, partition)
-    width = ranks_TS.shape[1]
-    order, offsets = _OPS.route(ranks_TS, partition.num_ranks)
-    sent, received = _sizes(offsets, group)
-    tokens = order[: sum(sent)] // width
-
-    def rows(tensor: Tensor) -> Tensor:
-        """The tokens' rows in the order in which they are sent."""
-        return _OPS.dispatch(tensor, order, offsets, width)[: len(tokens)]
-
-    x_MD, weights_MK, ids_MK = collectives.all_to_all(
-        (rows(x_TD), rows(topk_weights_TK), topk_ids_TK[tokens]), sent, received, group
-    )
-    y_MD = experts(x_MD, partition.local(ids_MK), weights_MK)
-    (y,) = collectives.all_to_all((y_MD,), received, sent, group)
-    return _OPS.combine(F.pad(y, (0, 0, 0, order.numel() - len(tokens))), None, order, offsets, width, True)
+    trip = Trip(destinations(topk_ids_TK, partition), group)
+    x_MD, weights_MK = trip.out(x_TD, topk_weights_TK)
+    y_MD = experts(x_MD, partition.local(trip.out_ids(topk_ids_TK)), weights_MK)
+    return trip.back(y_MD)
 
 
 def destinations(topk_ids_TK: Tensor, partition: Partition) -> Tensor:
@@ -70,12 +57,3 @@ def destinations(topk_ids_TK: Tensor, partition: Partition) -> Tensor:
     again = F.pad(ranks_TK[:, 1:] == ranks_TK[:, :-1], (1, 0))
     ranks_TK = ranks_TK.masked_fill(again, partition.num_ranks).sort(dim=-1).values
     return ranks_TK[:, : partition.num_ranks]
-
-
-def _sizes(offsets_R: Tensor, group: ProcessGroup) -> tuple[list[int], list[int]]:
-    """How many tokens go to each rank, and how many come from each."""
-    sent_R = offsets_R.diff(prepend=offsets_R.new_zeros(1))
-    ones = [1] * len(sent_R)
-    (received_R,) = collectives.all_to_all((sent_R,), ones, ones, group)
-    sent, received = torch.stack((sent_R, received_R)).tolist()
-    return sent, received
