@@ -5,7 +5,7 @@
 
 A row's ratio is the time of a training step of the undivided layer on this GPU over that of the divided one, the median
 over rounds in which all alternate; every GPU has T tokens in both. `plain` is an all-to-all that sends a token once to
-each of its experts; `two chunks` is ours on halves of the tokens, one's exchange while the other is computed. Outputs
+each of its experts; `two chunks` (with --chunks) is ours on halves of the tokens, one's exchange while the other is computed. Outputs
 and the gradient of x are compared with the undivided layer first.
 
 --crossover: the two exchanges alone for several numbers of experts per token, which change the share of the ranks that
@@ -91,7 +91,7 @@ def undivided(shape: Shape, layer: Inputs) -> ExpertMLP:
     return experts
 
 
-def steps(shape: Shape, layer: Inputs, mesh: DeviceMesh) -> dict[str, Callable[[], Tensor]]:
+def steps(shape: Shape, layer: Inputs, mesh: DeviceMesh, chunks: bool) -> dict[str, Callable[[], Tensor]]:
     """Training steps by name; each returns the layer's output and leaves gradients behind."""
     x, weights = layer.x.requires_grad_(), layer.topk_weights.requires_grad_()
     whole, parts = undivided(shape, layer), divided(shape, layer, mesh)
@@ -121,7 +121,7 @@ def steps(shape: Shape, layer: Inputs, mesh: DeviceMesh) -> dict[str, Callable[[
         "all_to_all": step(ours("all_to_all"), parts),
         "all_gather": step(ours("all_gather"), parts),
     }
-    if layer.x.is_cuda:
+    if chunks:
         runs["two chunks"] = step(by_hand(two_chunks), parts)
     return runs
 
@@ -164,12 +164,12 @@ def alternate(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, l
     return times
 
 
-def measure(name: str, rounds: int, mesh: DeviceMesh, scale: int) -> list[dict[str, Any]]:
-    shape = scaled(SHAPES[name], scale)
+def measure(name: str, mesh: DeviceMesh, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    shape = scaled(SHAPES[name], arguments.scale)
     layer = layer_of(shape, mesh)
-    runs = steps(shape, layer, mesh)
+    runs = steps(shape, layer, mesh, arguments.chunks)
     errors = check(layer, runs)
-    times = alternate(runs, rounds)
+    times = alternate(runs, arguments.rounds)
     rows = []
     for key, run in runs.items():
         ratio = statistics.median(b / t for b, t in zip(times["undivided"], times[key], strict=True))
@@ -180,11 +180,11 @@ def measure(name: str, rounds: int, mesh: DeviceMesh, scale: int) -> list[dict[s
     return rows
 
 
-def crossover(name: str, rounds: int, mesh: DeviceMesh, scale: int) -> list[dict[str, Any]]:
+def crossover(name: str, mesh: DeviceMesh, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Both exchanges with experts that give x back: what they cost apart from the experts."""
     rows = []
     for top_k in CROSSOVER:
-        shape = scaled(SHAPES[name], scale)._replace(K=top_k, F=1)
+        shape = scaled(SHAPES[name], arguments.scale)._replace(K=top_k, F=1)
         if top_k > shape.E:
             continue
         layer = layer_of(shape, mesh)
@@ -202,7 +202,7 @@ def crossover(name: str, rounds: int, mesh: DeviceMesh, scale: int) -> list[dict
         kinds = ("all_to_all", "all_gather")
         runs = {kind: (lambda kind=kind, run=run: run(kind)) for kind in kinds}
         alternate(runs, 2)
-        times = {key: statistics.median(values) for key, values in alternate(runs, rounds).items()}
+        times = {key: statistics.median(values) for key, values in alternate(runs, arguments.rounds).items()}
         row = {"shape": name, "K": top_k, "share_of_ranks": share_of_ranks(mesh.size(), top_k)}
         rows.append(row | {f"{kind}_ms": times[kind] for kind in kinds})
     return rows
@@ -216,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", default=["D", "B"], choices=SHAPES)
     parser.add_argument("--crossover", action="store_true", help="the exchanges alone")
+    parser.add_argument("--chunks", action="store_true", help="`two chunks` too; needs GPUs")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--scale", type=int, default=1, help="divides T, D and F: to try the command without GPUs")
     parser.add_argument("--dry", action="store_true", help="record nothing")
@@ -226,7 +227,7 @@ def main() -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
     measured = crossover if arguments.crossover else measure
-    rows = [row for name in arguments.shapes for row in measured(name, arguments.rounds, mesh, arguments.scale)]
+    rows = [row for name in arguments.shapes for row in measured(name, mesh, arguments)]
     if dist.get_rank() == 0:
         if arguments.scale == 1 and not arguments.dry:
             benchmark = "exchange_crossover" if arguments.crossover else "expert_parallel"
