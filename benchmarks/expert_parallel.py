@@ -5,8 +5,8 @@
 
 A row's ratio is the time of a training step of the undivided layer on this GPU over that of the divided one, the median
 over rounds in which all alternate; every GPU has T tokens in both. `plain` is an all-to-all that sends a token once to
-each of its experts; `two chunks` (with --chunks) is ours on halves of the tokens, one's exchange while the other is computed. Outputs
-and the gradient of x are compared with the undivided layer first.
+each of its experts; `two chunks` (with --chunks) is ours on halves of the tokens, one's exchange while the other is
+computed. Outputs and the gradient of x are compared with the undivided layer first.
 
 --crossover: the two exchanges alone for several numbers of experts per token, which change the share of the ranks that
 a token goes to.
