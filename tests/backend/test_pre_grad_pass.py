@@ -1,4 +1,4 @@
-"""Inductor's pre_grad_custom_pass as a second door: what Dynamo traces alone is rewritten, and cached by our sources."""
+"""Inductor's pre_grad_custom_pass as a second door: what Dynamo traces alone is rewritten, cached by our sources."""
 
 import functools
 
