@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 2 -m benchmarks.expert_parallel D B
     torchrun --nproc-per-node 2 -m benchmarks.expert_parallel --crossover D B
 
-A row's ratio is the time of a training step of the undivided layer on this GPU over that of the divided one, the median
-over rounds in which all alternate; every GPU has T tokens in both. `plain` is an all-to-all that sends a token once to
-each of its experts; `two chunks` (with --chunks) is ours on halves of the tokens, one's exchange while the other is
-computed. Outputs and the gradient of x are compared with the undivided layer first.
+A row's ratio is the time of a training step of the undivided layer on one GPU over that of the divided one, the median
+over rounds in which all alternate, each the mean of all GPUs; every GPU has T tokens in both. `plain` is an all-to-all
+that sends a token once to each of its experts; `two chunks` (with --chunks) is ours on halves of the tokens, one's
+exchange while the other is computed. Outputs and the gradient of x are compared with the undivided layer first.
 
 --crossover: the two exchanges alone for several numbers of experts per token, which change the share of the ranks that
 a token goes to.
@@ -37,6 +37,7 @@ from scatter_moe.distributed.partition import Partition
 
 TOLERANCE = 1e-2  # relative RMS difference to the undivided layer, bfloat16
 CROSSOVER = (1, 2, 3, 4, 6, 8)  # experts per token
+CALLS = 4  # of each run in a round
 _OPS = torch.ops.scatter_moe
 
 
@@ -155,12 +156,16 @@ def layer_of(shape: Shape, mesh: DeviceMesh) -> Inputs:
 
 
 def alternate(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run in each round."""
+    """Milliseconds of each run in each round, the ranks' mean, of several calls that are queued as in training."""
     times: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, run in runs.items():
             dist.barrier()
-            times[key].append(1e3 * seconds(run))
+            times[key].append(1e3 / CALLS * seconds(lambda run=run: [run() for _ in range(CALLS)]))
+    for values in times.values():
+        total = torch.tensor(values, device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(total)
+        values[:] = (total / dist.get_world_size()).tolist()
     return times
 
 

@@ -46,14 +46,17 @@ def exchange_all_to_all(
         `[T, D]` in x's dtype.
     """
     trip = Trip(destinations(topk_ids_TK, partition), group)
-    x_MD, weights_MK = trip.out(x_TD, topk_weights_TK)
-    y_MD = experts(x_MD, partition.local(trip.out_ids(topk_ids_TK)), weights_MK)
-    return trip.back(y_MD)
+    x_MD, weights_MK, ids_MK = trip.out(x_TD, topk_weights_TK, topk_ids_TK)
+    return trip.back(experts(x_MD, partition.local(ids_MK), weights_MK))
 
 
 def destinations(topk_ids_TK: Tensor, partition: Partition) -> Tensor:
-    """`[T, S]`: the ranks that each token goes to, each once; R where there are fewer than S."""
-    ranks_TK = partition.owner(topk_ids_TK).sort(dim=-1).values
-    again = F.pad(ranks_TK[:, 1:] == ranks_TK[:, :-1], (1, 0))
-    ranks_TK = ranks_TK.masked_fill(again, partition.num_ranks).sort(dim=-1).values
-    return ranks_TK[:, : partition.num_ranks]
+    """`[T, S]`: the ranks that each token goes to, each once; R in the places that are left."""
+    owner_TK, num_ranks = partition.owner(topk_ids_TK), partition.num_ranks
+    if topk_ids_TK.shape[1] < num_ranks:
+        ranks_TK = owner_TK.sort(dim=-1).values
+        again = F.pad(ranks_TK[:, 1:] == ranks_TK[:, :-1], (1, 0))
+        return ranks_TK.masked_fill(again, num_ranks)
+    goes_TR = torch.zeros(len(owner_TK), num_ranks + 1, dtype=torch.bool, device=owner_TK.device)
+    goes_TR = goes_TR.scatter_(1, owner_TK, True)[:, :num_ranks]
+    return torch.where(goes_TR, torch.arange(num_ranks, device=owner_TK.device), num_ranks)

@@ -42,16 +42,8 @@ class Trip:
         return sent, received
 
     def out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Of each tensor the rows that other ranks sent here, `[T, D]` to `[M, D]`."""
+        """Of each tensor, integers too, the rows that the ranks sent here: `[T, D]` to `[M, D]`."""
         return _Out.apply(self, *tensors)
-
-    def out_ids(self, ids_TK: Tensor) -> Tensor:
-        """The same for integers."""
-        sent, received = self.sizes
-        rows = ids_TK[self.order[: sum(sent)] // self.width]
-        arrived, work = self._start(rows, rows.new_empty(sum(received), ids_TK.shape[1]), received, sent)
-        work.wait()
-        return arrived
 
     def back(self, rows_MD: Tensor) -> Tensor:
         """`[M, D]` to `[T, D]`."""
@@ -59,7 +51,7 @@ class Trip:
 
     def send(self, *tensors: Tensor) -> list[Tensor]:
         """`out` without gradients. Rows are copied before the sizes are waited for, so that the device has work."""
-        copies = [_OPS.dispatch(tensor, self.order, self.offsets, self.width) for tensor in tensors]
+        copies = [self._rows_of_slots(tensor) for tensor in tensors]
         sent, received = self.sizes
         started = [
             self._start(rows[: sum(sent)], rows.new_empty(sum(received), rows.shape[1]), received, sent)
@@ -79,6 +71,11 @@ class Trip:
             _finished(*transfer)
         return [_OPS.combine(rows, None, self.order, self.offsets, self.width, True) for rows in slots]
 
+    def _rows_of_slots(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return _OPS.dispatch(tensor, self.order, self.offsets, self.width)
+        return tensor[self.order // self.width]
+
     def _start(self, rows: Tensor, into: Tensor, received: list[int], sent: list[int]) -> tuple[Tensor, dist.Work]:
         work = dist.all_to_all_single(into, rows, received, sent, group=self.group, async_op=True)
         assert work is not None
@@ -94,7 +91,9 @@ class _Out(torch.autograd.Function):
     @staticmethod
     def forward(ctx, trip: Trip, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.trip = trip
-        return tuple(trip.send(*tensors))
+        received = trip.send(*tensors)
+        ctx.mark_non_differentiable(*[rows for rows in received if not rows.is_floating_point()])
+        return tuple(received)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
