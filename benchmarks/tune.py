@@ -63,6 +63,7 @@ def candidates(op: str, rows_per_expert: int) -> list[Config]:
         ]
     if op == "glu_backward":
         return [
+            *variants(HOPPER, overlap=[True], num_stages=[4], epilogue_parts=[8], regroup=[True], group_m=[1, 2, 4, 8]),
             *variants(HOPPER, epilogue_parts=[4, 8], tma_out=[False, True], regroup=[True], group_m=[1]),
             *variants(HOPPER, epilogue_parts=[8], tma_out=[False, True], regroup=[True], group_m=[4, 8]),
             *variants(HOPPER, epilogue_parts=[8], num_stages=[4], regroup=[False, True], group_m=[1]),

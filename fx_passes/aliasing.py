@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.ops import arg, example, is_inplace, op_name, written
-from fx_passes.row_wise import POINTWISE
+from fx_passes.ops import POINTWISE, arg, example, is_inplace, op_name, written
 
 _ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
     """

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts import Mask, Rows, fact
+from fx_passes.facts import Mask, Rows, counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, select_expert
@@ -253,6 +253,8 @@ class Unifier:
         for node in nodes:
             if node.op != first.op or node.target != first.target:
                 raise NotIsomorphic(node, f"one expert computes `{_show(first)}`, another `{_show(node)}`")
+        if counts_behind(first) is not None:
+            raise NotIsomorphic(first, "an expert's number of tokens is used as a value")
         if op_name(first) is None:
             raise UnknownOperation(first)
         args = self._structure(tuple(node.args for node in nodes), first)

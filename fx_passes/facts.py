@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.ids import ids_dims, is_single_choice
-from fx_passes.markers import Expert, expert_of, index_list, select_expert
-from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size, varargs
+from fx_passes.markers import Expert, expert_count, expert_of, experts_hit, index_list, select_expert
+from fx_passes.ops import ZEROS, arg, fake_tensor, known_tensor, normalized_dim, op_name, same_size, varargs
 
 Dims = tuple[str, ...]
+
+_EXACT_BYTES = 4
+"""Numbers of this size hold every count."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,16 @@ class OneHot:
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens per class; `positive` once it was compared with zero (then it is a hit mask)."""
+    """Slots per class, or the `cumulative` sums of that; `positive` once compared with zero (then it is a hit mask).
+
+    `reduced`: tokens per class, whatever the number of their slots with the class.
+    """
 
     ids: fx.Node
     num_classes: int
-    positive: bool
+    positive: bool = False
+    cumulative: bool = False
+    reduced: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,8 @@ def _cast(node: fx.Node) -> Fact | None:
     inner = fact(arg(node, 0, "input"))
     value = fake_tensor(node)
     if isinstance(inner, Counts) and not inner.positive and value is not None:
-        return inner if value.dtype in (torch.int32, torch.int64) else None
+        exact = known_tensor(arg(node, 0, "input")).dtype.itemsize >= _EXACT_BYTES
+        return inner if exact and value.dtype in (torch.int32, torch.int64) else None
     return inner if isinstance(inner, (OneHot, Mask)) else None
 
 
@@ -306,6 +316,8 @@ def _reduce(node: fx.Node) -> Fact | None:
     if not node.kwargs.keys() <= {"input", "dim", "keepdim"}:
         return None
     inner, dims = fact(arg(node, 0, "input")), _reduced_dims(node)
+    if inner is None and op_name(node) == "sum":
+        return _counted_table(node)
     if isinstance(inner, Mask) and dims is None:
         return Occupied(inner)
     if not isinstance(inner, (OneHot, Mask)) or dims is None or arg(node, 2, "keepdim", False):
@@ -315,7 +327,7 @@ def _reduce(node: fx.Node) -> Fact | None:
         return replace(inner, dims=kept, reduced=True)
     if kept != ("E",) or isinstance(inner, Mask):
         return None
-    return Counts(inner.ids, inner.num_classes, positive=op_name(node) == "any")
+    return Counts(inner.ids, inner.num_classes, positive=op_name(node) == "any", reduced=inner.reduced)
 
 
 def chosen(index: Any) -> tuple[Mask, str] | None:
@@ -347,6 +359,12 @@ def chosen_tokens(index: Any) -> Mask | None:
     return found[0] if found is not None and found[1] == "T" else None
 
 
+def counts_behind(node: fx.Node) -> Counts | None:
+    """The counts of which `node` is one, as a Python number, or how many there are."""
+    known = fact(node.args[0]) if node.target in (expert_count, experts_hit, torch.ops.aten.sym_size.int) else None
+    return known if isinstance(known, Counts) else None
+
+
 def _argmax(node: fx.Node) -> Fact | None:
     """`(ids == e).int().argmax(-1)`."""
     inner, dim = fact(arg(node, 0, "input")), arg(node, 1, "dim")
@@ -360,7 +378,46 @@ def _bincount(node: fx.Node) -> Fact | None:
     if not isinstance(ids, fx.Node) or arg(node, 1, "weights") is not None or type(classes) is not int or classes <= 0:
         return None
     flat = _flat_ids(ids) or ids
-    return Counts(flat, classes, positive=False) if ids_dims(ids) == ("T",) else None
+    return Counts(flat, classes) if ids_dims(ids) == ("T",) else None
+
+
+def _histc(node: fx.Node) -> Fact | None:
+    """With E bins from 0 to E - 1 the bin of expert e is [e, e + 1) (E - 1) / E: it holds the integer e alone."""
+    bins, low, high = arg(node, 1, "bins", 100), arg(node, 2, "min", 0), arg(node, 3, "max", 0)
+    values = arg(node, 0, "input")
+    if op_name(values) in ("float", "to", "double") and known_tensor(values).dtype.itemsize >= _EXACT_BYTES:
+        values = values.args[0]
+    if type(bins) is not int or bins < 2 or low != 0 or high != bins - 1 or ids_dims(values) is None:
+        return None
+    return Counts(_flat_ids(values) or values, bins)
+
+
+def _cumsum(node: fx.Node) -> Fact | None:
+    inner = fact(arg(node, 0, "input"))
+    if not isinstance(inner, Counts) or inner.positive or inner.cumulative or arg(node, 1, "dim") not in (0, -1):
+        return None
+    return replace(inner, cumulative=True) if known_tensor(node).dtype in (torch.int32, torch.int64) else None
+
+
+def _counted_table(total: fx.Node) -> Counts | None:
+    """`table.sum(0)` of `table = zeros(T, E).scatter(1, ids, 1)`, or of zeros that were filled so in place."""
+    table = arg(total, 0, "input")
+    while op_name(table) in ("to", "long", "int") and len(table.args) > 0:
+        table = table.args[0]
+    if not isinstance(table, fx.Node) or _reduced_dims(total) not in ((0,), (-2,)):
+        return None
+    writers = [writer for writer in writers_of(storage_of(table)) if writer < total]
+    marked = writers[0] if op_name(table) in ZEROS and len(writers) == 1 else table
+    if op_name(marked) not in ("scatter", "scatter_") or (marked is table and writers):
+        return None
+    zeros, dim, ids, one = (arg(marked, at, name) for at, name in enumerate(("input", "dim", "index", "value")))
+    size = known_tensor(zeros).shape
+    if any(writer < marked for writer in writers_of(storage_of(zeros))):
+        return None
+    is_table = op_name(zeros) in ZEROS and len(size) == 2 and type(size[1]) is int and ids_dims(ids) == ("T", "K")
+    if not is_table or dim not in (1, -1) or one != 1 or "reduce" in marked.kwargs or len(marked.args) > 4:
+        return None
+    return Counts(ids, size[1], reduced=True) if same_size(size[0], known_tensor(ids).shape[0]) else None
 
 
 def _reduced_dims(node: fx.Node) -> Sequence[int] | None:
@@ -372,7 +429,7 @@ def _reduced_dims(node: fx.Node) -> Sequence[int] | None:
 
 def _greater(node: fx.Node) -> Fact | None:
     inner = fact(arg(node, 0, "input"))
-    if isinstance(inner, Counts) and not inner.positive and arg(node, 1, "other") == 0:
+    if isinstance(inner, Counts) and not (inner.positive or inner.cumulative) and arg(node, 1, "other") == 0:
         return replace(inner, positive=True)
     if isinstance(inner, (OneHot, Mask)) and arg(node, 1, "other") == 0:
         return inner
@@ -382,7 +439,7 @@ def _greater(node: fx.Node) -> Fact | None:
 def _nonzero(node: fx.Node) -> Fact | None:
     inner = fact(arg(node, 0, "input"))
     as_tuple = bool(node.kwargs.get("as_tuple", False))
-    if isinstance(inner, Counts):
+    if isinstance(inner, Counts) and not inner.cumulative:
         return Hit(inner.ids, inner.num_classes) if not as_tuple else None
     return Selection(inner, as_tuple) if isinstance(inner, Mask) else None
 
@@ -427,6 +484,8 @@ _RULES = {
     "any": _reduce,
     "count_nonzero": _reduce,
     "bincount": _bincount,
+    "histc": _histc,
+    "cumsum": _cumsum,
     "cpu": _cast,
     "argmax": _argmax,
     **dict.fromkeys("floordiv floor_divide div divide mod remainder fmod".split(), _divide),

@@ -1,9 +1,9 @@
 """The one place where Dynamo is extended.
 
-Dynamo traces a frame instruction by instruction in `InstructionTranslatorBase.step` and hands the graph over in
-`OutputGraph.call_user_compiler`. The wrappers below leave every frame alone whose compiler is not our backend and that
-holds no prepared model. Where a symbol is missing (another PyTorch), `install` says so once: then naive loops that
-Dynamo cannot trace by itself stay eager, and `prepare` has no effect.
+Dynamo traces a frame instruction by instruction in `InstructionTranslatorBase.step`, calls in `call_function` of the
+same class, and hands the graph over in `OutputGraph.call_user_compiler`. The wrappers below leave every frame alone
+whose compiler is not our backend and that holds no prepared model. Where a symbol is missing (another PyTorch),
+`install` says so once: then naive loops that Dynamo cannot trace by itself stay eager, and `prepare` has no effect.
 """
 
 import functools
@@ -39,11 +39,13 @@ def install(
     """
     translator = getattr(symbolic_convert, "InstructionTranslatorBase", None)
     graph = getattr(output_graph, "OutputGraph", None)
-    if translator is None or not hasattr(translator, "step") or not hasattr(graph, "call_user_compiler"):
+    extended = ((translator, "step"), (translator, "call_function"), (graph, "call_user_compiler"))
+    if translator is None or not all(hasattr(owner, name) for owner, name in extended):
         log.warning("this PyTorch's Dynamo can't be extended: loops that it does not trace by itself stay as they are")
         return False
     if not hasattr(translator.step, _ORIGINAL):
         _extend_step(translator, is_ours)
+        _extend_call_function(translator)
         _extend_call_user_compiler(graph, gets_whole_graphs, rewrite)
     return True
 
@@ -58,6 +60,21 @@ def _extend_step(translator: Any, is_ours: Callable[[Any], bool]) -> None:
 
     setattr(step, _ORIGINAL, original)
     translator.step = step
+
+
+def _extend_call_function(translator: Any) -> None:
+    original = translator.call_function
+
+    @functools.wraps(original)
+    def call_function(self: Any, fn: Any, args: Any, kwargs: Any) -> None:
+        capture = getattr(self.output, _CAPTURE, None)
+        result = capture.call(self, fn, args, kwargs) if capture is not None else None
+        if result is None:
+            original(self, fn, args, kwargs)
+        else:
+            self.push(result)
+
+    translator.call_function = call_function
 
 
 def _extend_call_user_compiler(

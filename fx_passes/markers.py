@@ -49,5 +49,21 @@ def index_list(indices: torch.Tensor) -> torch.Tensor:
 
 
 def expert_count(counts: torch.Tensor, expert: int) -> int:
-    """`counts[expert]` as a number of unknown value."""
+    """`counts[expert]` as a number of unknown value; of cumulative counts, that sum."""
     return int(counts[expert])
+
+
+def expert_segment(rows: torch.Tensor, counts: torch.Tensor, expert: int) -> torch.Tensor:
+    """The rows of one expert, where they lie expert by expert."""
+    ends = counts.cumsum(0)
+    return rows[ends[expert] - counts[expert] : ends[expert]]
+
+
+def expert_cat(parts: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+    """`torch.cat(parts)` of what was computed from the segments of all experts in turn."""
+    return torch.cat(parts)
+
+
+def experts_hit(counts: torch.Tensor) -> int:
+    """How many experts have a token, as a number of unknown value."""
+    return int((counts > 0).sum())

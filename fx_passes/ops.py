@@ -15,7 +15,16 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fx_passes.markers import current_expert, expert_count, index_list, index_with_expert, select_expert
+from fx_passes.markers import (
+    current_expert,
+    expert_cat,
+    expert_count,
+    expert_segment,
+    experts_hit,
+    index_list,
+    index_with_expert,
+    select_expert,
+)
 
 _NAMESPACES = (torch.nn.functional, torch._C._nn, torch, torch.special, torch._C._linalg, operator)
 
@@ -45,6 +54,14 @@ _OPERATOR_NAMES = {"transformers::grouped_mm_fallback": "grouped_mm"}
 
 ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 EMPTY = frozenset(("empty", "empty_like", "new_empty"))
+POINTWISE = frozenset(
+    """
+    abs add addcmul bfloat16 celu clamp clamp_max clamp_min clip contiguous cos div double elu erf exp expm1 float
+    gelu half hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid max maximum min minimum mish mul
+    multiply neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign silu sin softplus softsign sqrt square sub
+    subtract tanh to true_divide truediv type_as where clone
+    """.split()
+)
 
 _WRITES_STATISTICS = frozenset("batch_norm instance_norm embedding embedding_bag".split())
 _INPLACE_ARGUMENT = {
@@ -62,7 +79,10 @@ _HARMLESS = frozenset(
         select_expert,
         index_with_expert,
         index_list,
+        expert_cat,
         expert_count,
+        expert_segment,
+        experts_hit,
         torch._C._set_grad_enabled,
     )
 )

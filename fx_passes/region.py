@@ -101,6 +101,15 @@ class MoERegion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupedRegion(MoERegion):
+    """Rows that lie expert by expert go in, and rows in the same order come out: `out[i] = body_e(rows[i])`.
+
+    What `body` gathers are these rows, N = T * K of them; e is the expert of row i, of which `ids_TK` has as many as
+    there are rows.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopRegion(MoERegion):
     """A loop over experts: number i of `accumulations` adds the rows of `masks[i]` to `accumulator`.
 

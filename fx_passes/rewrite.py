@@ -18,7 +18,7 @@ from fx_passes.capture import events_of
 from fx_passes.low_rank import low_rank
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
 from fx_passes.ops import draws_random, known_tensor, written
-from fx_passes.region import LoopRegion, MoERegion
+from fx_passes.region import GroupedRegion, LoopRegion, MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
 
 ops = torch.ops.scatter_moe
@@ -63,6 +63,7 @@ class _Emitter:
         self.region = region
         self.graph = region.graph
         self.out_dtype = region.output.dtype
+        self.is_grouped = isinstance(region, GroupedRegion)
         self.top_k = region.top_k
         self._flat: dict[fx.Node, fx.Node] = {}
         self.ids_TK = self._by_slot(region.ids_TK)
@@ -71,6 +72,8 @@ class _Emitter:
         routed = self._call(ops.route.default, self.numbers_TK, region.num_experts)
         self.order_N = self._function(operator.getitem, routed, 0)
         self.offsets_E = self._function(operator.getitem, routed, 1)
+        if self.is_grouped:
+            self.order_N, self.top_k = self._as_they_lie(self.order_N), 1
         self._emitted: dict[int, fx.Node] = {}
 
     def mlp(self, mlp: Mlp) -> fx.Node:
@@ -93,6 +96,8 @@ class _Emitter:
         return self._call(ops.mlp.default, x, topk_weights, self.order_N, self.offsets_E, *weights, *biases, *settings)
 
     def general(self) -> fx.Node:
+        if self.is_grouped:
+            return self.emit(self.region.body.root)
         weighted = without_router_weight(self.region.body.root)
         rows = self.emit(weighted.core)
         weights = self._slots(weighted.weights) if weighted.weights is not None else None
@@ -159,7 +164,14 @@ class _Emitter:
         missing = dims - 1 - len(sizes)
         return self._method("reshape", expanded, (-1, *[1] * missing, *sizes)) if missing > 0 else expanded
 
+    def _as_they_lie(self, order_N: fx.Node) -> fx.Node:
+        """The order of rows that lie expert by expert already."""
+        device = known_tensor(self.region.ids_TK).device
+        return self._function(torch.arange, self._method("size", order_N, 0), dtype=torch.int32, device=device)
+
     def _gather(self, value: Gathered) -> fx.Node:
+        if self.is_grouped:
+            return value.source
         is_vector = known_tensor(value.source).dim() == 1
         source = self._method("unsqueeze", value.source, -1) if is_vector else self._by_token(value.source)
         rows = self._call(ops.dispatch.default, source, self.order_N, self.offsets_E, self.top_k)
@@ -169,8 +181,11 @@ class _Emitter:
         return rows
 
     def _gather_slots(self, value: SlotGathered) -> fx.Node:
-        flat = self._method("flatten", self._slots(value), 0, 1)
-        rows = self._method("index_select", flat, 0, self.order_N)
+        if self.is_grouped:
+            rows = value.source
+        else:
+            flat = self._method("flatten", self._slots(value), 0, 1)
+            rows = self._method("index_select", flat, 0, self.order_N)
         for _ in range(value.trailing):
             rows = self._method("unsqueeze", rows, -1)
         return rows
@@ -209,7 +224,7 @@ class _Emitter:
         return self._method("add", product, self._parallel_linear(thin, second, (1, True), [], linear.transposed))
 
     def _product(self, linear: Linear) -> fx.Node:
-        gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading
+        gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading and not self.is_grouped
         source = linear.rows.source if isinstance(linear.rows, Gathered) and gathers else None
         rows = self._by_token(source) if source is not None else self.emit(linear.rows)
         bias = list(linear.bias.parameters) if linear.bias is not None else []

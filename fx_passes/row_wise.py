@@ -11,17 +11,9 @@ from typing import Any
 import torch
 
 from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, has_rows, nested_values, rank
-from fx_passes.ops import example, fake_tensor, known_tensor, normalized_dim, varargs
+from fx_passes.ops import POINTWISE, example, fake_tensor, known_tensor, normalized_dim, varargs
 from fx_passes.region import Rejected
 
-POINTWISE = frozenset(
-    """
-    abs add addcmul bfloat16 celu clamp clamp_max clamp_min clip contiguous cos div double elu erf exp expm1 float
-    gelu half hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid max maximum min minimum mish mul
-    multiply neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign silu sin softplus softsign sqrt square sub
-    subtract tanh to true_divide truediv type_as where clone
-    """.split()
-)
 MATMUL = frozenset(("linear", "matmul", "mm"))
 NORMS = frozenset(("layer_norm", "rms_norm"))
 REDUCTIONS = frozenset("softmax log_softmax sum mean amax amin norm var std logsumexp normalize cumsum cumprod".split())

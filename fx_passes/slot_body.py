@@ -28,9 +28,8 @@ from fx_passes.body import (
     nested_values,
     rank,
 )
-from fx_passes.ops import arg, casts_nothing, fake_tensor, is_inplace, normalized_dim, op_name, varargs
+from fx_passes.ops import POINTWISE, arg, casts_nothing, fake_tensor, is_inplace, normalized_dim, op_name, varargs
 from fx_passes.region import Rejected
-from fx_passes.row_wise import POINTWISE
 from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, slot_fact
 
 

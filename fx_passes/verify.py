@@ -18,7 +18,7 @@ from fx_passes.facts import Counts, Hit, fact, selected
 from fx_passes.ids import ids_are_distinct
 from fx_passes.loop_rules import LOOP_RULES
 from fx_passes.ops import draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, same_size, written
-from fx_passes.region import LoopRegion, MoERegion, Rejected
+from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected
 from fx_passes.row_wise import check_rows
 
 
@@ -43,7 +43,12 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
         )
     tokens = sizes[:count]
     by_slot = (torch.Size((*tokens, region.top_k)), torch.Size((sizes[0] * region.top_k,)))
-    _require_size(region.ids_TK, by_slot[known_tensor(region.ids_TK).dim() == 1], region.ids_TK, count)
+    if isinstance(region, GroupedRegion):
+        by_slot = (torch.Size((*tokens, 1)), tokens)
+        if not same_size(known_tensor(region.ids_TK).numel(), sizes[0]):
+            raise Rejected("rows_belong_to_tokens", region.anchor, "not as many rows as slots")
+    else:
+        _require_size(region.ids_TK, by_slot[known_tensor(region.ids_TK).dim() == 1], region.ids_TK, count)
     for value in region.body.of(Gathered):
         _require_size(value.source, tokens, value.node)
     for value in region.body.of(SlotGathered):

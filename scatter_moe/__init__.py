@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from torch._dynamo import register_backend
 
 from fx_passes.backend import backend, install
+from fx_passes.pre_grad import pre_grad_pass
 from fx_passes.prepared import prepare
 from scatter_moe import routers
 from scatter_moe.attention import KVCache, MixtureOfAttention
@@ -40,6 +41,7 @@ __all__ = [
     "expert_parameters",
     "explain",
     "from_modules",
+    "pre_grad_pass",
     "prepare",
     "router_parameters",
     "routers",

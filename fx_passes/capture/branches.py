@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_passes.capture.emptiness import nonempty_question
 from fx_passes.capture.events import Guard, Scope
+from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.python_state import snapshot
 from fx_passes.capture.variables import is_open
 from fx_passes.markers import Expert, expert_of
@@ -20,6 +23,10 @@ _STRAIGHT_JUMPS = frozenset(("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_
 def jump(capture: Any, tx: Any, instruction: Any) -> bool:
     """A branch on data: its side with a token is taken where the other side does nothing."""
     value = tx.stack[-1].realize()
+    if isinstance(value, PartsVariable):
+        value = tx.stack[-1] = value.sq_length(tx)
+    if isinstance(value, SymNodeVariable) and _is_known_to_hold(value.sym_num):
+        return False
     if not isinstance(value, (TensorVariable, SymNodeVariable)) or not isinstance(value.proxy, fx.Proxy):
         return False
     sentinel = _sentinel(value.as_proxy().node)
@@ -51,6 +58,10 @@ def jump(capture: Any, tx: Any, instruction: Any) -> bool:
     guard = Guard(*question.mask.key)
     capture.scopes.append(Scope(event, tx, header, size, snapshot(tx, header, size), guard))
     return False
+
+
+def _is_known_to_hold(number: Any) -> bool:
+    return statically_known_true(number != 0 if isinstance(number, torch.SymInt) else number)
 
 
 def _sentinel(node: fx.Node) -> tuple[Expert, bool] | None:

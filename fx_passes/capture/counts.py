@@ -1,9 +1,11 @@
-"""How many slots each expert has, as Python numbers: `counts.tolist()`.
+"""How many slots each expert has, as Python numbers: `counts.tolist()`, `for n in counts.cpu().numpy()`.
 
-Dynamo cannot know them. They become numbers without a value, one an expert, that sum to the number of slots. Comparing
-one with zero asks whether the expert has a token.
+Dynamo cannot know them. They become numbers without a value, one an expert. Comparing one with zero asks whether the
+expert has a token; what is cut from the end of one expert to that of the next are the expert's rows (segments.py).
 """
 
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import sympy
@@ -14,61 +16,91 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
+from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.capture.events import Event, tag
-from fx_passes.capture.index_list import past_call_without_arguments
 from fx_passes.facts import Counts, Mask, fact
-from fx_passes.ids import ids_are_below
+from fx_passes.ids import ids_are_below, ids_are_distinct
 from fx_passes.markers import expert_count
 from fx_passes.ops import known_tensor
 
 
-def read_counts(capture: Any, tx: Any, instruction: Any) -> bool:
-    """`counts.tolist()`."""
-    if instruction.argval != "tolist" or not tx.stack:
-        return False
-    tensor = tx.stack[-1].realize()
-    if not isinstance(tensor, TensorVariable) or not isinstance(tensor.proxy, fx.Proxy):
-        return False
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """The numbers of slots by expert that were read from the tensor `node`.
+
+    `sizes` are they, `ends` their running sums: the rows of expert e lie from `ends[e]` to `ends[e + 1]` where all lie
+    expert by expert.
+    """
+
+    event: Event
+    node: fx.Node
+    counts: Counts
+    sizes: tuple[torch.SymInt, ...]
+    ends: tuple[Any, ...]
+
+    @property
+    def total(self) -> int | torch.SymInt:
+        return known_tensor(self.counts.ids).numel()
+
+    @property
+    def size_symbols(self) -> frozenset[Any]:
+        return frozenset(map(expression, self.sizes))
+
+    def expert_between(self, start: Any, stop: Any) -> int | None:
+        """The expert whose rows lie from `start` to `stop`."""
+        first, last = expression(start), expression(stop)
+        pairs = enumerate(zip(self.ends, self.ends[1:], strict=False))
+        return next((expert for expert, (begin, end) in pairs if begin == first and end == last), None)
+
+
+def read(capture: Any, tx: Any, tensor: TensorVariable) -> VariableTracker | None:
+    """The list of numbers that the items of `tensor` are, if it counts the slots of experts."""
     node = tensor.as_proxy().node
     known = fact(node)
-    if not isinstance(known, Counts) or known.positive:
-        return False
-    if not ids_are_below(known.ids, known.num_classes):
+    if not isinstance(known, Counts) or known.positive or any(writers_of(storage_of(node))):
+        return None
+    if not is_of_experts(known):
         if known_tensor(known.ids).dim() == 2:  # one id a token is counted in much else than a layer of experts
             capture.reject(tx, "ids_are_in_range", "ids are counted that are not known to be those of an expert")
-        return False
-    after = past_call_without_arguments(tx)
+        return None
     event = capture.event(tx, "counts of tokens")
-    if after is None or capture.is_denied(event):
+    if capture.is_denied(event):
+        return None
+    counted = _count(capture, event, node, known)
+    values = accumulate(counted.sizes) if known.cumulative else counted.sizes
+    items = [_as_variable(capture, tx, event, tensor, e, value) for e, value in enumerate(values)]
+    capture.counted.append(counted)
+    for e, size in enumerate(counted.sizes):
+        capture.masks_of_symbol[expression(size)] = Mask(known.ids, e, ("N",))
+    return ListVariable(items, mutation_type=ValueMutationNew())
+
+
+def is_of_experts(counts: Counts) -> bool:
+    """Whether each slot is counted, once, with an expert below `num_classes`."""
+    ids = counts.ids
+    if any(writers_of(storage_of(ids))) or not ids_are_below(ids, counts.num_classes):
         return False
-    numbers = _numbers(capture, known)
-    items = [_as_variable(capture, tx, event, e, number) for e, number in enumerate(numbers)]
-    for e, number in enumerate(numbers):
-        capture.masks_of_symbol[_expression(number)] = Mask(known.ids, e, ("N",))
-    tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
-    tx.instruction_pointer = after
-    return True
+    return not counts.reduced or ids_are_distinct(ids)
 
 
-def _numbers(capture: Any, known: Counts) -> list[Any]:
-    """A symbol an expert, but for the last: it has what remains."""
-    shape_env, total = capture.output.shape_env, known_tensor(known.ids).numel()
-    numbers: list[Any] = []
+def _count(capture: Any, event: Event, node: fx.Node, known: Counts) -> Counted:
+    shape_env, sizes = capture.output.shape_env, []
     with shape_env.ignore_fresh_unbacked_symbols():
-        for _ in range(known.num_classes - 1):
-            number = shape_env.create_unbacked_symint()
-            _constrain_range_for_size(number)
-            numbers.append(number)
-    numbers.append(total - sum(numbers))
+        for _ in range(known.num_classes):
+            sizes.append(shape_env.create_unbacked_symint())
+            _constrain_range_for_size(sizes[-1])
     capture.forget_new_symbols()
-    return numbers
+    ends = accumulate(map(expression, sizes), initial=sympy.Integer(0))
+    return Counted(event, node, known, tuple(sizes), tuple(ends))
 
 
-def _as_variable(capture: Any, tx: Any, event: Event, expert: int, value: Any) -> VariableTracker:
-    proxy = capture.output.create_proxy("call_function", expert_count, (tx.stack[-1].as_proxy(), expert), {})
+def _as_variable(
+    capture: Any, tx: Any, event: Event, tensor: TensorVariable, expert: int, value: Any
+) -> VariableTracker:
+    proxy = capture.output.create_proxy("call_function", expert_count, (tensor.as_proxy(), expert), {})
     tag(proxy.node, (event.number,), ())
     return SymNodeVariable.create(tx, proxy, value)
 
 
-def _expression(number: Any) -> Any:
+def expression(number: Any) -> Any:
     return number.node.expr if isinstance(number, torch.SymInt) else sympy.Integer(number)

@@ -44,22 +44,16 @@ class IndexListVariable(ListVariable):
         return f"IndexListVariable({self.tensor})"
 
 
-def load_method(capture: Any, tx: Any, instruction: Any) -> bool:
-    """`tokens.tolist()`: the call is done at once."""
-    if instruction.argval != "tolist" or not tx.stack:
-        return False
-    indices = tx.stack[-1].realize()
-    if not isinstance(indices, TensorVariable) or not isinstance(fact(indices.as_proxy().node), Rows):
-        return False
-    after = past_call_without_arguments(tx)
+def read(capture: Any, tx: Any, indices: TensorVariable) -> VariableTracker | None:
+    """`tokens.tolist()`."""
+    if not isinstance(fact(indices.as_proxy().node), Rows):
+        return None
     event = capture.event(tx, "index list")
-    if after is None or capture.is_denied(event):
-        return False
+    if capture.is_denied(event):
+        return None
     tensor = call_in_graph(tx, index_list, indices.as_proxy())
     tag(tensor.as_proxy().node, (event.number,), ())
-    tx.stack[-1] = IndexListVariable(tensor, lambda: capture.trace_again_without([event]))
-    tx.instruction_pointer = after
-    return True
+    return IndexListVariable(tensor, lambda: capture.trace_again_without([event]))
 
 
 def index_by_tensors(tx: Any) -> None:
@@ -80,12 +74,3 @@ def store_subscript(_capture: Any, tx: Any, _instruction: Any) -> bool:
 
 def _as_tensor(index: VariableTracker) -> VariableTracker:
     return index.tensor if isinstance(index, IndexListVariable) else index
-
-
-def past_call_without_arguments(tx: Any) -> int | None:
-    """Where a method call without arguments that begins at the current instruction has ended."""
-    at = tx.instruction_pointer + 1
-    while tx.instructions[at].opname in ("PRECALL", "CACHE", "PUSH_NULL"):
-        at += 1
-    call = tx.instructions[at]
-    return at + 1 if call.opname == "CALL" and call.arg == 0 else None

@@ -8,6 +8,7 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture.events import Guard, Scope, events_of
+from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.variables import expert_of_variable, has_open_length
 from fx_passes.facts import Hit, fact
@@ -69,10 +70,15 @@ def _next_iteration(capture: Any, scope: Scope) -> None:
 def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> None:
     """A tensor that a live local holds may change only to one that was computed in the loop, and so dies with it."""
     changed = difference(before, now)
-    from_outside = [node.name for _, node in changed.carried if scope.event.number not in events_of(node)]
-    names = (*changed.names, *from_outside)
+    from_outside = [name for name, _, node in changed.carried if scope.event.number not in events_of(node)]
+    unexplained = (*changed.names, *from_outside)
+    names = [
+        name.removeprefix("local ")
+        for name in unexplained
+        if name not in before or not vanishes(capture, scope, name, before[name], now[name])
+    ]
     if names:
         scope.event.failed = True
         capture.reject(scope.tx, "loop_changes_no_python_state", f"running the loop body changes {', '.join(names)}")
     if scope.symbol is not None:
-        scope.symbol.meta["scatter_moe_carried"] = changed.carried
+        scope.symbol.meta["scatter_moe_carried"] = [(old, new) for _, old, new in changed.carried]

@@ -28,7 +28,9 @@ _MAX_DEPTH = 8
 _ITERATORS = (IteratorVariable, LocalGeneratorObjectVariable)
 _CONTAINERS = (BaseListVariable, ConstDictVariable, SetVariable)
 _NOT_CONTENT = frozenset(
-    "source mutation_type parents_tracker user_code_variable_name source_location should_update_in_place".split()
+    """
+    question source mutation_type parents_tracker user_code_variable_name source_location should_update_in_place
+    """.split()
 )
 
 
@@ -56,11 +58,11 @@ def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
 class Difference:
     """What changed between two snapshots.
 
-    `carried` are tensors that live locals hold: before (None where the name was not bound) and after. `names` is
+    `carried` are tensors that live locals hold: the name, before (None where it was not bound) and after. `names` is
     everything else.
     """
 
-    carried: tuple[tuple[fx.Node | None, fx.Node], ...]
+    carried: tuple[tuple[str, fx.Node | None, fx.Node], ...]
     names: tuple[str, ...]
 
 
@@ -71,9 +73,9 @@ def difference(before: Snapshot, after: Snapshot) -> Difference:
         if value == old:
             continue
         if name.startswith("local ") and _is_node(value) and (old is None or _is_node(old)):
-            carried.append((old[1] if old is not None else None, value[1]))
+            carried.append((name, old[1] if old is not None else None, value[1]))
         else:
-            names.append(name.removeprefix("local "))
+            names.append(name)
     return Difference(tuple(carried), tuple(names))
 
 

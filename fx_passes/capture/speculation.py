@@ -9,7 +9,8 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
-from fx_passes.capture import branches, counts, index_list, indexing, loops
+from fx_passes.capture import branches, calls, index_list, indexing, loops, segments
+from fx_passes.capture.counts import Counted
 from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
 from fx_passes.facts import Mask, selected
 from fx_passes.faults import own_code
@@ -23,17 +24,16 @@ Handler = Callable[["Capture", Any, Any], bool]
 """Looks at (capture, tx, instruction) before the instruction runs; True where it did the instruction's work itself."""
 
 
-def _method(capture: "Capture", tx: Any, instruction: Any) -> bool:
-    return index_list.load_method(capture, tx, instruction) or counts.read_counts(capture, tx, instruction)
+def _subscript(capture: "Capture", tx: Any, instruction: Any) -> bool:
+    return segments.subscript(capture, tx, instruction) or indexing.subscript(capture, tx, instruction)
 
 
 _HANDLERS: dict[str, Handler] = {
     "GET_ITER": loops.get_iter,
     "FOR_ITER": loops.for_iter,
-    "BINARY_SUBSCR": indexing.subscript,
+    "BINARY_SUBSCR": _subscript,
+    "BINARY_SLICE": segments.binary_slice,
     "STORE_SUBSCR": index_list.store_subscript,
-    "LOAD_METHOD": _method,
-    "LOAD_ATTR": _method,
 }
 
 
@@ -49,6 +49,7 @@ class Capture:
         self.events: list[Event] = []
         self.scopes: list[Scope] = []
         self.masks_of_symbol: dict[Any, Mask] = {}
+        self.counted: list[Counted] = []
         self._last_node: dict[fx.Graph, fx.Node | None] = {}
         self._routed = False
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
@@ -83,6 +84,15 @@ class Capture:
             return True
         self._allow_dynamic_op()
         return False
+
+    @own_code
+    def call(self, tx: Any, fn: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a call in `tx`, or None where it is Dynamo's to find."""
+        return calls.call(self, tx, fn, args, kwargs) if not self.memory.faulty else None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """`node` as Dynamo's variables hold it."""
+        return fx.Proxy(node, self.output.current_tracer)
 
     def give_up(self, error: Exception) -> None:
         """After a fault of ours the frame is left to Dynamo alone, unless faults are raised."""

@@ -12,6 +12,7 @@ from fx_passes.forms import (
     gathered_weights,
     hit_loop,
     range_loop,
+    segments,
     slot_loop,
     sorted_slots,
 )
@@ -23,6 +24,7 @@ FORMS = (
     assignment,
     flat_pairs,
     sorted_slots,
+    segments,
     gathered_weights,
     dense_experts,
     dense_modules,

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from fx_passes.accumulation import accumulations, closure
 from fx_passes.body import Body, NotIsomorphic, UnknownOperation, unify
 from fx_passes.capture import guards_of
-from fx_passes.facts import Counts, Hit, Mask, Occupied, Selection, chosen, fact
-from fx_passes.markers import Expert, current_expert, expert_count
+from fx_passes.facts import Hit, Mask, Occupied, Selection, chosen, counts_behind, fact
+from fx_passes.markers import Expert, current_expert
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
@@ -173,19 +172,12 @@ def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node
             starts.add(node)
         if _is_indexed_by(node, keys) or (node in body.nodes and _is_masked_by(node, keys)):
             starts.add(node)
-        if _counts_of(node) is masks[0].ids:
+        counts = counts_behind(node)
+        if counts is not None and counts.ids is masks[0].ids:
             starts.add(node)
         if node.target is current_expert:
             starts.update(_hit_list(node.args[0], masks[0].ids))
     return starts
-
-
-def _counts_of(node: fx.Node) -> fx.Node | None:
-    """The ids of which `node` is the number of tokens of one expert, or how many experts were counted."""
-    if node.target not in (expert_count, torch.ops.aten.sym_size.int):
-        return None
-    known = fact(node.args[0])
-    return known.ids if isinstance(known, Counts) else None
 
 
 def _is_indexed_by(node: fx.Node, keys: set[tuple[fx.Node, Expert, int | None]]) -> bool:

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from scatter_moe.distributed import collectives
 from scatter_moe.distributed.partition import Partition
+from scatter_moe.distributed.trip import Trip
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
-_OPS = torch.ops.scatter_moe
 
 
 @torch.compiler.disable(reason="all-to-all reads the number of tokens for each rank on the host")
@@ -46,36 +45,18 @@ def exchange_all_to_all(
     Returns:
         `[T, D]` in x's dtype.
     """
-    ranks_TS = destinations(topk_ids_TK, partition)
-    width = ranks_TS.shape[1]
-    order, offsets = _OPS.route(ranks_TS, partition.num_ranks)
-    sent, received = _sizes(offsets, group)
-    tokens = order[: sum(sent)] // width
-
-    def rows(tensor: Tensor) -> Tensor:
-        """The tokens' rows in the order in which they are sent."""
-        return _OPS.dispatch(tensor, order, offsets, width)[: len(tokens)]
-
-    x_MD, weights_MK, ids_MK = collectives.all_to_all(
-        (rows(x_TD), rows(topk_weights_TK), topk_ids_TK[tokens]), sent, received, group
-    )
-    y_MD = experts(x_MD, partition.local(ids_MK), weights_MK)
-    (y,) = collectives.all_to_all((y_MD,), received, sent, group)
-    return _OPS.combine(F.pad(y, (0, 0, 0, order.numel() - len(tokens))), None, order, offsets, width, True)
+    trip = Trip(destinations(topk_ids_TK, partition), group)
+    x_MD, weights_MK, ids_MK = trip.out(x_TD, topk_weights_TK, topk_ids_TK)
+    return trip.back(experts(x_MD, partition.local(ids_MK), weights_MK))
 
 
 def destinations(topk_ids_TK: Tensor, partition: Partition) -> Tensor:
-    """`[T, S]`: the ranks that each token goes to, each once; R where there are fewer than S."""
-    ranks_TK = partition.owner(topk_ids_TK).sort(dim=-1).values
-    again = F.pad(ranks_TK[:, 1:] == ranks_TK[:, :-1], (1, 0))
-    ranks_TK = ranks_TK.masked_fill(again, partition.num_ranks).sort(dim=-1).values
-    return ranks_TK[:, : partition.num_ranks]
-
-
-def _sizes(offsets_R: Tensor, group: ProcessGroup) -> tuple[list[int], list[int]]:
-    """How many tokens go to each rank, and how many come from each."""
-    sent_R = offsets_R.diff(prepend=offsets_R.new_zeros(1))
-    ones = [1] * len(sent_R)
-    (received_R,) = collectives.all_to_all((sent_R,), ones, ones, group)
-    sent, received = torch.stack((sent_R, received_R)).tolist()
-    return sent, received
+    """`[T, S]`: the ranks that each token goes to, each once; R in the places that are left."""
+    owner_TK, num_ranks = partition.owner(topk_ids_TK), partition.num_ranks
+    if topk_ids_TK.shape[1] < num_ranks:
+        ranks_TK = owner_TK.sort(dim=-1).values
+        again = F.pad(ranks_TK[:, 1:] == ranks_TK[:, :-1], (1, 0))
+        return ranks_TK.masked_fill(again, num_ranks)
+    goes_TR = torch.zeros(len(owner_TK), num_ranks + 1, dtype=torch.bool, device=owner_TK.device)
+    goes_TR = goes_TR.scatter_(1, owner_TK, True)[:, :num_ranks]
+    return torch.where(goes_TR, torch.arange(num_ranks, device=owner_TK.device), num_ranks)

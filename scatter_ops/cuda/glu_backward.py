@@ -17,6 +17,11 @@ from scatter_ops.kernels.glu_backward import glu_backward_kernel
 from scatter_ops.kernels.partials import bias_partials_kernel, sum_partials_kernel
 from scatter_ops.tuning import Config
 
+try:
+    from scatter_ops.cuda import hopper
+except ImportError:
+    hopper = None
+
 
 class GluGradients(NamedTuple):
     """None where nobody needs it.
@@ -80,6 +85,9 @@ def _launch(
 ) -> None:
     f_size, h_size, routing = down.n, h_NH.shape[1], glu.routing
     tiles = routing.schedule(config.block_m, with_inverse=True)
+    operands = grad, h_NH, down, glu, tiles, grad_h, scaled_a, partials
+    if hopper is not None and grad_pre is None and hopper.launch_glu_backward(config, *operands):
+        return
     grad_out, w, options = product_options(grad, down, config, config.block_n, n_ways=1)
     part = config.block_n // config.epilogue_parts
 

@@ -23,7 +23,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 @on_its_device
 def dispatch(x: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     """[N, D] grouped: row i is x[order[i] // top_k], zero from offsets[-1] on."""
-    return dispatch_rows(x, Routing(order_N, offsets_E), top_k)
+    return dispatch_rows(x, Routing(order_N, offsets_E), top_k, zero_unrouted=True)
 
 
 @on_its_device

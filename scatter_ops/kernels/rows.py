@@ -33,15 +33,28 @@ def _weighted_row(
 
 
 @triton.jit
-def dispatch_kernel(x_ptr, out_ptr, inverse_ptr, num_columns, stride_x, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[grouped row of slot] = x[slot // TOP_K], zero for sentinels. One program a token: its row is read once."""
+def dispatch_kernel(
+    x_ptr,
+    out_ptr,
+    inverse_ptr,
+    num_columns,
+    stride_x,
+    TOP_K: tl.constexpr,
+    ZERO_UNROUTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[grouped row of slot] = x[slot // TOP_K]. One program a token: its row is read once.
+
+    Rows of sentinels are zero if ZERO_UNROUTED, and not written otherwise.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_range = columns < num_columns
     values = tl.load(x_ptr + token * stride_x + columns, mask=in_range, other=0.0)
     for k in range(TOP_K):
         row, routed = _slot_row(inverse_ptr, token * TOP_K + k, True)
-        tl.store(out_ptr + row * num_columns + columns, tl.where(routed, values, 0.0).to(values.dtype), mask=in_range)
+        row_of_x = tl.where(routed, values, 0.0).to(values.dtype)
+        tl.store(out_ptr + row * num_columns + columns, row_of_x, mask=in_range & (routed | ZERO_UNROUTED))
 
 
 @triton.jit

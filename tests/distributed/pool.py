@@ -1,6 +1,6 @@
-"""Four processes with a gloo group that stay up for all tests: starting them costs more than what a test does.
+"""Processes of one group that stay up for all tests: starting them costs more than what a test does.
 
-    pool.run(function, *args) calls function(*args) in each process and returns the four results.
+    pool.run(function, *args) calls function(*args) in each process and returns their results.
 
 The function is one of a module's own, its arguments and results can be pickled. Inside, torch.distributed is as after
 torchrun. After an error the processes are started anew, since their collectives may be out of step.
@@ -23,12 +23,15 @@ _PATIENCE = 120  # seconds that one call may take, compilation included
 
 
 class Pool:
-    def __init__(self) -> None:
+    """Four processes with gloo, or one for each of some GPUs with nccl."""
+
+    def __init__(self, backend: str = "gloo", world_size: int = WORLD_SIZE) -> None:
+        self._backend, self._world_size = backend, world_size
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         if not self._workers:
-            self._workers = _start()
+            self._workers = _start(self._backend, self._world_size)
         for _, connection in self._workers:
             connection.send((function, args))
         results = _receive([connection for _, connection in self._workers])
@@ -46,13 +49,13 @@ class Pool:
         self._workers = []
 
 
-def _start() -> list[tuple[Any, Any]]:
+def _start(backend: str, world_size: int) -> list[tuple[Any, Any]]:
     context = mp.get_context("spawn")
     workers = []
     with NamedTemporaryFile(delete=False) as store:
-        for rank in range(WORLD_SIZE):
+        for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, store.name, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(backend, rank, world_size, store.name, theirs), daemon=True)
             process.start()
             workers.append((process, ours))
     return workers
@@ -81,9 +84,11 @@ def _answer(connection: Any) -> tuple[Any, str | None]:
         return None, "the process ended"
 
 
-def _serve(rank: int, store: str, connection: Any) -> None:
+def _serve(backend: str, rank: int, world_size: int, store: str, connection: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     with closing(connection):
         while True:
             function, args = connection.recv()

@@ -44,6 +44,87 @@ v27 = .reshape(v26, 2, 12, 16)
 return (v27, v15)""",
         )
 
+    def test_segments(self):
+        self.assertExpectedInline(
+            self.golden("segments_skipped"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = .view(v19, -1)
+v24 = .argsort(v23)
+v25 = floordiv(v24, 2)
+v26 = getitem(v14, v25)
+v27 = scatter_moe.route(v19, 4)
+v28 = getitem(v27, 0)
+v29 = getitem(v27, 1)
+v30 = .size(v28, 0)
+v31 = arange(v30, dtype=torch.int32, device=cpu)
+v32 = .reshape(v31, (-1, 1))
+v33 = ones_like(v32, dtype=torch.float32)
+v34 = scatter_moe.mlp(v26, v33, v31, v29, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v35 = .view(v22, -1)
+v36 = getitem(v35, v24)
+v37 = .unsqueeze(v36, -1)
+v38 = mul(v34, v37)
+v39 = zeros_like(v14)
+v40 = floordiv(v24, 2)
+v41 = .index_add(v39, 0, v40, v38)
+v42 = .view(v41, (2, 12, 16))
+return (v42)""",
+        )
+
+    def test_segments_of_linear_layers(self):
+        self.assertExpectedInline(
+            self.golden("segments_parallel_linear"),
+            """\
+v5 = .reshape(hidden_states, -1, 16)
+v6 = linear(v5, router_layer_weight, None)
+v7 = .float(v6)
+v8 = .topk(v7, 2, dim=1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = softmax(v9, dim=1)
+v12 = .type_as(v11, v5)
+v13 = .flatten(v10)
+v14 = .sort(v13, 0)
+v15 = getitem(v14, 1)
+v16 = .div(v15, 2, rounding_mode=trunc)
+v17 = .flatten(v12)
+v18 = getitem(v17, v15)
+v19 = getitem(v5, v16)
+v20 = scatter_moe.route(v10, 4)
+v21 = getitem(v20, 0)
+v22 = getitem(v20, 1)
+v23 = .size(v21, 0)
+v24 = arange(v23, dtype=torch.int32, device=cpu)
+v25 = scatter_moe.parallel_linear(v19, [input_linear_weight], v24, v22, 1, True, True, [], False)
+v26 = .chunk(v25, 2, dim=-1)
+v27 = getitem(v26, 0)
+v28 = getitem(v26, 1)
+v29 = silu(v27)
+v30 = mul(v29, v28)
+v31 = scatter_moe.route(v10, 4)
+v32 = getitem(v31, 0)
+v33 = getitem(v31, 1)
+v34 = .size(v32, 0)
+v35 = arange(v34, dtype=torch.int32, device=cpu)
+v36 = scatter_moe.parallel_linear(v30, [output_linear_weight], v35, v33, 1, True, True, [], False)
+v37 = getitem(v18, (slice(None, None, None), None))
+v38 = mul(v36, v37)
+v39 = zeros((24, 16), dtype=torch.float32, device=cpu)
+v40 = .index_add(v39, 0, v16, v38)
+v41 = .view(v40, (2, 12, 16))
+v42 = add(v41, bias)
+return (v42)""",
+        )
+
     def test_range_loop_with_guard(self):
         self.assertExpectedInline(
             self.golden("any_guard"),

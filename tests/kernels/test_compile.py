@@ -10,10 +10,11 @@ from scatter_ops import cuda, tuning
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0)]
 T, K, E, D, F = 64, 2, 8, 256, 512
+PRODUCTS = {"glu_forward_kernel", "glu_backward_kernel", "grouped_gemm_kernel", "weight_grad_kernel"}
 MAX_SPILL_BYTES = 256  # of a thread's stack: more than a few registers of an epilogue would mean a wrong tile
 
 
-def training_step(dtype: torch.dtype, listed: bool = False) -> None:
+def training_step(dtype: torch.dtype, listed: bool = False, layout: str = "concatenated") -> None:
     """One forward and backward with every kind of kernel in it; tensors that nobody reads."""
 
     def weight(num_out: int, num_in: int) -> list[torch.Tensor]:
@@ -25,10 +26,12 @@ def training_step(dtype: torch.dtype, listed: bool = False) -> None:
         return torch.empty(*size, dtype=dtype)
 
     order, offsets = cuda.route(torch.empty(T, K, dtype=torch.int64), E)
-    options = ("silu", "concatenated", False, "output", 1.702, 7.0, None)
-    arguments = (empty(T, D), torch.empty(T, K), order, offsets, weight(2 * F, D), [], weight(D, F), [], [], [])
+    options = ("silu", layout, False, "output", 1.702, 7.0, None)
+    separate = layout == "separate"
+    gate_up, up = weight(F if separate or layout == "plain" else 2 * F, D), weight(F, D) if separate else []
+    arguments = (empty(T, D), torch.empty(T, K), order, offsets, gate_up, up, weight(D, F), [], [], [])
     _, h = cuda.mlp_forward(*arguments, *options, True)
-    cuda.mlp_backward(empty(T, D), h, *arguments, *options, [True, True, True, False, True, False, False, False])
+    cuda.mlp_backward(empty(T, D), h, *arguments, *options, [True, True, True, separate, True, False, False, False])
 
 
 @pytest.mark.parametrize(
@@ -58,10 +61,10 @@ def test_lists_of_weights_are_read_asynchronously(capability: tuple[int, int], k
     """Through pointers, and by one TMA descriptor where there is TMA."""
     with offline.recorded(capability, rows_per_expert=4096) as launches:
         training_step(torch.bfloat16, listed=True)
-    products = [launch for launch in launches if "WEIGHT" in launch.kwargs]
+    products = [launch for launch in launches if launch.kernel.__name__ in PRODUCTS - {"weight_grad_kernel"}]
     assert len(products) == 4
     for launch in products:
-        assert launch.kwargs["WEIGHT"] == kind
+        assert launch.kwargs.get("WEIGHT", "tma") == kind  # Hopper's kernels know but one way
         found = offline.resources(offline.compile_launch(launch))
         copies = found.tma if kind == "tma" else found.async_copies
         assert copies > 0, f"{launch.kernel.__name__}: {found}"
@@ -70,10 +73,19 @@ def test_lists_of_weights_are_read_asynchronously(capability: tuple[int, int], k
 def test_products_use_the_tensor_cores_of_hopper():
     with offline.recorded((9, 0), rows_per_expert=4096) as launches:
         training_step(torch.bfloat16)
-    products = {"glu_forward_kernel", "glu_backward_kernel", "grouped_gemm_kernel", "weight_grad_kernel"}
-    found = {launch.kernel.__name__: launch for launch in launches if launch.kernel.__name__ in products}
-    assert found.keys() == products
+    found = {launch.kernel.__name__: launch for launch in launches if launch.kernel.__name__ in PRODUCTS}
+    assert found.keys() == PRODUCTS
     for name, launch in found.items():
         resources = offline.resources(offline.compile_launch(launch))
         assert resources.wgmma > 0, f"{name}: {resources}"
         assert resources.tma > 0, f"{name}: {resources}"
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
+def test_hopper_takes_its_own_kernel_for_the_gradient_of_the_activation(layout: str):
+    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+        training_step(torch.float16, layout=layout)
+    launch = next(launch for launch in launches if launch.kernel.__name__ == "glu_backward_kernel")
+    assert launch.kernel.is_gluon()
+    found = offline.resources(offline.compile_launch(launch))
+    assert found.stack == 0, found

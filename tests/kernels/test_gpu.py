@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError
 from triton.runtime.jit import JITFunction
 
 from scatter_ops import cuda
-from scatter_ops.cuda import parameters
+from scatter_ops.cuda import glu_backward, parameters
 
 pytestmark = pytest.mark.gpu
 
@@ -161,6 +161,39 @@ def test_tiles_of_every_size(tokens: int, dtype: torch.dtype, poisoned_memory):
             for s in samples
         ]
     assert_low_precision(samples, dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
+def test_hopper_kernels_are_as_exact_as_the_portable_ones(layout: str, transposed: bool, poisoned_memory):
+    if torch.cuda.get_device_capability() != (9, 0) or glu_backward.hopper is None:
+        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    samples = []
+    for seed in range(MIN_SEEDS):
+        inputs = layer(T=1024, E=4, D=512, F=320, seed=seed)
+        overlapped = gradients(inputs, layout, transposed, cuda)
+        with mock.patch.object(glu_backward, "hopper", None):
+            portable = gradients(inputs, layout, transposed, cuda)
+        samples.append(Sample(overlapped, portable, gradients(as_double(inputs), layout, transposed, reference)))
+    assert_low_precision(samples, torch.bfloat16)
+
+
+def gradients(inputs: Layer, layout: str, transposed: bool, implementation) -> dict[str, Tensor]:
+    """Of x, the router weights, gate_up, up and down; with the first F rows of gate_up alone if plain."""
+    (gate_up,), (down,) = inputs.gate_up, inputs.down
+    gate, up = gate_up.chunk(2, dim=1)
+    first = {"plain": gate, "separate": gate, "interleaved": torch.stack((gate, up), 2).flatten(1, 2)}
+    weights = [[first.get(layout, gate_up)], [up] if layout == "separate" else [], [down]]
+    if transposed:
+        weights = [[w.transpose(1, 2).contiguous() for w in ws] for ws in weights]
+    routing = implementation.route(inputs.topk_ids, down.shape[0])
+    options = ("silu", layout, transposed, "output", 1.702, 7.0, None)
+    arguments = (inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options)
+    _, h = implementation.mlp_forward(*arguments, True)
+    needs = [True, True, True, layout == "separate", True, False, False, False]
+    names = ("x", "s", "gate_up", "up", "down")
+    found = implementation.mlp_backward(inputs.grad_out, h, *arguments, needs)
+    return {name: grad for name, grad, need in zip(names, found, needs, strict=False) if need}
 
 
 def naive_step(inputs: Layer) -> tuple[Tensor, ...]:

@@ -41,7 +41,7 @@ def _trivial_experts(self, hidden_states, top_k_index, top_k_weights):
 
 
 class _Dense(nn.Module):
-    """Returns tensors of the same shapes as the block that it saw: each one linear in its input."""
+    """Returns tensors of the same shapes as the block that it saw: each one linear in its input, or zeros for ids."""
 
     def see(self, _block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         width = inputs[0].shape[-1]
@@ -50,7 +50,10 @@ class _Dense(nn.Module):
         self.weights = nn.ParameterList(torch.randn(width, leaf.numel() // rows) * width**-0.5 for leaf in self.seen)
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> Any:
-        made = [(x @ w).reshape(leaf.shape).to(leaf.dtype) for w, leaf in zip(self.weights, self.seen, strict=True)]
+        made = [
+            (x @ weight).reshape(leaf.shape) if leaf.is_floating_point() else torch.zeros_like(leaf)
+            for weight, leaf in zip(self.weights, self.seen, strict=True)
+        ]
         return pytree.tree_unflatten(made, self.structure)
 
 

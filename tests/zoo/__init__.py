@@ -13,6 +13,7 @@ from tests.zoo import (
     mixtral,
     others,
     qwen,
+    segments,
     sorted_slots,
     stacked,
 )
@@ -30,6 +31,7 @@ ZOO: tuple[Case, ...] = (
     *masks.CASES,
     *flat.CASES,
     *bodies.CASES,
+    *segments.CASES,
     *sorted_slots.CASES,
     *gathered.CASES,
     *dense.CASES,

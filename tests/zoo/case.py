@@ -14,7 +14,8 @@ class Case:
     """A row of the zoo.
 
     op is the operator the region must become, None where any sound choice will do. must_rewrite is False for programs
-    which need only stay correct. train is False for programs which are MoE loops in eval() alone.
+    which need only stay correct. train is False for programs which are MoE loops in eval() alone. regions is how many
+    are found in it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Case:
     must_rewrite: bool = True
     train: bool = True
     random: bool = False
+    regions: int = 1
 
     def make(self, seed=0, dtype=torch.float32):
         """The block with unit-scale weights; equal seeds give equal blocks."""

@@ -162,5 +162,5 @@ CASES = (
     Case("deepseek_reference", DeepseekReference, num_experts=8, top_k=3),
     Case("deepseek_local", DeepseekLocal, num_experts=4, top_k=3),
     Case("deepseek_v2_train", DeepseekV2Train, num_experts=8, top_k=3),
-    Case("deepseek_v2_infer", DeepseekV2Infer, num_experts=8, top_k=3, must_rewrite=False),
+    Case("deepseek_v2_infer", DeepseekV2Infer, num_experts=8, top_k=3),
 )

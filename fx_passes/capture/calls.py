@@ -1,0 +1,55 @@
+"""Calls whose result Dynamo does not know, or knows less of than we do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.tensor import TensorVariable
+
+from fx_passes.capture import counts, index_list, segments
+
+_CATS = (torch.cat, torch.concat, torch.concatenate)
+
+
+def call(
+    capture: Any, tx: Any, fn: VariableTracker, args: list[VariableTracker], kwargs: dict[str, VariableTracker]
+) -> VariableTracker | None:
+    """The result of `fn(*args, **kwargs)`, or None where it is Dynamo's to find."""
+    called = _python_callable(fn)
+    if called is torch.split and args:
+        return _method("split", capture, tx, args[0], args[1:], kwargs)
+    if called in _CATS:
+        return segments.cat(capture, tx, args, kwargs)
+    if called is sum:
+        return segments.total(capture, tx, args, kwargs)
+    name, owner = getattr(fn, "name", None), getattr(fn, "obj", None)
+    if isinstance(name, str) and isinstance(owner, VariableTracker):
+        return _method(name, capture, tx, owner, args, kwargs)
+    return None
+
+
+def _method(name: str, capture: Any, tx: Any, owner: VariableTracker, args: Any, kwargs: Any) -> VariableTracker | None:
+    """The result of `owner.name(*args, **kwargs)` for a tensor."""
+    if name not in _METHODS:
+        return None
+    tensor = owner.realize()
+    if not isinstance(tensor, TensorVariable) or not isinstance(tensor.proxy, fx.Proxy):
+        return None
+    return _METHODS[name](capture, tx, tensor, args, kwargs)
+
+
+def _python_callable(fn: VariableTracker) -> Any:
+    """The function that a variable stands for; None where that is not known without a look at it."""
+    called = getattr(fn, "value", None) or getattr(fn, "fn", None)
+    return called if callable(called) else None
+
+
+def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:
+    if args or kwargs:
+        return None
+    return index_list.read(capture, tx, tensor) or counts.read(capture, tx, tensor)
+
+
+_METHODS: dict[str, Callable[..., VariableTracker | None]] = {"tolist": _tolist, "split": segments.split}

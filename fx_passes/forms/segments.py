@@ -1,0 +1,50 @@
+"""Rows that lie expert by expert are cut into one segment an expert; what the experts make of them is put together.
+
+    counts = ids.flatten().bincount(minlength=E).tolist()
+    parts = [expert(segment) for expert, segment in zip(experts, rows.split(counts))]       # or rows[start:end]
+    out = torch.cat(parts)
+
+How the rows came to lie so, and what becomes of them, is not looked at: row i of `out` is the work of the expert
+to whose segment row i of `rows` belongs. An expert may be a single linear layer.
+"""
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from fx_passes.accumulation import closure
+from fx_passes.capture import guards_of
+from fx_passes.facts import Counts, counts_behind, fact
+from fx_passes.markers import expert_cat, expert_segment
+from fx_passes.ops import known_tensor
+from fx_passes.region import GroupedRegion
+from fx_passes.report import GRADIENTS
+from fx_passes.segment_body import segment_body
+
+NAME = "segments"
+
+
+def candidates(graph: fx.Graph) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if node.target is expert_cat)
+
+
+def match(node: fx.Node) -> GroupedRegion:
+    parts, counts = node.args
+    known = fact(counts)
+    assert isinstance(known, Counts) and isinstance(parts, (list, tuple))
+    body = segment_body(tuple(parts), known)
+    starts = [segment for segment in body.nodes if segment.target is expert_segment]
+    starts += [number for number in node.graph.nodes if counts_behind(number) == known]
+    return GroupedRegion(
+        form=NAME,
+        ids_TK=known.ids,
+        top_k=known_tensor(known.ids).shape[1] if known_tensor(known.ids).dim() == 2 else 1,
+        num_experts=known.num_classes,
+        body=body,
+        routing=frozenset((counts,)),
+        inner=closure(starts, stops=frozenset((node,))) | {node},
+        result=node,
+        output=known_tensor(node),
+        writes=frozenset(),
+        deviations=(GRADIENTS,) if any(guards_of(part) for part in parts) else (),
+    )

@@ -1,0 +1,44 @@
+"""The second door: the same rewrite as a pass of Inductor, for programs that choose no backend."""
+
+import torch
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import registrations  # noqa: F401  (the ops must exist before a graph names them)
+from fx_passes.backend import rewrite_graph
+from fx_passes.cache_key import sources_hash
+
+
+class PreGradPass(CustomGraphPass):
+    """Rewrites what is proven in the graphs that Inductor gets, as one of its passes.
+
+    torch._inductor.config.pre_grad_custom_pass = scatter_moe.pre_grad_pass
+
+    Dynamo traces by itself here: a loop that breaks its graphs never arrives whole, unless its model is prepared.
+
+    Args:
+        graph: rewritten in place.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        gm = graph.owning_module
+        if isinstance(gm, fx.GraphModule) and rewrite_graph(gm) and not _KEYED_BY_UUID:
+            _tell_caches_apart()
+
+    def uuid(self) -> str:
+        """PyTorch's compile caches must miss when an operator, a kernel or the rewrite changes."""
+        return sources_hash()
+
+
+_KEYED_BY_UUID = hasattr(inductor_config, "pre_grad_pass_timing")
+
+
+def _tell_caches_apart() -> None:
+    """Older PyTorch looks the rewritten graph up and knows nothing of the pass: from now on the tag names us."""
+    tag = torch.compiler.config.cache_key_tag
+    if sources_hash() not in tag:
+        torch.compiler.config.cache_key_tag = f"{tag} scatter_moe {sources_hash()}"
+
+
+pre_grad_pass = PreGradPass()

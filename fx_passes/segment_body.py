@@ -1,0 +1,54 @@
+"""The expert body of code in which each expert reads segments of rows that lie expert by expert.
+
+expert_segment(rows, counts, e)     Gathered: all of `rows`
+"""
+
+from torch import fx
+
+from fx_passes.body import Body, Gathered, NotIsomorphic, SlotGathered, Unifier, UnknownOperation
+from fx_passes.facts import Counts, fact
+from fx_passes.markers import expert_cat, expert_segment
+from fx_passes.ops import known_tensor
+from fx_passes.region import Rejected
+
+
+def segment_body(parts: tuple[fx.Node, ...], counts: Counts) -> Body:
+    """The body that computes `parts[e]` from the segments of expert e.
+
+    Raises:
+        Rejected: where the experts compute different things, or something that no rule speaks of.
+    """
+    walk = _SegmentUnifier(counts)
+    try:
+        root = walk.value(parts)
+    except NotIsomorphic as reason:
+        raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
+    except UnknownOperation as reason:
+        raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
+    return Body(root, tuple(walk.values), walk.nodes())
+
+
+class _SegmentUnifier(Unifier):
+    """What depends on an expert is its parameters and its segments; what all segments were put together to is not."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__((), tuple(range(counts.num_classes)))
+        self.counts = counts
+
+    def _gathered(self, nodes: tuple[fx.Node, ...]) -> Gathered | SlotGathered | None:
+        first = nodes[0]
+        if first.target is not expert_segment:
+            return None
+        rows = first.args[0]
+        for node, expert in zip(nodes, self.experts, strict=True):
+            own = node.target is expert_segment and node.args[0] is rows and node.args[2] == expert
+            if not own or fact(node.args[1]) != self.counts:
+                raise NotIsomorphic(node, "an expert reads the segment of another one")
+        return Gathered(rows, first) if known_tensor(rows).dim() > 1 else SlotGathered(rows, first, trailing=0)
+
+    def _is_inner(self, node: fx.Node) -> bool:
+        if node not in self._inner:
+            self._inner[node] = False
+            reads = any(map(self._is_inner, node.all_input_nodes)) if node.target is not expert_cat else False
+            self._inner[node] = node.target is expert_segment or reads
+        return self._inner[node]

@@ -1,0 +1,88 @@
+"""Launch of Hopper's kernel for the activation's gradient, which stands in for the portable one where it can.
+
+Gluon is experimental: with a Triton that has another one, importing this fails and the portable kernel does it all.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from scatter_ops.cuda.glu import Glu
+from scatter_ops.cuda.grouped_gemm import Rows, grid_size, tma_can_read, weight_descriptor
+from scatter_ops.cuda.integers import cdiv
+from scatter_ops.cuda.parameters import ExpertWeight
+from scatter_ops.cuda.routing import Schedule
+from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, PART
+from scatter_ops.kernels.hopper_glu_backward import glu_backward_kernel
+from scatter_ops.tuning import Config
+
+
+def launch_glu_backward(
+    config: Config,
+    grad: Rows,
+    h_NH: Tensor,
+    down: ExpertWeight,
+    glu: Glu,
+    tiles: Schedule,
+    grad_h: Tensor | None,
+    scaled_a: Tensor | None,
+    partials: Tensor | None,
+) -> bool:
+    """False where only the portable kernel can do it: nothing is launched then."""
+    if not config.overlap or grad.divisor != 0 or glu.on_input or grad_h is partials is None:
+        return False
+    block_m, block_n, block_k, part = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value, PART.value
+    read_by_tma = [tensor for tensor in (grad.data, h_NH[:, : down.n], scaled_a) if tensor is not None]
+    weight = weight_descriptor(down, block_n, block_k, n_ways=1)
+    if (
+        weight is None
+        or (config.block_m, config.block_n, config.block_k) != (block_m, block_n, block_k)
+        or down.k % block_k
+        or down.k < config.num_stages * block_k
+        or not all(tma_can_read(tensor) for tensor in read_by_tma)
+    ):
+        return False
+    num_tiles = tiles.max_row_tiles * cdiv(down.n, block_n)
+    grid = grid_size(config, num_tiles, h_NH.device)
+    glu_backward_kernel[grid](  # pyright: ignore[reportIndexIssue]
+        _gluon(TensorDescriptor.from_tensor(grad.data, [block_m, block_k])),
+        _gluon(weight),
+        _gluon(_parts_of_h(h_NH, glu, block_m, part)),
+        None if grad_h is None else _gluon(glu.tiles_of_h(grad_h, block_m, part)),
+        None if scaled_a is None else _gluon(create_ragged_descriptor(scaled_a, [block_m, part])),
+        glu.topk_weights,
+        partials,
+        glu.routing.order_N,
+        tiles.tile_map,
+        down.addresses.distances if down.addresses else None,
+        glu.alpha,
+        glu.limit,
+        down.n,
+        down.k,
+        0 if partials is None else partials.shape[1],
+        ACTIVATION=glu.activation,
+        LAYOUT=glu.h_layout,
+        N_MAJOR=down.stride_k != 1 and down.stride_n == 1,
+        STAGES=config.num_stages,
+        GROUP_M=config.group_m,
+        num_warps=8,
+    )
+    return True
+
+
+def _parts_of_h(h_NH: Tensor, glu: Glu, block_m: int, part: int) -> TensorDescriptor:
+    """To load what glu.tiles_of_h stores."""
+    if glu.h_layout == "concatenated":
+        return TensorDescriptor.from_tensor(h_NH.unflatten(1, (2, -1)), [block_m, 1, part])
+    return TensorDescriptor.from_tensor(h_NH, [block_m, part if glu.layout == "plain" else 2 * part])
+
+
+def _gluon(descriptor: TensorDescriptor) -> Any:
+    """The same descriptor with the layout that its tiles have in shared memory, which Gluon leaves to the caller."""
+    block = list(descriptor.block_shape)
+    layout = NVMMASharedLayout.get_default_for(block, bfloat16)  # as for float16: only the width counts
+    return GluonDescriptor(descriptor.base, list(descriptor.shape), list(descriptor.strides), block, layout)

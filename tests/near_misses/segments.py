@@ -1,0 +1,177 @@
+"""Segments of rows that lie expert by expert: other segments, other orders, lists that are asked for more."""
+
+import torch
+
+from tests.near_misses.common import NearMiss
+from tests.zoo.segments import SegmentBlock, SkippingBlock, SlicedBlock
+
+
+class Reversed(SegmentBlock):
+    """The experts' rows are put together in another order."""
+
+    def parts(self, rows, counts):
+        return super().parts(rows, counts)[::-1]
+
+
+class Shifted(SlicedBlock):
+    """Each segment begins and ends one row too late."""
+
+    def parts(self, rows, counts):
+        outputs, start = [], 0
+        for e, count in enumerate(counts.tolist()):
+            outputs.append(self.experts[e](rows[start + 1 : start + count + 1]))
+            start += count
+        return [*outputs, rows[:1]]
+
+
+class OfFirstSlot(SlicedBlock):
+    """The first slots are counted, and all rows are cut."""
+
+    def counts(self, ids):
+        return torch.bincount(ids[:, 0], minlength=self.num_experts)
+
+    def combine(self, grouped, x, order, weights):
+        return x + grouped.sum(0)
+
+
+class CountsChanged(SlicedBlock):
+    """The counts change in place before they are read."""
+
+    def counts(self, ids):
+        counts = super().counts(ids)
+        counts[0] += counts[1]
+        counts[1] = 0
+        return counts
+
+
+class RowsWritten(SlicedBlock):
+    """The rows change between the experts."""
+
+    @torch.no_grad()
+    def parts(self, rows, counts):
+        outputs, start = [], 0
+        for e, count in enumerate(counts.tolist()):
+            outputs.append(self.experts[e](rows[start : start + count]))
+            rows.mul_(0.5)
+            start += count
+        return outputs
+
+
+class Tied(SegmentBlock):
+    """Two experts share a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts[1].w2 = self.experts[0].w2
+
+
+class MixedRows(SegmentBlock):
+    """An expert's rows are centred by their mean."""
+
+    def parts(self, rows, counts):
+        return [part - part.mean(0, keepdim=True) for part in super().parts(rows, counts)]
+
+
+class ScaledByCount(SegmentBlock):
+    """An expert's rows are divided by their number."""
+
+    def parts(self, rows, counts):
+        return [part / (part.shape[0] + 1) for part in super().parts(rows, counts)]
+
+
+class OneMore(SegmentBlock):
+    """The first expert's rows are used apart, too."""
+
+    def parts(self, rows, counts):
+        parts = super().parts(rows, counts)
+        self.extra = parts[0].sum(0)
+        return parts
+
+    def combine(self, grouped, x, order, weights):
+        out = super().combine(grouped, x, order, weights) + self.extra
+        self.extra = None
+        return out
+
+
+class OneScaled(SegmentBlock):
+    """The last expert's rows are doubled."""
+
+    def parts(self, rows, counts):
+        parts = super().parts(rows, counts)
+        return [*parts[:-1], parts[-1] * 2]
+
+
+class SkipsSingles(SkippingBlock):
+    """An expert with one token is skipped, too."""
+
+    def skips(self, count):
+        return count <= 1
+
+
+class CountsExperts(SkippingBlock):
+    """The output is divided by the number of experts with a token."""
+
+    def parts(self, rows, counts):
+        parts = super().parts(rows, counts)
+        self.used = len(parts)
+        return parts
+
+    def combine(self, grouped, x, order, weights):
+        return super().combine(grouped, x, order, weights) / self.used
+
+
+class ReadsLast(SkippingBlock):
+    """What the last expert with a token computes is used apart."""
+
+    def parts(self, rows, counts):
+        parts = super().parts(rows, counts)
+        parts[-1] = parts[-1] * 2
+        return parts
+
+
+class CountsHit(CountsExperts):
+    """The same number, counted one by one."""
+
+    def parts(self, rows, counts):
+        outputs, start, used = [], 0, 0
+        for e, count in enumerate(counts.tolist()):
+            if count == 0:
+                continue
+            outputs.append(self.experts[e](rows[start : start + count]))
+            start, used = start + count, used + 1
+        self.used = used
+        return outputs
+
+
+class StartsLate(SkippingBlock):
+    """An expert that is not skipped moves the start by more than its rows."""
+
+    def parts(self, rows, counts):
+        outputs, start = [], 0
+        for e, count in enumerate(counts.tolist()):
+            if count == 0:
+                continue
+            outputs.append(self.experts[e](rows[start : start + count]))
+            start = start + count + (e == 2)
+        return [*outputs, rows[-1:]]
+
+
+FORM, STATE = "loop_has_a_known_form", "loop_changes_no_python_state"
+
+MISSES = (
+    NearMiss("segments_reversed", FORM, Reversed),
+    NearMiss("segments_shifted", FORM, Shifted),
+    NearMiss("segments_of_first_slot", FORM, OfFirstSlot),
+    NearMiss("segments_of_changed_counts", None, CountsChanged),
+    NearMiss("segments_of_written_rows", "nothing_is_written_inside", RowsWritten),
+    NearMiss("segments_tied", "bodies_are_isomorphic", Tied),
+    NearMiss("segments_with_mixed_rows", "body_is_row_wise", MixedRows),
+    NearMiss("segments_scaled_by_count", "bodies_are_isomorphic", ScaledByCount),
+    NearMiss("segments_used_twice", "no_intermediate_escapes", OneMore),
+    NearMiss("segments_one_scaled", "bodies_are_isomorphic", OneScaled),
+    NearMiss("segments_skip_singles", "guards_only_skip_empty_experts", SkipsSingles),
+    NearMiss("segments_count_experts", "no_intermediate_escapes", CountsExperts),
+    NearMiss("segments_read_last", "parts_are_only_put_together", ReadsLast),
+    NearMiss("segments_count_hit", STATE, CountsHit),
+    NearMiss("segments_start_late", STATE, StartsLate),
+)

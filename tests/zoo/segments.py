@@ -1,0 +1,176 @@
+"""Rows sorted by expert and cut into segments: numbers of tokens in Python, slices or split, cat, rows put back."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.zoo.case import Case
+from tests.zoo.common import FF, Block, D, E, K
+
+
+class ParallelLinear(nn.Module):
+    """One linear layer an expert, on rows that are grouped by expert."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(E, out, width))
+
+    def forward(self, rows, sizes):
+        parts = rows.split(sizes, dim=0)
+        results = []
+        for e in range(E):
+            results.append(F.linear(parts[e], self.weight[e]))
+        return torch.cat(results, dim=0)
+
+
+class GroupingRouter(nn.Module):
+    """Routes, sorts and counts, as JetMoE and the first Granite MoE do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(D, E, bias=False)
+
+    def forward(self, x):
+        """Return order_N, tokens_N, weights_N and the number of rows of each expert."""
+        logits, ids = self.layer(x).float().topk(K, dim=1)
+        weights = torch.softmax(logits, dim=1).type_as(x)
+        chosen = torch.zeros([weights.size(0), E], dtype=weights.dtype, device=weights.device).scatter(1, ids, 1)
+        sizes = chosen.long().sum(0).tolist()
+        _, order = ids.flatten().sort(0)
+        tokens = order.div(K, rounding_mode="trunc")
+        return order, tokens, weights.flatten()[order], sizes
+
+
+class GroupedExperts(nn.Module):
+    """Two linear layers an expert and the activation between them on all rows at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = GroupingRouter()
+        self.input_linear, self.output_linear = ParallelLinear(D, 2 * FF), ParallelLinear(FF, D)
+        self.bias = nn.Parameter(torch.empty(D))
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, tokens, weights, sizes = self.router(x)
+        gate, up = self.input_linear(x[tokens], sizes).chunk(2, dim=-1)
+        y = self.output_linear(F.silu(gate) * up, sizes) * weights[:, None]
+        zeros = torch.zeros((x.shape[0], D), dtype=y.dtype, device=y.device)
+        return zeros.index_add(0, tokens, y).view(hidden_states.shape) + self.bias
+
+
+class MixtureOfProjections(nn.Module):
+    """As a mixture of attention heads: each slot is projected, then something happens to it, then all come together."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = GroupingRouter()
+        self.input_linear, self.output_linear = ParallelLinear(D, FF), ParallelLinear(FF, D)
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        order, tokens, weights, sizes = self.router(x)
+        projected = self.input_linear(x[tokens], sizes)
+        zeros = torch.zeros((x.shape[0] * K, FF), dtype=projected.dtype, device=projected.device)
+        slots = zeros.index_add(0, order, projected).view(-1, K, FF)
+        slots = F.normalize(slots, dim=-1) + slots.mean(1, keepdim=True)
+        y = self.output_linear(slots.reshape(-1, FF)[order], sizes) * weights[:, None]
+        zeros = torch.zeros((x.shape[0], D), dtype=y.dtype, device=y.device)
+        return zeros.index_add(0, tokens, y).view(hidden_states.shape)
+
+
+class SegmentBlock(Block):
+    """A ModuleList of experts on segments; subclasses replace a step."""
+
+    def counts(self, ids):
+        return torch.bincount(ids.view(-1), minlength=self.num_experts)
+
+    def parts(self, rows, counts):
+        """What each expert makes of its rows."""
+        segments = torch.split(rows, counts.tolist(), dim=0)
+        return [expert(segment) for expert, segment in zip(self.experts, segments, strict=True)]
+
+    def combine(self, grouped, x, order, weights):
+        y = grouped * weights.view(-1)[order].unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, order // self.top_k, y)
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        order = ids.view(-1).argsort()
+        rows = x[order // self.top_k]
+        grouped = torch.cat(self.parts(rows, self.counts(ids)), dim=0)
+        return self.combine(grouped, x, order, weights).view(hidden_states.shape)
+
+
+class SlicedBlock(SegmentBlock):
+    """Starts and ends kept in Python; segments of experts without tokens are computed as well."""
+
+    def parts(self, rows, counts):
+        outputs, start = [], 0
+        for e, count in enumerate(counts.tolist()):
+            outputs.append(self.experts[e](rows[start : start + count]))
+            start += count
+        return outputs
+
+
+class SkippingBlock(SegmentBlock):
+    """Experts without tokens are skipped: their parts are missing."""
+
+    def skips(self, count):
+        return count == 0
+
+    def parts(self, rows, counts):
+        outputs, start = [], 0
+        for e, count in enumerate(counts.tolist()):
+            end = start + count
+            if self.skips(count):
+                continue
+            outputs.append(self.experts[e](rows[start:end]))
+            start = end
+        return outputs
+
+
+class ForLoopExperts(nn.Module):
+    """Stacked weights [E, in, out], rows weighted before the experts, as in torchtune."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(D, E, bias=False)
+        self.w1, self.w3 = nn.Parameter(torch.empty(E, D, FF)), nn.Parameter(torch.empty(E, D, FF))
+        self.w2 = nn.Parameter(torch.empty(E, FF, D))
+
+    def route(self, x):
+        scores, ids = torch.topk(torch.sigmoid(self.gate(x).float()).to(x.dtype), k=K, dim=1)
+        counts = torch.histc(ids.view(-1).float(), bins=E, min=0, max=E - 1).int()
+        order = torch.argsort(ids.view(-1), stable=True)
+        return scores.view(-1)[order], order // K, counts
+
+    def experts(self, rows, counts):
+        sizes = counts.tolist()
+        padding = rows.shape[0] - sum(sizes)
+        outputs = []
+        for e, segment in enumerate(torch.split(rows[: sum(sizes)], split_size_or_sections=sizes, dim=0)):
+            h = F.silu(torch.matmul(segment, self.w1[e])) * torch.matmul(segment, self.w3[e])
+            outputs.append(torch.matmul(h, self.w2[e]))
+        out = torch.cat(outputs, dim=0)
+        return torch.vstack((out, out.new_zeros((padding, out.shape[-1])))) if padding else out
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        scores, tokens, counts = self.route(x)
+        index = tokens.reshape(-1, 1).expand(-1, D)
+        rows = torch.gather(x, dim=0, index=index) * scores.reshape(-1, 1)
+        out = torch.zeros_like(x)
+        out.scatter_add_(dim=0, index=index, src=self.experts(rows, counts))
+        return out.reshape(hidden_states.shape)
+
+
+CASES = (
+    Case("segments_split", SegmentBlock),
+    Case("segments_sliced", SlicedBlock),
+    Case("segments_skipped", SkippingBlock),
+    Case("segments_for_loop", ForLoopExperts),
+    Case("segments_parallel_linear", GroupedExperts, regions=2, op="parallel_linear", activation="any"),
+    Case("segments_projections", MixtureOfProjections, regions=2, op="parallel_linear", activation="any"),
+)
