@@ -42,6 +42,17 @@ COUNTERS_COLUMNS = {
     "issue_slots_percent": "issue slots used, %",
     "samples_in_main_loop_percent": "time in the main loop, %",
 }
+ATTENTION_COLUMNS = {
+    "K": "K",
+    "E": "E",
+    "heads of an expert": "heads of an expert",
+    "implementation": "implementation",
+    "forward_ms": "forward, ms",
+    "step_ms": "step, ms",
+    "forward_ratio": "forward, of dense",
+    "step_ratio": "step, of dense",
+    "peak_gib": "peak of a step, GiB",
+}
 MODELS_COLUMNS = {
     "model": "model",
     "experts": "experts and compiler",
@@ -121,7 +132,20 @@ def performance_page() -> Page:
     steps = pictures.last_training_steps().values()
     text = between_markers(path.read_text(), "environments", "\n".join(map(_models_caption, last_runs_of_models())))
     runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
-    return Page(path, between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs))
+    text = between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs)
+    return Page(path, between_markers(text, "mixture_of_attention", attention_table()))
+
+
+def attention_table() -> str:
+    """The last results of the benchmark of a mixture of attention."""
+    lines = [
+        "| " + " | ".join(ATTENTION_COLUMNS.values()) + " |",
+        "|---:|---:|---:|---" + "|---:" * (len(ATTENTION_COLUMNS) - 4) + "|",
+    ]
+    for row in pictures.last_mixtures_of_attention():
+        cells = [row[key] for key in ATTENTION_COLUMNS]
+        lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join([*lines, "", *map(_caption, pictures.records("mixture_of_attention"))])
 
 
 def exchange_page() -> Page:
@@ -156,6 +180,8 @@ def charts() -> list[Page]:
         "models_memory": pictures.models("peak_gib", "GiB", "Peak memory"),
         "models_first_step": pictures.models("first_step_s", "s", "First step, compilation included"),
         "layer_forward": pictures.training_steps("forward_ratio", "Forward, ratio to one dense product"),
+        "attention_forward": pictures.mixture_of_attention("forward_ratio", "Forward, ratio to dense attention"),
+        "attention_step": pictures.mixture_of_attention("step_ratio", "Training step, ratio to dense attention"),
         "layer_step": pictures.training_steps("step_ratio", "Training step, ratio to dense products"),
     }
     return [Page(ROOT / "docs" / "pictures" / f"{name}.svg", text) for name, text in svg.items()]

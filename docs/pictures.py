@@ -39,6 +39,21 @@ def last_training_steps() -> dict[str, dict]:
     return dict(sorted(runs.items()))
 
 
+def mixture_of_attention(value: str, title: str) -> str:
+    """Each number of experts a token: the ratio to dense attention of equal width."""
+    bars = [
+        (f"K = {row['K']}: {row['implementation']}", row[value], row["implementation"].startswith("scatter_moe"))
+        for row in last_mixtures_of_attention()
+    ]
+    return chart(title, "of dense", bars, "{:.2f}")
+
+
+def last_mixtures_of_attention() -> list[dict]:
+    """The last result of each implementation and number of experts a token; dense attention is what all relate to."""
+    rows = {(row["K"], row["implementation"]): row for r in records("mixture_of_attention") for row in r["rows"]}
+    return [rows[key] for key in sorted(rows, key=lambda key: key[0]) if key[1] != "dense"]
+
+
 def chart(title: str, unit: str, bars: Sequence[tuple[str, float, bool]], format_: str) -> str:
     """Horizontal bars (label, value, whether it is ours) from zero, each with its number."""
     largest = max(value for _, value, _ in bars)
