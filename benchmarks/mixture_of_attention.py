@@ -22,7 +22,7 @@ an expert, d head width.
 import argparse
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +113,9 @@ def dense(projections: Dense, layer: MixtureOfAttention, x: Tensor) -> Tensor:
     return projections.o_proj(attend(layer, x, q).view(*x.shape[:2], -1))
 
 
-def step(function: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], grad_out: Tensor) -> list[Tensor]:
+def step(
+    function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], grad_out: Tensor
+) -> list[Tensor]:
     """Output, and gradients of x and of the parameters."""
     out = function(x)
     return [out, *torch.autograd.grad(out, [x, *parameters], grad_out)]
