@@ -62,9 +62,12 @@ class Inputs:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str, zipf: float = 0.0) -> Inputs:
-    """Random inputs; experts are drawn with probabilities rank^-zipf (0: uniform), distinct within a token."""
+    """Random inputs; experts are drawn with probabilities rank^-zipf (0: uniform), distinct within a token.
+
+    Ranks are random: an expert's number says nothing about its popularity.
+    """
     T, D, F, E, K = shape
-    popularity = torch.arange(1, E + 1, device=device, dtype=torch.float32).pow(-zipf).log()
+    popularity = (1.0 + torch.randperm(E, device=device)).pow(-zipf).log()
     gumbel = -torch.log(-torch.log(torch.rand(T, E, device=device)))
     scores, topk_ids = (popularity + gumbel).topk(K, dim=-1)
 

@@ -9,7 +9,7 @@ docs/parts.md       signatures and docstrings of the public Python API
 docs/limits.md      the README's section on limits and deviations
 docs/pictures/      bar charts of benchmarks/results
 docs/performance.md between its markers: where and what the pictures' numbers are from
-docs/kernels.md     between its markers: the counters of the last profiled run
+docs/kernels.md     between its markers: the counters of the profiled runs
 docs/ops.md         between its markers: each operator's schema and what its reference says
 README.md           between its markers: the last run of each model in benchmarks/results/models.jsonl
 """
@@ -162,15 +162,18 @@ def exchange_page() -> Page:
 
 
 def kernels_page() -> Page:
-    """The hand-written page with the counters of the last profiled run."""
+    """The hand-written page with the counters of the profiled runs."""
     path = ROOT / "docs" / "kernels.md"
-    record = pictures.records("counters")[-1]
+    runs = pictures.records("counters")
     lines = [
         "| " + " | ".join(COUNTERS_COLUMNS.values()) + " |",
         "|---|---" + "|---:" * (len(COUNTERS_COLUMNS) - 2) + "|",
     ]
-    lines += ["| " + " | ".join(str(row[key]) for key in COUNTERS_COLUMNS) + " |" for row in record["rows"]]
-    content = "\n".join(lines) + f"\n\n{_caption(record)} {record['settings']['note'].capitalize()}."
+    rows = [row for record in runs for row in record["rows"]]
+    lines += ["| " + " | ".join(str(row[key]) for key in COUNTERS_COLUMNS) + " |" for row in rows]
+    notes = [record["settings"]["note"] for record in runs]
+    captions = [f"{_caption(run)} {note[0].upper() + note[1:]}." for run, note in zip(runs, notes, strict=True)]
+    content = "\n".join(lines) + "\n\n" + "\n\n".join(captions)
     return Page(path, between_markers(path.read_text(), "counters", content))
 
 

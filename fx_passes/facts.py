@@ -4,6 +4,7 @@ A naive MoE loop hides its routing in tensor algebra: one_hot, permute, sum, `> 
 that algebra back and answers with a statement, or None where it knows nothing:
 
     OneHot   value[..., t, ..., k, ..., c] == 1 exactly where ids[t, k] == c
+    Kept     value[..., c] == 1 where a token has class c and is kept, 0 else
     Mask     value[..., t, ..., k] is true exactly where ids[t, k] == expert; value[t] where ids[t, slot] == expert, or
              where one of the slots of t is the expert's
     Hit      value[c] is true exactly where class c occurs in ids
@@ -22,9 +23,19 @@ import torch
 from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
-from fx_passes.ids import ids_dims, is_single_choice
+from fx_passes.ids import ids_dims, is_single_choice, rows_as_ids
 from fx_passes.markers import Expert, expert_count, expert_of, experts_hit, index_list, select_expert
-from fx_passes.ops import ZEROS, arg, fake_tensor, known_tensor, normalized_dim, op_name, same_size, varargs
+from fx_passes.ops import (
+    ZEROS,
+    arg,
+    fake_tensor,
+    keeps_last_dim,
+    known_tensor,
+    normalized_dim,
+    op_name,
+    same_size,
+    varargs,
+)
 
 Dims = tuple[str, ...]
 
@@ -40,6 +51,13 @@ class OneHot:
     num_classes: int
     dims: Dims
     reduced: bool = False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """value[..., c] is 1 where a token has class c and was kept, and else 0: a one-hot tensor times a mask."""
+
+    num_classes: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,7 @@ class SlotOf:
     mask: Mask
 
 
-Fact = OneHot | Counts | Hit | Mask | Selection | Rows | Occupied | SlotOf
+Fact = OneHot | Kept | Counts | Hit | Mask | Selection | Rows | Occupied | SlotOf
 
 
 def fact(node: Any) -> Fact | None:
@@ -454,6 +472,8 @@ def _where(node: fx.Node) -> Fact | None:
 def _flatten(node: fx.Node) -> Fact | None:
     """`hit.squeeze(-1)`, `hit.flatten()`, `hit.view(-1)`: still the classes that occur; so for positions."""
     inner, value = fact(arg(node, 0, "input")), fake_tensor(node)
+    if isinstance(inner, Kept):
+        return _by_token(node, inner)
     if value is None or value.dim() != 1:
         return _squeeze(node) if op_name(node) == "squeeze" else None
     if isinstance(inner, Selection) and not inner.as_tuple and inner.mask.dims in (("T",), ("N",)):
@@ -461,6 +481,38 @@ def _flatten(node: fx.Node) -> Fact | None:
     if isinstance(inner, Hit):
         return inner
     return _squeeze(node) if op_name(node) == "squeeze" else None
+
+
+def _product(node: fx.Node) -> Fact | None:
+    """`one_hot(ids, E) * mask`: the classes of what is kept."""
+    tensor = fake_tensor(node)
+    if tensor is None or len(node.args) != 2 or node.kwargs:
+        return None
+    for one_hot, mask in (node.args, node.args[::-1]):
+        inner, before = fact(one_hot), fake_tensor(one_hot)
+        if isinstance(inner, OneHot) and (inner.dims[-1] != "E" or inner.reduced):
+            return None
+        if isinstance(inner, (OneHot, Kept)) and _is_zero_or_one(mask) and before is not None:
+            return Kept(inner.num_classes) if tensor.shape == before.shape else None
+    return None
+
+
+def _is_zero_or_one(node: Any) -> bool:
+    tensor = fake_tensor(node)
+    if tensor is None or tensor.dtype == torch.bool:
+        return tensor is not None
+    return op_name(node) in ("to", "int", "long", "float") and _is_zero_or_one(arg(node, 0, "input"))
+
+
+def _by_token(node: fx.Node, inner: Kept) -> Fact | None:
+    """`kept.view(-1, 1, E)`, `kept.view(-1, E)`."""
+    tensor = fake_tensor(node)
+    if tensor is None or tensor.dim() not in (2, 3) or not keeps_last_dim(node):
+        return None
+    if tensor.dim() == 3 and not same_size(tensor.shape[1], 1):
+        return None
+    dims = ("T", "K")[: tensor.dim() - 1]
+    return OneHot(rows_as_ids(node.args[0], len(dims)), inner.num_classes, (*dims, "E"))
 
 
 def _detach(node: fx.Node) -> Fact | None:
@@ -479,6 +531,8 @@ _RULES = {
     "view": _flatten,
     "reshape": _flatten,
     "unsqueeze": _unsqueeze,
+    "mul": _product,
+    "multiply": _product,
     "eq": _eq,
     "sum": _reduce,
     "any": _reduce,

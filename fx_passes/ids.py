@@ -6,7 +6,7 @@ T tokens, K experts per token.
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, op_name
+from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, known_tensor, op_name
 
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
 
@@ -65,6 +65,27 @@ def ids_are_below(node: fx.Node, num_experts: int) -> bool:
     if name in _PRESERVES_VALUES or (name == "getitem" and fake_tensor(source) is not None):
         return isinstance(source, fx.Node) and ids_dims(node) is not None and ids_are_below(source, num_experts)
     return False
+
+
+def rows_as_ids(one_hot: fx.Node, dims: int) -> fx.Node:
+    """Ids [T], or [T, 1] with two `dims`, of a tensor whose last dim has at most one 1 beside zeros, for each token.
+
+    A node of no graph stands for them, until `rows_of_ids` are asked for to compute them.
+    """
+    known = one_hot.meta.setdefault("scatter_moe_ids", {})
+    if dims not in known:
+        tensor = known_tensor(one_hot)
+        tokens = tensor.numel() // tensor.shape[-1]
+        node = fx.Graph().placeholder(f"{one_hot.name}_ids")
+        node.meta["example_value"] = tensor.new_empty((tokens, 1)[:dims], dtype=torch.int64)
+        node.meta["scatter_moe_one_hot"] = one_hot
+        known[dims] = node
+    return known[dims]
+
+
+def rows_of_ids(ids: fx.Node) -> fx.Node | None:
+    """The tensor whose rows `ids` stand for."""
+    return ids.meta.get("scatter_moe_one_hot")
 
 
 def _has_columns(scores: object, number: int, dim: object) -> bool:

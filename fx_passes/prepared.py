@@ -10,13 +10,15 @@ from weakref import WeakSet
 
 from torch import nn
 
+from fx_passes.export import extend_export
+
 Model = TypeVar("Model", bound=nn.Module)
 
 _prepared: WeakSet[nn.Module] = WeakSet()
 
 
 def prepare(model: Model) -> Model:
-    """Does for every Dynamo backend, and for strict export, what `backend="scatter_moe"` does by itself.
+    """Does for every Dynamo backend and for torch.export what `backend="scatter_moe"` does by itself.
 
     Call it before the first compile: code that was compiled earlier stays as it is.
 
@@ -31,6 +33,7 @@ def prepare(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    extend_export(lambda exported: holds_prepared([exported]))
     _prepared.update(model.modules())
     return model
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.capture import events_of
+from fx_passes.ids import rows_of_ids
 from fx_passes.low_rank import low_rank
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
 from fx_passes.ops import draws_random, known_tensor, written
@@ -66,7 +67,8 @@ class _Emitter:
         self.is_grouped = isinstance(region, GroupedRegion)
         self.top_k = region.top_k
         self._flat: dict[fx.Node, fx.Node] = {}
-        self.ids_TK = self._by_slot(region.ids_TK)
+        one_hot = rows_of_ids(region.ids_TK)
+        self.ids_TK = self._by_slot(region.ids_TK) if one_hot is None else self._classes(one_hot)
         first = region.first_expert if isinstance(region, LoopRegion) else 0
         self.numbers_TK = self._function(torch.sub, self.ids_TK, first) if first else self.ids_TK
         routed = self._call(ops.route.default, self.numbers_TK, region.num_experts)
@@ -75,6 +77,12 @@ class _Emitter:
         if self.is_grouped:
             self.order_N, self.top_k = self._as_they_lie(self.order_N), 1
         self._emitted: dict[int, fx.Node] = {}
+
+    def _classes(self, one_hot: fx.Node) -> fx.Node:
+        """The class of each token; what has none is nobody's."""
+        rows = self._method("flatten", one_hot, 0, -2) if known_tensor(one_hot).dim() > 2 else one_hot
+        has_one = self._method("any", rows, 1, True)
+        return self._function(torch.where, has_one, self._method("argmax", rows, 1, True), -1)
 
     def mlp(self, mlp: Mlp) -> fx.Node:
         linears = (mlp.gate_up, mlp.up, mlp.down)

@@ -9,6 +9,8 @@ assumption, and the nodes traced under it carry its number.
     empty branch   branches.py      the side that handles a token is taken; the other must go on to the next iteration
     index list     index_list.py    a list of row positions stays the tensor that it was
 
+The expert's number as a Python integer or in a text (expert_numbers.py) makes a hit loop have one iteration an expert.
+
 After the rewrite every event must be *dissolved*: all its nodes were replaced. Otherwise the frame is traced again with
 the event denied, which is to say as Dynamo alone does it. So nothing that was assumed ever runs.
 """

@@ -8,7 +8,7 @@ from torch import fx
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 
-from fx_passes.capture import counts, index_list, segments
+from fx_passes.capture import counts, expert_numbers, index_list, segments
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -22,6 +22,8 @@ def call(
         return _method("split", capture, tx, args[0], args[1:], kwargs)
     if called in _CATS:
         return segments.cat(capture, tx, args, kwargs)
+    if called is int:
+        return expert_numbers.as_integer(capture, args, kwargs)
     if called is sum:
         return segments.total(capture, tx, args, kwargs)
     name, owner = getattr(fn, "name", None), getattr(fn, "obj", None)
@@ -52,4 +54,8 @@ def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: An
     return index_list.read(capture, tx, tensor) or counts.read(capture, tx, tensor)
 
 
-_METHODS: dict[str, Callable[..., VariableTracker | None]] = {"tolist": _tolist, "split": segments.split}
+_METHODS: dict[str, Callable[..., VariableTracker | None]] = {
+    "tolist": _tolist,
+    "split": segments.split,
+    "item": expert_numbers.item,
+}

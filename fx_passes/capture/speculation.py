@@ -9,7 +9,7 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
-from fx_passes.capture import branches, calls, index_list, indexing, loops, segments
+from fx_passes.capture import branches, calls, expert_numbers, index_list, indexing, loops, segments
 from fx_passes.capture.counts import Counted
 from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
 from fx_passes.facts import Mask, selected
@@ -34,6 +34,8 @@ _HANDLERS: dict[str, Handler] = {
     "BINARY_SUBSCR": _subscript,
     "BINARY_SLICE": segments.binary_slice,
     "STORE_SUBSCR": index_list.store_subscript,
+    "FORMAT_VALUE": expert_numbers.format_value,
+    "FORMAT_SIMPLE": expert_numbers.format_value,
 }
 
 

@@ -141,7 +141,7 @@ def _routing(loop: Loop, ids: fx.Node, inner: frozenset[fx.Node]) -> frozenset[f
     """Nodes between the ids and the row positions, and what guards ask: one_hot, permute, comparison, where, any."""
     nodes: set[fx.Node] = set()
     stack = [accumulation.tokens for accumulation in loop.found]
-    stack += [node for node in ids.graph.nodes if _is_question_about(node, ids)]
+    stack += [node for node in loop.accumulator.graph.nodes if _is_question_about(node, ids)]
     stack += [source for node in inner for source in node.all_input_nodes if source not in inner]
     stack += [loop.symbol] if loop.symbol is not None else []
     while stack:

@@ -929,3 +929,54 @@ v65 = scatter_moe.combine(v60, v64, v37, v38, 2, True, torch.float32)
 v66 = .unflatten(v65, 0, (2, 12))
 return (v66)""",
         )
+
+    def test_tokens_dropped_from_a_one_hot_tensor(self):
+        self.assertExpectedInline(
+            self.golden("dropped_one_hot"),
+            """\
+v14 = linear(hidden_states, gate_weight, None)
+v15 = .argmax(v14, dim=-1)
+v16 = one_hot(v15, 4)
+v17 = cumsum(v16, dim=-2)
+v18 = le(v17, 4)
+v19 = mul(v16, v18)
+v20 = .softmax(v14, dim=-1)
+v21 = max(v20, dim=-1)
+v22 = getitem(v21, 0)
+v23 = .view(v22, -1, 1)
+v24 = .view(hidden_states, -1, 16)
+v25 = .flatten(v19, 0, -2)
+v26 = .any(v25, 1, True)
+v27 = .argmax(v25, 1, True)
+v28 = where(v26, v27, -1)
+v29 = scatter_moe.route(v28, 4)
+v30 = getitem(v29, 0)
+v31 = getitem(v29, 1)
+v32 = scatter_moe.mlp(v24, v23, v30, v31, [experts_expert_0_w1_weight, experts_expert_1_w1_weight, experts_expert_2_w1_weight, experts_expert_3_w1_weight], [experts_expert_0_w3_weight, experts_expert_1_w3_weight, experts_expert_2_w3_weight, experts_expert_3_w3_weight], [experts_expert_0_w2_weight, experts_expert_1_w2_weight, experts_expert_2_w2_weight, experts_expert_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v33 = .view(v32, (2, 12, 16))
+return (v33)""",
+        )
+
+    def test_weights_viewed_inside_the_loop(self):
+        self.assertExpectedInline(
+            self.golden("hit_flat_weights"),
+            """\
+v4 = .reshape(hidden_states, -1, 16)
+v5 = linear(v4, gate_weight, None)
+v6 = .softmax(v5, dim=-1)
+v7 = .topk(v6, 2, dim=-1)
+v8 = getitem(v7, 0)
+v9 = getitem(v7, 1)
+v10 = .view(up, -1, 24, 16)
+v11 = .view(down, -1, 24, 16)
+v12 = scatter_moe.route(v9, 4)
+v13 = getitem(v12, 0)
+v14 = getitem(v12, 1)
+v15 = scatter_moe.parallel_linear(v4, [v10], v13, v14, 2, False, True, [], False)
+v16 = silu(v15)
+v17 = scatter_moe.parallel_linear(v16, [v11], v13, v14, 1, True, True, [], True)
+v18 = .reshape(v17, (-1, 16))
+v19 = scatter_moe.combine(v18, v8, v13, v14, 2, True, torch.float32)
+v20 = .view_as(v19, hidden_states)
+return (v20)""",
+        )

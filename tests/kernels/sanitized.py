@@ -1,0 +1,55 @@
+"""One run of every kernel for NVIDIA's compute-sanitizer:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.sanitized
+
+And with racecheck and initcheck. Small sizes with tails in every dimension, many and few rows for each expert, sentinels, every layout. Exits with an
+error if a result has a NaN.
+"""
+
+import itertools
+import sys
+
+import torch
+
+from scatter_ops import cuda
+
+D, F, E, K = 256, 320, 4, 2
+
+
+def step(num_tokens: int, layout: str, transposed: bool) -> list[torch.Tensor]:
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16) * size[-1] ** -0.5
+
+    def weight(num_out: int, num_in: int) -> torch.Tensor:
+        return normal(E, num_in, num_out) if transposed else normal(E, num_out, num_in)
+
+    x, topk_weights = normal(num_tokens, D), torch.rand(num_tokens, K, device="cuda")
+    topk_ids = torch.rand(num_tokens, E, device="cuda").topk(K).indices
+    topk_ids[::5, 0] = E
+    routing = cuda.route(topk_ids, E)
+    separate = layout == "separate"
+    h_size = F if separate or layout == "plain" else 2 * F
+    gate_up, up = [weight(h_size, D)], [weight(F, D)] if separate else []
+    biased = layout == "interleaved"  # the portable kernels do what Hopper's can't
+    biases = [[normal(E, size)] if biased else [] for size in (h_size, F, D)]
+    biases[1] = []
+    arguments = (x, topk_weights, *routing, gate_up, up, [weight(D, F)], *biases, "silu", layout, transposed)
+    options = ("output", 1.702, 7.0, None)
+    out, h = cuda.mlp_forward(*arguments, *options, True)
+    needs = [True, True, True, separate, True, biased, False, biased]
+    grads = cuda.mlp_backward(normal(num_tokens, D), h, *arguments, *options, needs, overwrite_h=True)
+    y = cuda.parallel_linear(x, gate_up, *routing, K, False, False, [], transposed)
+    grad_weight = cuda.parallel_linear_weight_grad(x, y, *routing, K, False, False, transposed)
+    return [out, *grads, cuda.combine(y, topk_weights, *routing, K, False), grad_weight]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    cases = itertools.product((9, 700), ("concatenated", "interleaved", "plain", "separate"), (False, True))
+    wrong = [case for case in cases if any(result.isnan().any() for result in step(*case))]
+    torch.cuda.synchronize()
+    sys.exit(f"NaN in {wrong}" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

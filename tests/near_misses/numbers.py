@@ -1,0 +1,69 @@
+"""Almost a loop that uses the expert's number, or a one-hot tensor of which tokens were dropped."""
+
+import torch
+from torch.nn import functional as F
+
+from tests.near_misses.common import NearMiss
+from tests.zoo.common import Block, D, E
+from tests.zoo.numbers import Dropped, hits
+
+
+class Counted(Dropped):
+    """A token counts as often as there are tokens before it: no mask."""
+
+    def kept(self, one_hot):
+        return one_hot * torch.cumsum(one_hot, dim=-2)
+
+
+class BroadcastOverExperts(Dropped):
+    """A mask with a dim of its own: two rows for each token."""
+
+    def kept(self, one_hot):
+        return (one_hot * torch.ones(2, 1, 1, 1, dtype=torch.bool, device=one_hot.device))[0]
+
+
+class TwoChoices(Dropped):
+    """Two one-hot tensors added: a token may have two experts, or one of them twice."""
+
+    def chosen(self, logits):
+        return super().chosen(logits) + self.kept(F.one_hot(logits.argmin(dim=-1), E))
+
+
+class NumberKept(Block):
+    """The numbers of the experts that were hit are kept on the module."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        mask = F.one_hot(ids, E).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        self.hit = []
+        for e in hits(mask):
+            self.hit.append(e.item())
+            slots, tokens = torch.where(mask[e[0]])
+            out.index_add_(0, tokens, self.experts[e[0]](x[tokens]) * weights[tokens, slots, None])
+        return out.view_as(hidden_states)
+
+
+class NumberInConstant(Block):
+    """Each expert's rows are scaled by its number."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        mask = F.one_hot(ids, E).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for e in hits(mask):
+            slots, tokens = torch.where(mask[e[0]])
+            y = self.experts[e[0]](x[tokens]) * float(f"0.{e[0]}")
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out.view_as(hidden_states)
+
+
+MISSES = (
+    NearMiss("hit_dropped_counted", "loop_is_over_the_hit_experts", Counted),
+    NearMiss("hit_dropped_broadcast", "loop_is_over_the_hit_experts", BroadcastOverExperts),
+    NearMiss("hit_dropped_two_choices", "loop_is_over_the_hit_experts", TwoChoices),
+    NearMiss("hit_number_kept", "loop_changes_no_python_state", NumberKept),
+    NearMiss("hit_number_in_constant", "bodies_are_isomorphic", NumberInConstant),
+)
