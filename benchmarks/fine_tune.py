@@ -61,20 +61,18 @@ class Progressions(Dataset):
 
 
 def model(experts: str, lora: bool, seed: int) -> nn.Module:
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        use_cache=False,
-        experts_implementation=experts,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, use_cache=False, experts_implementation=experts)
     torch.manual_seed(seed)
     full = Qwen3MoeForCausalLM(config)
     if not lora:

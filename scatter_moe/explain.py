@@ -2,14 +2,16 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fx_passes.backend import backend_for_report
 from fx_passes.region import Rejection
 from fx_passes.report import RegionReport, Report, collecting
+from scatter_moe.transformers.own_path import notes_on
 
 _HEADERS = ("module", "form", "E", "K", "activation", "op", "source", "code")
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -23,12 +25,15 @@ class Explanation:
             activation, op, deviations).
         rejections: one `Rejection` for each candidate left alone (rule, detail, source, code, module_path).
         graphs: how many graphs the model was compiled to.
+        notes: experts that transformers doesn't give to the implementation that was asked for, or that no rewrite
+            applies to.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, notes: Sequence[str] = ()) -> None:
         self.regions: list[RegionReport] = report.regions
         self.rejections: list[Rejection] = report.rejections
         self.graphs = report.graphs
+        self.notes = list(notes)
 
     def __str__(self) -> str:
         lines = [
@@ -39,7 +44,7 @@ class Explanation:
             lines.append(f"  deviation: {deviation}")
         for rejection in self.rejections:
             lines.append(f"  left as it is: {rejection.module_path} {rejection}".replace("  ", " "))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -56,7 +61,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     """
     with collecting() as report:
         torch.compile(model, backend=backend_for_report())(*args, **kwargs)
-    explanation = Explanation(report)
+    explanation = Explanation(report, list(notes_on(model)) if isinstance(model, nn.Module) else [])
     print(explanation)  # noqa: T201  (showing it is what the function is for)
     return explanation
 

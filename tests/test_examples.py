@@ -16,6 +16,7 @@ EXPECTED = {
     "custom_expert.py": ("step    5  loss", []),
     "mixture_of_attention.py": ("decoding with a cache", []),
     "direct_ops.py": ("fused", []),
+    "fine_tune.py": ("adapters saved and loaded by peft", []),
     "quickstart.py": ("Curves and times", ["runs/quickstart-qwen3-cpu.png"]),
     "research_loop.py": ("largest difference of the loss", []),
     "train_expert_parallel.py": ("loss", []),

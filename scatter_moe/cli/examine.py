@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fx_passes.backend import backend_for_report
 from fx_passes.report import collecting
 from scatter_moe.cli.targets import OWN_CODE, Target, from_config, from_factory
 from scatter_moe.explain import Explanation
+from scatter_moe.transformers.own_path import notes_on
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Outcome:
             "rewritten": [asdict(region) for region in self.explanation.regions],
             "left": [asdict(rejection) for rejection in self.explanation.rejections],
             "stopped": self.stopped,
+            "notes": self.explanation.notes,
             "hint": self.hint,
         }
 
@@ -68,4 +71,5 @@ def run(options: argparse.Namespace, announce: Callable[[str], None]) -> Outcome
             torch.compile(target.model, backend=backend_for_report())(*target.args, **target.kwargs)
         except (RuntimeError, ValueError, TypeError) as error:  # of the model's own code, or Dynamo's word on it
             stopped = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return Outcome(target, Explanation(report), stopped)
+    notes = list(notes_on(target.model)) if isinstance(target.model, nn.Module) else []
+    return Outcome(target, Explanation(report, notes), stopped)

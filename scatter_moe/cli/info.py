@@ -39,19 +39,22 @@ def transformers_experts() -> dict[str, Any] | None:
     """What transformers would run for models with experts; None without transformers.
 
     `interface`: architectures whose experts take an `experts_implementation`; `own_path`: those whose experts always
-    run transformers' own code, which the backend alone can rewrite.
+    run transformers' own code, which the backend alone can rewrite; `fp8_implementations`: what experts in FP8 take,
+    from a registry of their own in which "scatter_moe" is an error that says what to do.
     """
     if importlib.util.find_spec("transformers") is None:
         return None
     import transformers
-    from transformers.integrations import moe
+    from transformers.integrations import finegrained_fp8, moe
 
     sources = {
         path.parent.name: path.read_text(encoding="utf-8")
         for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
     }
+    fp8 = getattr(finegrained_fp8, "ALL_FP8_EXPERTS_FUNCTIONS", None)
     return {
         "implementations": sorted(moe.ALL_EXPERTS_FUNCTIONS.valid_keys()),
+        "fp8_implementations": sorted(set(fp8.valid_keys()) - {"scatter_moe"}) if fp8 is not None else [],
         "interface": [name for name, source in sources.items() if _INTERFACE in source],
         "own_path": [
             name for name, source in sources.items() if _HAS_EXPERTS.search(source) and _INTERFACE not in source

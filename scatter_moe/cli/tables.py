@@ -35,6 +35,7 @@ def print_info(found: dict[str, Any]) -> None:
     rows = [
         ("experts implementations", ", ".join(["eager", *experts["implementations"]])),
         ("architectures that take one", f"{len(experts['interface'])}: {', '.join(experts['interface'])}"),
+        ("for experts in FP8", ", ".join(["eager", *experts["fp8_implementations"]]) + "; not scatter_moe"),
         ("always on their own path", f"{len(experts['own_path'])}: {', '.join(experts['own_path'])}"),
     ]
     console.print(_table("experts in transformers", ("", ""), rows))
@@ -62,6 +63,8 @@ def print_outcome(outcome: Outcome) -> None:
         console.print(_table("left as they are", ("module", "rule", "what was seen", "source"), rows))
     for deviation in dict.fromkeys(d for region in explanation.regions for d in region.deviations):
         console.print(f"deviation: {escape(deviation)}")
+    for note in explanation.notes:
+        console.print(f"note: {escape(note)}")
     for label, text in (("stopped", outcome.stopped), ("hint", outcome.hint)):
         if text:
             console.print(f"[bold]{label}:[/bold] {escape(text)}")
