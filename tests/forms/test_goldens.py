@@ -980,3 +980,28 @@ v19 = scatter_moe.combine(v18, v8, v13, v14, 2, True, torch.float32)
 v20 = .view_as(v19, hidden_states)
 return (v20)""",
         )
+
+    def test_sorted_slots_under_autocast(self):
+        self.assertExpectedInline(
+            self.golden("sorted_slots_under_autocast"),
+            """\
+v4 = .reshape(hidden_states, -1, 16)
+v5 = linear(v4, gate_weight, None)
+v6 = softmax(v5, dim=-1, dtype=torch.float32)
+v7 = topk(v6, 2, dim=-1)
+v8 = getitem(v7, 0)
+v9 = getitem(v7, 1)
+v10 = .sum(v8, dim=-1, keepdim=True)
+v11 = truediv(v8, v10)
+v12 = .to(v11, torch.float32)
+v13 = _enter_autocast(cpu, torch.bfloat16, True, None)
+v14 = _enter_autocast(cpu, None, False, None)
+v15 = scatter_moe.route(v9, 4)
+v16 = getitem(v15, 0)
+v17 = getitem(v15, 1)
+v18 = scatter_moe.mlp(v4, v12, v16, v17, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, False, output, 1.702, 7.0, torch.float32)
+v19 = _exit_autocast(v14)
+v20 = _exit_autocast(v13)
+v21 = .view(v18, (2, 12, 16))
+return (v21)""",
+        )
