@@ -131,6 +131,31 @@ class SkippingBlock(SegmentBlock):
         return outputs
 
 
+class ArrayBlock(SegmentBlock):
+    """Inference of DeepSeek-V2 as published: numbers from numpy, experts without tokens skipped, rows put back."""
+
+    def counts(self, ids):
+        table = ids.new_zeros((ids.shape[0], len(self.experts)))
+        table.scatter_(1, ids, 1)
+        return table.sum(dim=0)
+
+    def parts(self, rows, counts):
+        outputs, start = [], 0
+        for e, count in enumerate(counts.cpu().numpy()):
+            end = start + count
+            if count == 0:
+                continue
+            outputs.append(self.experts[e](rows[start:end]))
+            start = end
+        return outputs
+
+    def combine(self, grouped, x, order, weights):
+        slots = torch.empty_like(grouped)
+        slots[order] = grouped
+        slots = slots.view(*weights.shape, -1).type(weights.dtype)
+        return slots.mul_(weights.unsqueeze(dim=-1)).sum(dim=1).type(grouped.dtype)
+
+
 class ForLoopExperts(nn.Module):
     """Stacked weights [E, in, out], rows weighted before the experts, as in torchtune."""
 
@@ -170,6 +195,7 @@ CASES = (
     Case("segments_split", SegmentBlock),
     Case("segments_sliced", SlicedBlock),
     Case("segments_skipped", SkippingBlock),
+    Case("segments_array", ArrayBlock),
     Case("segments_for_loop", ForLoopExperts),
     Case("segments_parallel_linear", GroupedExperts, regions=2, op="parallel_linear", activation="any"),
     Case("segments_projections", MixtureOfProjections, regions=2, op="parallel_linear", activation="any"),
