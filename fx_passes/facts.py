@@ -24,7 +24,7 @@ from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.ids import ids_dims, is_single_choice, num_columns, rows_as_ids
-from fx_passes.markers import Expert, expert_count, expert_of, experts_hit, index_list, select_expert
+from fx_passes.markers import Expert, expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
 from fx_passes.ops import (
     ZEROS,
     arg,
@@ -36,6 +36,7 @@ from fx_passes.ops import (
     same_size,
     varargs,
 )
+from fx_passes.slots import Order, Tokens, order_of, slot_fact
 
 Dims = tuple[str, ...]
 
@@ -91,13 +92,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class Mask:
-    """`slot`: in that column of ids alone. `reduced`: in any slot of the token, so there is no dim of slots."""
+    """`slot`: in that column of ids alone. `reduced`: in any slot of the token, so there is no dim of slots.
+
+    `sort`: what sorted the slots, where those that are chosen come in that order and not in their own.
+    """
 
     ids: fx.Node
     expert: Expert
     dims: Dims
     slot: int | None = None
     reduced: bool = False
+    sort: fx.Node | None = None
 
     @property
     def key(self) -> tuple[fx.Node, Expert, int | None]:
@@ -110,7 +115,8 @@ class Mask:
         A reduced mask names each token once: that is the order by token where a token's ids are distinct, which then
         must hold of `other`.
         """
-        return self.key == other.key and self._order() == other._order() and self.reduced <= other.reduced
+        same_order = self._order() == other._order() and self.sort is other.sort
+        return self.key == other.key and same_order and self.reduced <= other.reduced
 
     def _order(self) -> Dims:
         by_token = self.reduced or "N" in self.dims
@@ -160,10 +166,22 @@ def fact(node: Any) -> Fact | None:
 def _derive(node: fx.Node) -> Fact | None:
     if node.target is select_expert:
         return _select(fact(arg(node, 0, "input")), node.args[2], expert_of(node.args[1]), keepdim=node.args[3])
+    if node.target is expert_segment:
+        return _segment(node)
     if node.target is index_list:
         return fact(arg(node, 0, "input"))
     rule = _RULES.get(op_name(node) or "")
     return rule(node) if rule else None
+
+
+def _segment(node: fx.Node) -> Fact | None:
+    """An expert's segment of the slots, or of their tokens, that were sorted by expert."""
+    rows, counts, expert = node.args
+    order, known = slot_fact(rows), fact(counts)
+    if not isinstance(order, (Order, Tokens)) or not isinstance(known, Counts) or order_of(order).ids is not known.ids:
+        return None
+    mask = Mask(known.ids, expert, ("N",), sort=order_of(order).sort)
+    return Rows(mask, "T" if isinstance(order, Tokens) else "N")
 
 
 def _one_hot(node: fx.Node) -> Fact | None:

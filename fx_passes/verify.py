@@ -185,7 +185,7 @@ def _are_as_many(size: fx.Node, other: object) -> bool:
 def _smallest_length(size: fx.Node) -> int:
     """`bincount` counts at least as many classes as it was asked for."""
     counts = fact(size.args[0])
-    return counts.num_classes if isinstance(counts, Counts) else 0
+    return counts.num_classes if isinstance(counts, Counts) and not counts.open_ended else 0
 
 
 def _largest_length(size: fx.Node) -> int | torch.SymInt | None:
@@ -237,16 +237,21 @@ def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
 
 
 def grad_mode_is_constant(region: MoERegion) -> None:
-    """All that is differentiable in the region, its result too, is recorded for backward, or none of it."""
+    """All that is differentiable in the region, its result too, is recorded for backward, or none of it.
+
+    If none is, what it takes from outside may have been recorded.
+    """
     enabled = torch.is_grad_enabled()
-    modes = set()
+    modes: dict[tuple[bool, bool], fx.Node] = {}
     for node in region.graph.nodes:
         if switches_grad_mode(node):
             enabled = bool(node.args[0])
         elif (node in region.inner or node in region.body.nodes) and _is_differentiable(node):
-            modes.add(enabled)
-        if len(modes) > 1:
-            raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
+            modes.setdefault((node in region.inner, enabled), node)
+    recorded, inside = {mode for _, mode in modes}, {mode for is_inner, mode in modes if is_inner}
+    if len(recorded) > 1 and inside != {False}:
+        node = max(modes.values())
+        raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
 
 
 def autocast_is_constant(region: MoERegion) -> None:

@@ -82,8 +82,8 @@ def iterate(capture: Any, tx: Any, array: VariableTracker, header: Any) -> Varia
     if not isinstance(array, NumpyNdarrayVariable):
         return None
     known = fact(array.as_proxy().node)
-    numbers = _numbers(capture, tx, array) if isinstance(known, Counts) else None
-    if numbers is None or not known.open_ended:
+    numbers = _numbers(capture, tx, array)
+    if numbers is None or not isinstance(known, Counts) or not known.open_ended:
         return numbers
     ids, experts = known.ids, iter(range(known.num_classes))
     event = capture.counted[-1].event
