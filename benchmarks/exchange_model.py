@@ -47,11 +47,16 @@ def row(shape: Shape, num_ranks: int, network: Network) -> dict[str, float | int
     for name, count in rows.items():
         result[f"{name}_kib_per_token"] = kib_per_token(shape, count)
     for name, count in rows.items():
-        gigabytes = TRANSFERS * shape.T * count * shape.D * BYTES / 1e9
+        gigabytes = gigabytes_per_step(shape, count)
         seconds = max(gigabytes * near / network.nvlink_gbs, gigabytes * (1 - near) / network.network_gbs)
         result[f"{name}_ms_per_step"] = 1e3 * seconds
     result["all_gather_gib"] = gathered_gib(shape, num_ranks)
     return result
+
+
+def gigabytes_per_step(shape: Shape, rows: float) -> float:
+    """That leave a rank in a training step."""
+    return TRANSFERS * shape.T * rows * shape.D * BYTES / 1e9
 
 
 def kib_per_token(shape: Shape, rows: float) -> float:

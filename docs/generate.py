@@ -158,7 +158,49 @@ def exchange_page() -> Page:
         cells = [f"{exchange_model.kib_per_token(shape, count):.3g}" for count in rows]
         cells += [f"{exchange_model.gathered_gib(shape, num_ranks):.3g}"]
         lines.append(f"| {num_ranks} | " + " | ".join(cells) + " |")
-    return Page(path, between_markers(path.read_text(), "exchange_model", "\n".join(lines)))
+    text = between_markers(path.read_text(), "exchange_model", "\n".join(lines))
+    for name, lines in {
+        "layers": layers_measured(),
+        "models": models_measured(),
+        "alone": exchanges_measured(),
+    }.items():
+        text = between_markers(text, f"{name}_measured", "\n".join(lines))
+    return Page(path, text)
+
+
+def layers_measured() -> list[str]:
+    """Training steps of one expert layer on two GPUs."""
+    record = pictures.records("expert_parallel")[-1]
+    lines = ["| shape | exchange | ms | of one GPU | peak GiB |", "|---|---|---:|---:|---:|"]
+    for row in record["rows"]:
+        cells = row["shape"], row["exchange"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{row['peak_gib']:.1f}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", _caption(record)]
+
+
+def models_measured() -> list[str]:
+    record = pictures.records("parallel_models")[-1]
+    lines = ["| layout | tokens/s per GPU | of one GPU | peak GiB |", "|---|---:|---:|---:|"]
+    for row in record["rows"]:
+        cells = row["layout"], f"{row['tokens_per_s_per_gpu']:,.0f}", f"{row['ratio']:.2f}", f"{row['peak_gib']:.1f}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", f"{record['settings']['description']}. {_caption(record)}"]
+
+
+def exchanges_measured() -> list[str]:
+    """What the model says goes to the other GPU, and the bandwidth at which it went."""
+    record = pictures.records("exchange_crossover")[-1]
+    num_ranks = record["settings"]["gpus"]
+    lines = ["| shape | K | exchange | rows sent a token (model) | ms | GB/s |", "|---|---:|---|---:|---:|---:|"]
+    for row in record["rows"]:
+        shape = SHAPES[row["shape"]]
+        rows = exchange_model.rows_sent(row["K"], num_ranks)
+        for name in ("all_to_all", "all_gather"):
+            milliseconds = row[f"{name}_ms"]
+            bandwidth = exchange_model.gigabytes_per_step(shape, rows[name]) / (1e-3 * milliseconds)
+            cells = row["shape"], str(row["K"]), name, f"{rows[name]:.3g}", f"{milliseconds:.2f}", f"{bandwidth:.0f}"
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", _caption(record)]
 
 
 def kernels_page() -> Page:
@@ -186,6 +228,8 @@ def charts() -> list[Page]:
         "attention_forward": pictures.mixture_of_attention("forward_ratio", "Forward, ratio to dense attention"),
         "attention_step": pictures.mixture_of_attention("step_ratio", "Training step, ratio to dense attention"),
         "layer_step": pictures.training_steps("step_ratio", "Training step, ratio to dense products"),
+        "exchanges": pictures.exchanges(),
+        "parallel_models": pictures.parallel_models(),
     }
     return [Page(ROOT / "docs" / "pictures" / f"{name}.svg", text) for name, text in svg.items()]
 

@@ -54,6 +54,20 @@ def last_mixtures_of_attention() -> list[dict]:
     return [rows[key] for key in sorted(rows, key=lambda key: key[0]) if key[1] != "dense"]
 
 
+def exchanges() -> str:
+    """The last run on several GPUs: training steps of divided layers, the ratio to the undivided one."""
+    rows = [row for row in records("expert_parallel")[-1]["rows"] if row["exchange"] != "undivided"]
+    names = [(f"{row['shape']}: {row['exchange']}", row["ratio"], row["exchange"].startswith("all_")) for row in rows]
+    return chart("Training step, experts divided between two GPUs: speed of one GPU with all", "of it", names, "{:.2f}")
+
+
+def parallel_models() -> str:
+    """The last run of a whole model on several GPUs."""
+    rows = records("parallel_models")[-1]["rows"]
+    bars = [(row["layout"], row["tokens_per_s_per_gpu"], "EP" in row["layout"]) for row in rows]
+    return chart("Qwen3-MoE on two GPUs, training step, for each GPU", "tokens/s", bars, "{:,.0f}")
+
+
 def chart(title: str, unit: str, bars: Sequence[tuple[str, float, bool]], format_: str) -> str:
     """Horizontal bars (label, value, whether it is ours) from zero, each with its number."""
     largest = max(value for _, value, _ in bars)

@@ -1,6 +1,7 @@
 """Finds where a loop adds an expert's rows to its output.
 
     out.index_add_(0, tokens, value)    out = out.index_add(0, tokens, value)    counts a token that occurs twice, twice
+    out.scatter_add_(0, tokens.view(-1, 1).expand(-1, D), value)              the same; scatter_reduce_(..., "sum")
     out[tokens] += value                out[tokens] = out[tokens] + value        keeps one of them
     out[tokens] = value                                                          keeps the last of all
 
@@ -11,10 +12,11 @@ the graph is none of our business.
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from fx_passes.facts import chosen, chosen_tokens, fact
-from fx_passes.ops import arg, op_name
+from fx_passes.ops import arg, fake_tensor, op_name, same_size
 from fx_passes.region import Accumulation, Rejected
 
 
@@ -35,6 +37,8 @@ def _accumulation(node: fx.Node) -> Accumulation | None:
     name = op_name(node)
     if name in ("index_add", "index_add_"):
         return _index_add(node)
+    if name in ("scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"):
+        return _scatter_add(node)
     if name == "setitem":
         return _add_by_index(node)
     return None
@@ -49,6 +53,39 @@ def _index_add(node: fx.Node) -> Accumulation | None:
     if dim != 0 or arg(node, 4, "alpha", 1) != 1:
         raise Rejected("accumulation_is_a_plain_sum", node, "index_add along another dim than the first, or with alpha")
     return Accumulation(accumulator, tokens, value, (node,), node, counts_duplicates=True)
+
+
+def _scatter_add(node: fx.Node) -> Accumulation | None:
+    """Every value of a row goes to the same token."""
+    accumulator, dim, index, value = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index", "src")))
+    tokens = _repeated(index)
+    if chosen_tokens(tokens) is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
+        return None
+    is_sum = "reduce" not in str(op_name(node)) or (
+        arg(node, 4, "reduce") == "sum" and arg(node, 5, "include_self", True)
+    )
+    whole = fake_tensor(index), fake_tensor(value), fake_tensor(accumulator)
+    widths = [tensor.shape[1] for tensor in whole if tensor is not None and tensor.dim() == 2]
+    if dim != 0 or not is_sum or len(widths) != 3 or not all(same_size(width, widths[0]) for width in widths):
+        raise Rejected("accumulation_is_a_plain_sum", node, f"`{op_name(node)}` that adds something else than rows")
+    return Accumulation(accumulator, tokens, value, (node,), node, counts_duplicates=True)
+
+
+def _repeated(index: Any) -> Any:
+    """`tokens` of `tokens.view(-1, 1).expand(-1, D)` or the like."""
+    steps = ("expand", "expand_as", "repeat", "view", "reshape", "unsqueeze")
+    while isinstance(index, fx.Node) and chosen_tokens(index) is None:
+        before, after = fake_tensor(arg(index, 0, "input")), fake_tensor(index)
+        if op_name(index) not in steps or before is None or after is None or not _repeats_rows(before, after):
+            return None
+        index = index.args[0]
+    return index
+
+
+def _repeats_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """[R] or [R, 1] to [R, 1] or [R, D]."""
+    is_column = before.dim() == 1 or (before.dim() == 2 and same_size(before.shape[1], 1))
+    return is_column and after.dim() == 2 and same_size(before.shape[0], after.shape[0])
 
 
 def _add_by_index(node: fx.Node) -> Accumulation | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes.aliasing import allocates, inplace_users, is_read_before
 from fx_passes.facts import Mask, Rows, counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
@@ -128,9 +129,12 @@ class UnknownOperation(Exception):
 
 @dataclass(frozen=True)
 class Body:
+    """`writes` are the writes in place that `values` follow."""
+
     root: Value
     values: tuple[Value, ...] = field(repr=False)
     nodes: frozenset[fx.Node] = field(repr=False)
+    writes: frozenset[fx.Node] = field(default=frozenset(), repr=False)
 
     def of(self, kind: type) -> Iterator[Any]:
         return (value for value in self.values if isinstance(value, kind))
@@ -194,7 +198,7 @@ def unify(copies: Sequence[fx.Node], masks: Sequence[Mask]) -> Body:
     """
     walk = Unifier(tuple(masks))
     root = walk.value(tuple(copies))
-    return Body(root, tuple(walk.values), walk.nodes())
+    return Body(root, tuple(walk.values), walk.nodes(), frozenset(walk.writes))
 
 
 class Unifier:
@@ -204,6 +208,7 @@ class Unifier:
         self.masks = masks
         self.experts = experts or tuple(mask.expert for mask in masks)
         self.values: list[Value] = []
+        self.writes: set[fx.Node] = set()
         self.memo: dict[tuple[fx.Node, ...], Value] = {}
         self._inner: dict[fx.Node, bool] = {}
         self._taken: set[fx.Node] = set()
@@ -213,15 +218,20 @@ class Unifier:
             value = self._derive(nodes)
             self.memo[nodes] = value
             self.values.append(value)
+            self.memo[nodes] = self._written(nodes, value)
         return self.memo[nodes]
 
     def nodes(self) -> frozenset[fx.Node]:
         """All nodes of all copies, save what comes from outside the loop."""
         own = (nodes for nodes, value in self.memo.items() if not isinstance(value, Shared))
-        return frozenset(self._taken.union(*own))
+        return frozenset(self._taken.union(self.writes, *own))
 
     def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
         first = nodes[0]
+        if all(op_name(node) == "mul_" and isinstance(node.args[0], fx.Node) for node in nodes):
+            product = self.value(tuple(node.all_input_nodes[0] for node in nodes))
+            if self.writes.issuperset(nodes):
+                return product
         gathered = self._gathered(nodes)
         if gathered is not None:
             return gathered
@@ -237,6 +247,19 @@ class Unifier:
                 first, "a mask of an expert does more than to pick the rows and the weights of its tokens"
             )
         return self._operation(nodes)
+
+    def _written(self, nodes: tuple[fx.Node, ...], value: Value) -> Value:
+        """`value` once each of the experts has multiplied it in place, before anybody reads it."""
+        writes = [inplace_users(node) for node in nodes]
+        products = tuple(own[0] for own in writes if len(own) == 1 and op_name(own[0]) == "mul_")
+        fresh = isinstance(value, Op) and len(products) == len(nodes) and all(map(allocates, nodes))
+        if not fresh or any(is_read_before(node, own) for node, own in zip(nodes, writes, strict=True)):
+            return value
+        factor = self._structure(tuple(product.args[1] for product in products), products[0])
+        written = Op("mul", products[0], (value, factor), {}, has_rows=True)
+        self.writes.update(products)
+        self.values.append(written)
+        return written
 
     def _one_an_expert(self, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
         """Parameters by expert; an expert that has a copy for each slot must use the same one in all of them."""

@@ -1,7 +1,7 @@
-"""torch.export with `strict=False` runs a model's Python, and would meet its loops: prepared models are traced by Dynamo.
+"""torch.export with `strict=False` runs a model's Python and would meet its loops: prepared models go through Dynamo.
 
-The one private place is `torch.export._trace._non_strict_export`; where it is missing, prepared models are exported with
-`strict=True` alone.
+The one private place is `torch.export._trace._non_strict_export`; where it is missing, only `strict=True` exports
+prepared models.
 """
 
 import functools

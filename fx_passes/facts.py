@@ -23,8 +23,8 @@ import torch
 from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
-from fx_passes.ids import ids_dims, is_single_choice, rows_as_ids
-from fx_passes.markers import Expert, expert_count, expert_of, experts_hit, index_list, select_expert
+from fx_passes.ids import ids_dims, is_single_choice, num_columns, rows_as_ids
+from fx_passes.markers import Expert, expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
 from fx_passes.ops import (
     ZEROS,
     arg,
@@ -36,6 +36,7 @@ from fx_passes.ops import (
     same_size,
     varargs,
 )
+from fx_passes.slots import Order, Tokens, order_of, slot_fact
 
 Dims = tuple[str, ...]
 
@@ -64,7 +65,8 @@ class Kept:
 class Counts:
     """Slots per class, or the `cumulative` sums of that; `positive` once compared with zero (then it is a hit mask).
 
-    `reduced`: tokens per class, whatever the number of their slots with the class.
+    `reduced`: tokens per class, whatever the number of their slots with the class. `open_ended`: there are as many
+    numbers as the largest class that occurs asks for, `num_classes` at most.
     """
 
     ids: fx.Node
@@ -72,6 +74,12 @@ class Counts:
     positive: bool = False
     cumulative: bool = False
     reduced: bool = False
+    open_ended: bool = False
+
+    @property
+    def may_be_hits(self) -> bool:
+        """Whether a number is positive exactly where its class occurs."""
+        return not (self.positive or self.cumulative or self.open_ended)
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class Mask:
-    """`slot`: in that column of ids alone. `reduced`: in any slot of the token, so there is no dim of slots."""
+    """`slot`: in that column of ids alone. `reduced`: in any slot of the token, so there is no dim of slots.
+
+    `sort`: what sorted the slots, where those that are chosen come in that order and not in their own.
+    """
 
     ids: fx.Node
     expert: Expert
     dims: Dims
     slot: int | None = None
     reduced: bool = False
+    sort: fx.Node | None = None
 
     @property
     def key(self) -> tuple[fx.Node, Expert, int | None]:
@@ -103,7 +115,8 @@ class Mask:
         A reduced mask names each token once: that is the order by token where a token's ids are distinct, which then
         must hold of `other`.
         """
-        return self.key == other.key and self._order() == other._order() and self.reduced <= other.reduced
+        same_order = self._order() == other._order() and self.sort is other.sort
+        return self.key == other.key and same_order and self.reduced <= other.reduced
 
     def _order(self) -> Dims:
         by_token = self.reduced or "N" in self.dims
@@ -153,10 +166,22 @@ def fact(node: Any) -> Fact | None:
 def _derive(node: fx.Node) -> Fact | None:
     if node.target is select_expert:
         return _select(fact(arg(node, 0, "input")), node.args[2], expert_of(node.args[1]), keepdim=node.args[3])
+    if node.target is expert_segment:
+        return _segment(node)
     if node.target is index_list:
         return fact(arg(node, 0, "input"))
     rule = _RULES.get(op_name(node) or "")
     return rule(node) if rule else None
+
+
+def _segment(node: fx.Node) -> Fact | None:
+    """An expert's segment of the slots, or of their tokens, that were sorted by expert."""
+    rows, counts, expert = node.args
+    order, known = slot_fact(rows), fact(counts)
+    if not isinstance(order, (Order, Tokens)) or not isinstance(known, Counts) or order_of(order).ids is not known.ids:
+        return None
+    mask = Mask(known.ids, expert, ("N",), sort=order_of(order).sort)
+    return Rows(mask, "T" if isinstance(order, Tokens) else "N")
 
 
 def _one_hot(node: fx.Node) -> Fact | None:
@@ -393,10 +418,13 @@ def _argmax(node: fx.Node) -> Fact | None:
 
 def _bincount(node: fx.Node) -> Fact | None:
     ids, classes = arg(node, 0, "input"), arg(node, 2, "minlength", 0)
-    if not isinstance(ids, fx.Node) or arg(node, 1, "weights") is not None or type(classes) is not int or classes <= 0:
+    if arg(node, 1, "weights") is not None or type(classes) is not int or ids_dims(ids) != ("T",):
         return None
     flat = _flat_ids(ids) or ids
-    return Counts(flat, classes) if ids_dims(ids) == ("T",) else None
+    if classes > 0:
+        return Counts(flat, classes)
+    columns = num_columns(flat)
+    return Counts(flat, columns, open_ended=True) if columns is not None else None
 
 
 def _histc(node: fx.Node) -> Fact | None:
@@ -447,7 +475,7 @@ def _reduced_dims(node: fx.Node) -> Sequence[int] | None:
 
 def _greater(node: fx.Node) -> Fact | None:
     inner = fact(arg(node, 0, "input"))
-    if isinstance(inner, Counts) and not (inner.positive or inner.cumulative) and arg(node, 1, "other") == 0:
+    if isinstance(inner, Counts) and inner.may_be_hits and arg(node, 1, "other") == 0:
         return replace(inner, positive=True)
     if isinstance(inner, (OneHot, Mask)) and arg(node, 1, "other") == 0:
         return inner
@@ -457,7 +485,7 @@ def _greater(node: fx.Node) -> Fact | None:
 def _nonzero(node: fx.Node) -> Fact | None:
     inner = fact(arg(node, 0, "input"))
     as_tuple = bool(node.kwargs.get("as_tuple", False))
-    if isinstance(inner, Counts) and not inner.cumulative:
+    if isinstance(inner, Counts) and (inner.positive or inner.may_be_hits):
         return Hit(inner.ids, inner.num_classes) if not as_tuple else None
     return Selection(inner, as_tuple) if isinstance(inner, Mask) else None
 
@@ -520,6 +548,12 @@ def _detach(node: fx.Node) -> Fact | None:
     return inner if isinstance(inner, (Hit, Rows)) else None
 
 
+def _view_as(node: fx.Node) -> Fact | None:
+    """`x.view_as(x)` is what Dynamo makes of `x.numpy()`."""
+    inner = fact(node.args[0])
+    return inner if isinstance(inner, Counts) and node.args[0] is node.args[1] else None
+
+
 _RULES = {
     "one_hot": _one_hot,
     "permute": _permute,
@@ -556,4 +590,5 @@ _RULES = {
     "contiguous": _same,
     "clone": _same,
     "detach": _detach,
+    "view_as": _view_as,
 }

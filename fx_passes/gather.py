@@ -6,9 +6,10 @@
     (weights * (ids == e)).sum(-1)[mask]    weights[mask, slot[mask]]      the same, where a token's ids are distinct
     gates[tokens, e]    gates[:, e][mask]                                  a table's column of the expert
     x.repeat_interleave(K, 0)[flat == e]    weights.view(-1)[flat == e]    rows and values of slots, where all are flat
+    x[order // K][start:end]    weights.view(-1)[order][start:end]         the same, where slots were sorted by expert
 
 Several indexing operations may follow each other: `takings` follows them from the last to a tensor from outside. T
-tokens, K experts per token, E experts, C columns, R rows of one expert.
+tokens, K experts per token, E experts, C columns, S slots in sorted order, R rows of one expert.
 """
 
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts import Mask, Rows, chosen, fact
-from fx_passes.markers import expert_of, index_with_expert
+from fx_passes.facts import Counts, Mask, Rows, chosen, fact
+from fx_passes.markers import expert_of, expert_segment, index_with_expert
 from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size
+from fx_passes.slots import Order, Tokens, order_of, slot_fact
 
 MAX_STEPS = 4
 
@@ -30,9 +32,10 @@ _STEPS = _RESHAPES | frozenset(("select", "unsqueeze", "sum", "repeat_interleave
 
 @dataclass(frozen=True)
 class Taking:
-    """`source` indexed: `dims` are those of the result, "R" rows, "C" columns, "T" all tokens, "N" all slots, "1" one.
+    """`source` indexed: `dims` are those of the result.
 
-    `column`: "K" where each row takes the entry of its slot, "E" that of its expert, "" where it takes all.
+    "R" rows, "C" columns, "T" all tokens, "N" all slots, "S" all slots as they were sorted, "1" one. `column`: "K"
+    where each row takes the entry of its slot, "E" that of its expert, "" where it takes all.
     """
 
     source: fx.Node
@@ -49,7 +52,7 @@ def takings(node: fx.Node, mask: Mask) -> dict[int, Taking]:
         steps.insert(0, source)
         source = _operand(source)
         taking = _follow(source, steps, mask)
-        if taking is not None and taking.dims.count("R") == 1 and not {"T", "N"} & set(taking.dims):
+        if taking is not None and taking.dims.count("R") == 1 and not {"T", "N", "S"} & set(taking.dims):
             found[len(steps)] = taking
     return found
 
@@ -64,7 +67,7 @@ def chain(node: fx.Node, steps: int) -> Iterator[fx.Node]:
 
 
 def _is_step(node: fx.Node) -> bool:
-    if node.target is index_with_expert:
+    if node.target in (index_with_expert, expert_segment):
         return True
     name = op_name(node)
     if name == "getitem":
@@ -113,6 +116,8 @@ def _follow(source: Any, steps: list[fx.Node], mask: Mask) -> Taking | None:
 
 def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     name = op_name(step)
+    if step.target is expert_segment:
+        return _segment(step, state, mask)
     if step.target is index_with_expert or name == "getitem":
         return _index(step.args[1], state, mask)
     if name == "select":
@@ -129,7 +134,14 @@ def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
         return None
     if name == "unsqueeze":
         return replace(state, dims=(*state.dims, "1")) if arg(step, 1, "dim") in (1, -1) else None
-    return replace(state, dims=(*state.dims, "1")) if after.shape[1] == 1 and state.dims[0] in ("T", "N") else None
+    return replace(state, dims=(*state.dims, "1")) if after.shape[1] == 1 and state.dims[0] in ("T", "N", "S") else None
+
+
+def _segment(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
+    """Rows of the expert of `mask`, of all slots in the order in which that mask has them."""
+    counts = fact(step.args[1])
+    same = isinstance(counts, Counts) and (counts.ids, step.args[2]) == (mask.ids, mask.expert)
+    return replace(state, dims=("R", *state.dims[1:])) if same and state.dims[0] == "S" else None
 
 
 def _flat(after: torch.Tensor, state: Taking) -> Taking | None:
@@ -212,7 +224,11 @@ def _pick(item: Any, labels: list[str], mask: Mask) -> tuple[tuple[str, ...], st
         return None if column is None else ((), column)
     if labels in (["T"], ["N"]):
         rows = chosen(item)
-        return (("R",), "") if rows is not None and rows[1] == labels[0] and rows[0].picks_as(mask) else None
+        if rows is not None:
+            return (("R",), "") if rows[1] == labels[0] and rows[0].picks_as(mask) else None
+    order = slot_fact(item)
+    if isinstance(order, (Order, Tokens)) and labels == ["T" if isinstance(order, Tokens) else "N"]:
+        return (("S",), "") if order_of(order) == Order(mask.ids, mask.sort) else None
     known = fact(item)
     if labels == ["T", "C"] and isinstance(known, Mask) and known.dims == ("T", "K") and known.picks_as(mask):
         return ("R",), "K"

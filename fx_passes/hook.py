@@ -15,7 +15,7 @@ import torch
 from torch._dynamo import output_graph, symbolic_convert
 
 from fx_passes.capture import Capture
-from fx_passes.prepared import holds_prepared
+from fx_passes.prepared import holds_prepared, without_hook
 
 log = logging.getLogger("scatter_moe")
 
@@ -41,7 +41,12 @@ def install(
     graph = getattr(output_graph, "OutputGraph", None)
     extended = ((translator, "step"), (translator, "call_function"), (graph, "call_user_compiler"))
     if translator is None or not all(hasattr(owner, name) for owner, name in extended):
-        log.warning("this PyTorch's Dynamo can't be extended: loops that it does not trace by itself stay as they are")
+        log.warning(
+            "PyTorch %s: Dynamo can't be extended, so loops that it does not trace by itself stay as they are; "
+            'scatter_moe.prepare(model) and then backend="scatter_moe" rewrite those over range(E)',
+            torch.__version__,
+        )
+        without_hook()
         return False
     if not hasattr(translator.step, _ORIGINAL):
         _extend_step(translator, is_ours)

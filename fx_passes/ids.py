@@ -55,16 +55,19 @@ def _keeps_rows(node: fx.Node) -> bool:
 
 def ids_are_below(node: fx.Node, num_experts: int) -> bool:
     """Whether `node` holds indices of one of `num_experts` columns, through value-preserving operations only."""
+    return num_columns(node) == num_experts
+
+
+def num_columns(node: fx.Node) -> int | None:
+    """The number of columns that `node` holds indices of, through value-preserving operations only."""
     name, source = op_name(node), arg(node, 0, "input")
     if name == "getitem" and op_name(source) in ("topk", "sort", "max") and node.args[1] == 1:
-        return _has_columns(
-            arg(source, 0, "input"), num_experts, arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
-        )
+        return _size_along(arg(source, 0, "input"), arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1))
     if name in ("argmax", "argsort"):
-        return _has_columns(source, num_experts, arg(node, 1, "dim", -1))
+        return _size_along(source, arg(node, 1, "dim", -1))
     if name in _PRESERVES_VALUES or (name == "getitem" and fake_tensor(source) is not None):
-        return isinstance(source, fx.Node) and ids_dims(node) is not None and ids_are_below(source, num_experts)
-    return False
+        return num_columns(source) if isinstance(source, fx.Node) and ids_dims(node) is not None else None
+    return None
 
 
 def rows_as_ids(one_hot: fx.Node, dims: int) -> fx.Node:
@@ -88,7 +91,9 @@ def rows_of_ids(ids: fx.Node) -> fx.Node | None:
     return ids.meta.get("scatter_moe_one_hot")
 
 
-def _has_columns(scores: object, number: int, dim: object) -> bool:
-    """Whether `scores` has that many entries along its last dim, which is `dim`."""
+def _size_along(scores: object, dim: object) -> int | None:
+    """The size of the last dim of `scores`, if that is `dim`."""
     tensor = fake_tensor(scores)
-    return tensor is not None and tensor.shape[-1] == number and dim in (-1, tensor.dim() - 1)
+    if tensor is None or dim not in (-1, tensor.dim() - 1):
+        return None
+    return tensor.shape[-1] if isinstance(tensor.shape[-1], int) else None

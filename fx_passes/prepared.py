@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from fx_passes.export import extend_export
@@ -15,6 +16,7 @@ from fx_passes.export import extend_export
 Model = TypeVar("Model", bound=nn.Module)
 
 _prepared: WeakSet[nn.Module] = WeakSet()
+_hook_is_missing = False
 
 
 def prepare(model: Model) -> Model:
@@ -35,7 +37,15 @@ def prepare(model: Model) -> Model:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     extend_export(lambda exported: holds_prepared([exported]))
     _prepared.update(model.modules())
+    if _hook_is_missing:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
     return model
+
+
+def without_hook() -> None:
+    """From now on `prepare` does what is left where Dynamo can't be extended: loops over range(E) become traceable."""
+    global _hook_is_missing
+    _hook_is_missing = True
 
 
 def holds_prepared(values: Iterable[Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes import autocast
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.capture import events_of
 from fx_passes.ids import rows_of_ids
@@ -40,7 +41,11 @@ class Rewritten:
 def rewrite(region: MoERegion) -> Rewritten:
     """Replaces `region` in its graph."""
     mlp = match_mlp(region.body)
+    product = autocast.product_left_alone(region.body)
     with region.graph.inserting_before(region.result):
+        entered = None
+        if product is not None:
+            entered = autocast.switched_off(region.graph, known_tensor(product).device.type)
         emitter = _Emitter(region)
         output = emitter.mlp(mlp) if mlp is not None else emitter.general()
         if isinstance(region, LoopRegion) and region.base is not None:
@@ -49,6 +54,8 @@ def rewrite(region: MoERegion) -> Rewritten:
             output = emitter.by_dims_of_tokens(output)
         if region.addend is not None:
             output = emitter.plus(region.addend, output)
+        if entered is not None:
+            autocast.switched_back(region.graph, entered)
     output.meta["example_value"] = region.output
     _redirect_users(region, output)
     erased = _erase(region)

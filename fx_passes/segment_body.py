@@ -25,7 +25,7 @@ def segment_body(parts: tuple[fx.Node, ...], counts: Counts) -> Body:
         raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
     except UnknownOperation as reason:
         raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
-    return Body(root, tuple(walk.values), walk.nodes())
+    return Body(root, tuple(walk.values), walk.nodes(), frozenset(walk.writes))
 
 
 class _SegmentUnifier(Unifier):

@@ -80,6 +80,12 @@ class Absent:
 
 SlotFact = Flat | Sorted | Experts | Order | Tokens | Inverse | Counts | Offsets | Absent
 
+
+def order_of(known: Order | Tokens) -> Order:
+    """The order in which `known` has its values."""
+    return known if isinstance(known, Order) else known.order
+
+
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 """Dtypes that hold every expert's number."""
 
@@ -137,7 +143,7 @@ def _getitem(node: fx.Node) -> SlotFact | None:
 
 def _floor_divide(node: fx.Node) -> SlotFact | None:
     inner, divisor = slot_fact(arg(node, 0, "input")), arg(node, 1, "other")
-    if op_name(node) in ("div", "divide") and node.kwargs.get("rounding_mode") != "floor":
+    if op_name(node) in ("div", "divide") and node.kwargs.get("rounding_mode") not in ("floor", "trunc"):
         return None
     if not isinstance(inner, Order) or type(divisor) is not int:
         return None

@@ -12,8 +12,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fx_passes import autocast
 from fx_passes.aliasing import storage_of, writers_of
-from fx_passes.body import Gathered, Op, PerExpert, SlotGathered, has_rows
+from fx_passes.body import Gathered, PerExpert, SlotGathered, has_rows
 from fx_passes.facts import Counts, Hit, fact, selected
 from fx_passes.ids import ids_are_distinct
 from fx_passes.loop_rules import LOOP_RULES
@@ -184,7 +185,7 @@ def _are_as_many(size: fx.Node, other: object) -> bool:
 def _smallest_length(size: fx.Node) -> int:
     """`bincount` counts at least as many classes as it was asked for."""
     counts = fact(size.args[0])
-    return counts.num_classes if isinstance(counts, Counts) else 0
+    return counts.num_classes if isinstance(counts, Counts) and not counts.open_ended else 0
 
 
 def _largest_length(size: fx.Node) -> int | torch.SymInt | None:
@@ -236,16 +237,21 @@ def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
 
 
 def grad_mode_is_constant(region: MoERegion) -> None:
-    """All that is differentiable in the region, its result too, is recorded for backward, or none of it."""
+    """All that is differentiable in the region, its result too, is recorded for backward, or none of it.
+
+    If none is, what it takes from outside may have been recorded.
+    """
     enabled = torch.is_grad_enabled()
-    modes = set()
+    modes: dict[tuple[bool, bool], fx.Node] = {}
     for node in region.graph.nodes:
         if switches_grad_mode(node):
             enabled = bool(node.args[0])
         elif (node in region.inner or node in region.body.nodes) and _is_differentiable(node):
-            modes.add(enabled)
-        if len(modes) > 1:
-            raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
+            modes.setdefault((node in region.inner, enabled), node)
+    recorded, inside = {mode for _, mode in modes}, {mode for is_inner, mode in modes if is_inner}
+    if len(recorded) > 1 and inside != {False}:
+        node = max(modes.values())
+        raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
 
 
 def autocast_is_constant(region: MoERegion) -> None:
@@ -258,29 +264,10 @@ def autocast_is_constant(region: MoERegion) -> None:
 
 
 def products_keep_their_dtype(region: MoERegion) -> None:
-    """Autocast leaves `grouped_mm` alone and casts what our ops read: it must be off, or of the rows' dtype."""
-    for op in region.body.of(Op):
-        product = op.node.args[0] if is_inplace(op.node) else op.node
-        tensor = fake_tensor(product)
-        if op_name(product) == "grouped_mm" and tensor is not None:
-            dtype = _autocast_dtype(product, tensor.device.type)
-            if dtype not in (None, tensor.dtype):
-                raise Rejected("products_keep_their_dtype", product, f"autocast to {dtype} would reach the products")
-
-
-def _autocast_dtype(node: fx.Node, device_type: str) -> torch.dtype | None:
-    """What autocast casts to where `node` stands; None where it is off."""
-    ambient = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    entered: dict[fx.Node, torch.dtype | None] = {}
-    for other in node.graph.nodes:
-        if other is node:
-            break
-        if other.target is torch.amp.autocast_mode._enter_autocast and other.args[0] == device_type:
-            _, dtype, enabled, _ = other.args
-            entered[other] = (dtype or torch.get_autocast_dtype(device_type)) if enabled else None
-        elif other.target is torch.amp.autocast_mode._exit_autocast:
-            entered.pop(other.args[0], None)
-    return list(entered.values())[-1] if entered else ambient
+    """Autocast leaves `grouped_mm` alone: it can be off for ours only where it does nothing else to the experts."""
+    product = autocast.product_left_alone(region.body)
+    if product is not None and not autocast.reaches_products_alone(region.body):
+        raise Rejected("products_keep_their_dtype", product, "autocast would reach the products")
 
 
 def _is_differentiable(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scatter_moe.dispatch import Dispatch
+from scatter_moe.distributed.columns import on_columns
 from scatter_moe.distributed.exchange import Exchange, local_experts, zeros_of
 from scatter_moe.parallel_linear import reset_like_linear
 from scatter_ops.checks import mlp_options
@@ -105,7 +106,8 @@ class ExpertMLP(nn.Module):
         """
         if self.exchange is not None:
             return self.exchange(self.run_local, x, topk_ids, topk_weights)
-        return self._mlp(x, topk_weights, Dispatch.of_ids(topk_ids, self.num_experts))
+        order, offsets, _ = Dispatch.of_ids(topk_ids, self.num_experts)
+        return self._mlp(x, topk_weights, order, offsets)
 
     def forward_grouped(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """For rows that were dispatched already, as after the all-to-all of expert parallelism. No router weights.
@@ -119,23 +121,27 @@ class ExpertMLP(nn.Module):
             `[M, D]` in the order of x.
         """
         weights = x.new_ones(x.shape[0], 1)
-        return self._mlp(x, weights, Dispatch.of_counts(num_tokens_per_expert, x.shape[0]))
+        order, offsets, _ = Dispatch.of_counts(num_tokens_per_expert, x.shape[0])
+        return self._mlp(x, weights, order, offsets)
 
     def run_local(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Under `ExpertParallel`: this rank's experts on tokens that were exchanged; ids count from its first."""
         assert self.exchange is not None
-        num_local = self.exchange.partition.num_local
+        num_local, columns = self.exchange.partition.num_local, self.exchange.columns
         if num_local == 0:
-            return zeros_of(x, topk_weights, *(self.exchange.local(parameter) for parameter in self.parameters()))
-        return self._mlp(x, topk_weights, Dispatch.of_ids(topk_ids, num_local))
+            return zeros_of(x, topk_weights, *self.parameters())
+        order, offsets, _ = Dispatch.of_ids(topk_ids, num_local)
+        if columns is None:
+            return self._mlp(x, topk_weights, order, offsets)
+        return on_columns(columns, self._mlp, x, topk_weights, order, offsets)
 
-    def _mlp(self, x: Tensor, topk_weights: Tensor, dispatch: Dispatch) -> Tensor:
+    def _mlp(self, x: Tensor, topk_weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
         first, *second = _FIRST_PROJECTIONS[self.layout]
         return torch.ops.scatter_moe.mlp(
             x,
             topk_weights,
-            dispatch.order,
-            dispatch.offsets,
+            order,
+            offsets,
             self._stacked(first),
             self._stacked(*second),
             self._stacked("down_proj"),

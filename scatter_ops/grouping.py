@@ -1,8 +1,7 @@
 """How grouped rows and per-expert parameters are walked, shared by the implementations in plain PyTorch."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,27 +16,37 @@ def segments(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-class Groups:
+class Groups(NamedTuple):
     """The rows of each expert, read from offsets on the host.
 
     experts: those that have tokens, ascending; sizes: the number of rows of each, and last the sentinels'. Splitting
     rows at once by `sizes` takes a fraction of the time of slicing them for each expert.
     """
 
-    def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
-        self.num_rows, self._ends = num_rows, offsets_E.tolist()
-        self.num_experts, self.num_valid = len(self._ends), self._ends[-1]
+    experts: list[int]
+    sizes: list[int]
+    num_valid: int
+    num_experts: int
 
-    @cached_property
-    def experts(self) -> list[int]:
-        return [e for e, (start, end) in enumerate(pairwise([0, *self._ends])) if end > start]
+    @classmethod
+    def read(cls, offsets_E: Tensor, num_rows: int) -> "Groups":
+        ends, hit, sizes, start = offsets_E.tolist(), [], [], 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                hit.append(expert)
+                sizes.append(end - start)
+                start = end
+        return cls(hit, [*sizes, num_rows - start], start, len(ends))
 
-    @cached_property
-    def sizes(self) -> list[int]:
-        sizes = [end - start for start, end in pairwise([0, *self._ends]) if end > start]
-        return [*sizes, self.num_rows - self.num_valid]
+    def each(self) -> Iterator["Groups"]:
+        """Each expert's rows alone."""
+        for expert, size in zip(self.experts, self.sizes, strict=False):
+            yield Groups([expert], [size, 0], size, self.num_experts)
 
-    @cached_property
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """Each expert's rows, and last the sentinels'."""
+        return (rows,) if self.sizes[0] == rows.shape[0] else rows.split_with_sizes(self.sizes)
+
     def row_experts(self) -> list[int]:
         """The expert of each row that has one."""
         return [e for e, size in zip(self.experts, self.sizes, strict=False) for _ in range(size)]
@@ -57,8 +66,8 @@ def select_experts(parameters: Sequence[Tensor], expert_dim: int, groups: Groups
     """A copy of its expert's parameter for each row that has an expert."""
     per_expert = experts(parameters, expert_dim)
     if isinstance(per_expert, Tensor):
-        return per_expert.index_select(0, torch.tensor(groups.row_experts))
-    return torch.stack([per_expert[e] for e in groups.row_experts])
+        return per_expert.index_select(0, torch.tensor(groups.row_experts()))
+    return torch.stack([per_expert[e] for e in groups.row_experts()])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

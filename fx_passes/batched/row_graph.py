@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fx_passes.batched.rows import Labels
 from fx_passes.body import Op, PerExpert, Shared, Value, map_values
 from fx_passes.ops import example, known_tensor, op_name
+from fx_passes.region import Rejected
 
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -39,7 +40,7 @@ class RowGraph:
         if key not in self._leaves:
             rows = () if kind is PerExpert else (self.sizes["N"],)
             node = self._graph.placeholder(source.name)
-            node.meta = _origin(source) | {"example_value": _empty(known_tensor(source), (*rows, *sizes))}
+            node.meta = _origin(source) | {"example_value": _empty(source, known_tensor(source), (*rows, *sizes))}
             self._leaves[key] = kind(node=node, **settings) if kind is PerExpert else kind(source, node, **settings)
         return self._leaves[key]
 
@@ -49,16 +50,16 @@ class RowGraph:
 
     def op(self, node: fx.Node, name: str, target: Any, args: Any, kwargs: Any, features: tuple[Any, ...]) -> Value:
         """`target` on rows, with the dtype of `node` and rows of the sizes `features`."""
-        result = _empty(known_tensor(node), (self.sizes["N"], *features))
+        result = _empty(node, known_tensor(node), (self.sizes["N"], *features))
         return self._op(node, name, target, args, kwargs, result)
 
     def same_op(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Labels) -> Value:
         """The operation of `node`, whose rows are counted by `labels`."""
         count, result = len(labels), example(node)
         if isinstance(result, (tuple, list)):
-            meta: Any = tuple(_empty(part, (self.sizes["N"], *part.shape[count:])) for part in result)
+            meta: Any = tuple(_empty(node, part, (self.sizes["N"], *part.shape[count:])) for part in result)
         else:
-            meta = _empty(result, (self.sizes["N"], *result.shape[count:]))
+            meta = _empty(node, result, (self.sizes["N"], *result.shape[count:]))
         return self._op(node, op_name(node) or "", node.target, args, kwargs, meta)
 
     def _op(self, node: fx.Node, name: str, target: Any, args: Any, kwargs: Any, result: Any) -> Value:
@@ -88,8 +89,10 @@ def _origin(node: fx.Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in _ORIGIN if key in node.meta}
 
 
-def _empty(like: torch.Tensor, sizes: tuple[Any, ...]) -> torch.Tensor:
+def _empty(node: fx.Node, like: torch.Tensor, sizes: tuple[Any, ...]) -> torch.Tensor:
+    """A value like one of `node`, of other sizes."""
     mode = getattr(like, "fake_mode", None)
-    assert mode is not None
+    if mode is None:  # a wrapper of torch.func's around a fake tensor
+        raise Rejected("no_function_transform", node, "the experts run under a transform of torch.func")
     with mode:
         return torch.empty(sizes, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad)

@@ -26,6 +26,8 @@ def call(
         return expert_numbers.as_integer(capture, args, kwargs)
     if called is sum:
         return segments.total(capture, tx, args, kwargs)
+    if called is enumerate and len(args) == 1:
+        return _enumerate(capture, tx, fn, args[0], kwargs)
     name, owner = getattr(fn, "name", None), getattr(fn, "obj", None)
     if isinstance(name, str) and isinstance(owner, VariableTracker):
         return _method(name, capture, tx, owner, args, kwargs)
@@ -42,6 +44,15 @@ def _method(name: str, capture: Any, tx: Any, owner: VariableTracker, args: Any,
     return _METHODS[name](capture, tx, tensor, args, kwargs)
 
 
+def _enumerate(capture: Any, tx: Any, fn: Any, array: VariableTracker, kwargs: Any) -> VariableTracker | None:
+    """`for e, n in enumerate(counts.numpy()):`"""
+    following = [instruction.opname for instruction in tx.instructions[tx.instruction_pointer :][:2]]
+    if following != ["GET_ITER", "FOR_ITER"]:
+        return None
+    numbers = counts.iterate(capture, tx, array, tx.instructions[tx.instruction_pointer + 1])
+    return fn.call_function(tx, [numbers], kwargs) if numbers is not None else None
+
+
 def _python_callable(fn: VariableTracker) -> Any:
     """The function that a variable stands for; None where that is not known without a look at it."""
     called = getattr(fn, "value", None) or getattr(fn, "fn", None)
@@ -56,6 +67,7 @@ def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: An
 
 _METHODS: dict[str, Callable[..., VariableTracker | None]] = {
     "tolist": _tolist,
+    "cumsum": counts.cumsum,
     "split": segments.split,
     "item": expert_numbers.item,
 }

@@ -13,11 +13,11 @@ import torch
 from torch import fx
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.lists import ListVariable
-from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._dynamo.variables.tensor import NumpyNdarrayVariable, SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
 from fx_passes.aliasing import storage_of, writers_of
-from fx_passes.capture.events import Event, tag
+from fx_passes.capture.events import Event, Scope, tag
 from fx_passes.facts import Counts, Mask, fact
 from fx_passes.ids import ids_are_below, ids_are_distinct
 from fx_passes.markers import expert_count
@@ -54,11 +54,66 @@ class Counted:
 
 
 def read(capture: Any, tx: Any, tensor: TensorVariable) -> VariableTracker | None:
-    """The list of numbers that the items of `tensor` are, if it counts the slots of experts."""
+    """`counts.tolist()`: the list of numbers that the items of `tensor` are, if it counts the slots of experts."""
+    known = fact(tensor.as_proxy().node)
+    is_open = isinstance(known, Counts) and known.open_ended
+    return None if is_open else _numbers(capture, tx, tensor)
+
+
+def cumsum(
+    _capture: Any, tx: Any, array: TensorVariable, args: list[VariableTracker], kwargs: dict[str, VariableTracker]
+) -> VariableTracker | None:
+    """`counts.numpy().cumsum(0)`, where it is still known to be of counts."""
+    known = fact(array.as_proxy().node)
+    is_along_all = not kwargs and all(arg.is_python_constant() and arg.as_python_constant() == 0 for arg in args)
+    if not isinstance(array, NumpyNdarrayVariable) or not isinstance(known, Counts) or not is_along_all:
+        return None
+    return NumpyNdarrayVariable.create(
+        tx, tx.output.create_proxy("call_function", torch.cumsum, (array.as_proxy(), 0), {})
+    )
+
+
+def iterate(capture: Any, tx: Any, array: VariableTracker, header: Any) -> VariableTracker | None:
+    """`for n in counts.numpy()`, perhaps enumerated, with the loop header `header`: the list of numbers.
+
+    Where the array may be shorter, iterations at its end may be missing: they belong to experts without tokens.
+    """
+    array = array.realize()
+    if not isinstance(array, NumpyNdarrayVariable):
+        return None
+    known = fact(array.as_proxy().node)
+    numbers = _numbers(capture, tx, array)
+    if numbers is None or not isinstance(known, Counts) or not known.open_ended:
+        return numbers
+    ids, experts = known.ids, iter(range(known.num_classes))
+    event = capture.counted[-1].event
+    capture.scopes.append(Scope(event, tx, header, len(tx.stack), None, loop_over=ids, experts=experts))
+    return numbers
+
+
+def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
+    """`counts.numpy()[e]` with a Python number e."""
+    array, index = tx.stack[-2].realize(), tx.stack[-1].realize()
+    if not isinstance(array, NumpyNdarrayVariable) or not index.is_python_constant():
+        return False
+    numbers = _numbers(capture, tx, array)
+    place = index.as_python_constant()
+    if numbers is None or type(place) is not int or not 0 <= place < len(numbers.items):
+        return False
+    tx.popn(2)
+    tx.push(numbers.items[place])
+    tx.instruction_pointer += 1
+    return True
+
+
+def _numbers(capture: Any, tx: Any, tensor: TensorVariable) -> ListVariable | None:
+    """The items of `tensor`, if it counts the slots of experts."""
     node = tensor.as_proxy().node
     known = fact(node)
     if not isinstance(known, Counts) or known.positive or any(writers_of(storage_of(node))):
         return None
+    if node in capture.numbers:
+        return ListVariable(list(capture.numbers[node]), mutation_type=ValueMutationNew())
     if not is_of_experts(known):
         if known_tensor(known.ids).dim() == 2:  # one id a token is counted in much else than a layer of experts
             capture.reject(tx, "ids_are_in_range", "ids are counted that are not known to be those of an expert")
@@ -70,9 +125,10 @@ def read(capture: Any, tx: Any, tensor: TensorVariable) -> VariableTracker | Non
     values = accumulate(counted.sizes) if known.cumulative else counted.sizes
     items = [_as_variable(capture, tx, event, tensor, e, value) for e, value in enumerate(values)]
     capture.counted.append(counted)
+    capture.numbers[node] = items
     for e, size in enumerate(counted.sizes):
         capture.masks_of_symbol[expression(size)] = Mask(known.ids, e, ("N",))
-    return ListVariable(items, mutation_type=ValueMutationNew())
+    return ListVariable(list(items), mutation_type=ValueMutationNew())
 
 
 def is_of_experts(counts: Counts) -> bool:

@@ -1,5 +1,6 @@
 """Events, the stretches of a trace that rest on them, and what restarts of one frame hand on to each other."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,8 +47,8 @@ class Event:
 class Scope:
     """A stretch of the trace that rests on one event: up to the next visit of the loop header `header` in `tx`.
 
-    `guard` is what is assumed in it. `loop_over` are the ids of a hit loop. `before` is Python's state when the stretch
-    began.
+    `guard` is what is assumed in it. `loop_over` are the ids of a hit loop, or of one over counts of which the last may
+    be missing; then `experts` are those of the iterations to come. `before` is Python's state when the stretch began.
     """
 
     event: Event
@@ -57,6 +58,7 @@ class Scope:
     before: Snapshot | None
     guard: Guard | None = None
     loop_over: fx.Node | None = None
+    experts: Iterator[int] | None = None
 
     @property
     def symbol(self) -> fx.Node | None:

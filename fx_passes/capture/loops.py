@@ -7,6 +7,7 @@ from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
+from fx_passes.capture import counts
 from fx_passes.capture.events import Guard, Scope, events_of
 from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
@@ -18,10 +19,12 @@ from fx_passes.markers import current_expert, mark_expert
 def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     """The loop begins: what it runs over becomes a list of one symbolic expert, or of all experts."""
     hit = tx.stack[-1].realize()
-    if not isinstance(hit, TensorVariable) or not has_open_length(hit):
+    header = tx.instructions[tx.instruction_pointer + 1]
+    numbers = counts.iterate(capture, tx, tx.stack.pop(), header)
+    tx.push(numbers or hit)
+    if numbers is not None or not isinstance(hit, TensorVariable) or not has_open_length(hit):
         return False
     classes = fact(hit.as_proxy().node)
-    header = tx.instructions[tx.instruction_pointer + 1]
     if not isinstance(classes, Hit) or header.opname != "FOR_ITER":
         detail = "the loop runs over a tensor that is not known to list the experts with a token"
         capture.reject(tx, "loop_is_over_the_hit_experts", detail)
@@ -58,12 +61,20 @@ def for_iter(capture: Any, tx: Any, instruction: Any) -> bool:
 
 
 def _next_iteration(capture: Any, scope: Scope) -> None:
+    assert scope.loop_over is not None
+    if scope.experts is not None:
+        number = next(scope.experts, None)
+        if number is None:
+            capture.scopes.remove(scope)
+        else:
+            scope.guard = Guard(scope.loop_over, number)
+        return
     iterator = scope.tx.stack[-1].realize()
     if iterator.index >= len(iterator.items):
         capture.scopes.remove(scope)
         return
     expert = expert_of_variable(iterator.items[iterator.index])
-    assert expert is not None and scope.loop_over is not None
+    assert expert is not None
     scope.guard = Guard(scope.loop_over, expert)
 
 

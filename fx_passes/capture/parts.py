@@ -78,7 +78,7 @@ def vanishes(capture: Any, scope: Scope, name: str, before: Any, after: Any) -> 
 def _sizes_of_guard(capture: Any, scope: Scope) -> list[sympy.Symbol]:
     """The numbers of rows that are zero where the stretch is skipped."""
     guard, masks = scope.guard, capture.masks_of_symbol.items()
-    if guard is None or scope.loop_over is not None:
+    if guard is None or (scope.loop_over is not None and scope.experts is None):
         return []
     return [size for size, mask in masks if size.is_Symbol and mask.key == (guard.ids, guard.expert, guard.slot)]
 

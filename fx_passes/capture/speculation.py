@@ -9,8 +9,7 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
-from fx_passes.capture import branches, calls, expert_numbers, index_list, indexing, loops, segments
-from fx_passes.capture.counts import Counted
+from fx_passes.capture import branches, calls, counts, expert_numbers, index_list, indexing, loops, segments
 from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
 from fx_passes.facts import Mask, selected
 from fx_passes.faults import own_code
@@ -25,7 +24,7 @@ Handler = Callable[["Capture", Any, Any], bool]
 
 
 def _subscript(capture: "Capture", tx: Any, instruction: Any) -> bool:
-    return segments.subscript(capture, tx, instruction) or indexing.subscript(capture, tx, instruction)
+    return any(known.subscript(capture, tx, instruction) for known in (segments, counts, indexing))
 
 
 _HANDLERS: dict[str, Handler] = {
@@ -51,7 +50,8 @@ class Capture:
         self.events: list[Event] = []
         self.scopes: list[Scope] = []
         self.masks_of_symbol: dict[Any, Mask] = {}
-        self.counted: list[Counted] = []
+        self.counted: list[counts.Counted] = []
+        self.numbers: dict[fx.Node, list[Any]] = {}
         self._last_node: dict[fx.Graph, fx.Node | None] = {}
         self._routed = False
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops

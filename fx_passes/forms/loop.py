@@ -8,8 +8,8 @@ from torch import fx
 from fx_passes.accumulation import accumulations, closure
 from fx_passes.body import Body, NotIsomorphic, UnknownOperation, unify
 from fx_passes.capture import guards_of
-from fx_passes.facts import Hit, Mask, Occupied, Selection, chosen, counts_behind, fact
-from fx_passes.markers import Expert, current_expert
+from fx_passes.facts import Counts, Hit, Mask, Occupied, Selection, chosen, counts_behind, fact
+from fx_passes.markers import Expert, current_expert, expert_segment
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
@@ -105,7 +105,7 @@ def region_of(
         inner=inner,
         result=result,
         output=output,
-        writes=additions,
+        writes=additions | body.writes,
         deviations=tuple(_deviations(loop, additions, routing)),
         accumulator=loop.accumulator,
         accumulations=found,
@@ -172,8 +172,8 @@ def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node
             starts.add(node)
         if _is_indexed_by(node, keys) or (node in body.nodes and _is_masked_by(node, keys)):
             starts.add(node)
-        counts = counts_behind(node)
-        if counts is not None and counts.ids is masks[0].ids:
+        counts = fact(node.args[1]) if node.target is expert_segment else counts_behind(node)
+        if isinstance(counts, Counts) and counts.ids is masks[0].ids:
             starts.add(node)
         if node.target is current_expert:
             starts.update(_hit_list(node.args[0], masks[0].ids))

@@ -13,6 +13,15 @@ The mask may also hold where any slot of a token is the expert's, or of flat slo
 
     m = (ids == e).any(-1)
     out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]
+
+Or the sorted slots, of which each expert has a segment:
+
+    order = ids.flatten().argsort()
+    tokens, start = order // K, 0
+    for e, n in enumerate(counts):                       # or `end` from counts.cumsum(0), as numbers or by numpy
+        own = tokens[start : start + n]                  # or out.scatter_add_(0, own[:, None].expand(-1, D), ...)
+        out.index_add_(0, own, expert(x[own]) * weights.view(-1)[order[start : start + n], None])
+        start += n
 """
 
 from collections.abc import Iterator

@@ -45,6 +45,6 @@ def match(node: fx.Node) -> GroupedRegion:
         inner=closure(starts, stops=frozenset((node,))) | {node},
         result=node,
         output=known_tensor(node),
-        writes=frozenset(),
+        writes=body.writes,
         deviations=(GRADIENTS,) if any(guards_of(part) for part in parts) else (),
     )

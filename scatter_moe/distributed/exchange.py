@@ -16,8 +16,10 @@ from scatter_moe.distributed.all_to_all import Experts, exchange_all_to_all
 from scatter_moe.distributed.partition import Partition
 
 EXCHANGES = ("auto", "all_to_all", "all_gather")
-# All-gather sends every token to every rank. "auto" takes it where all-to-all would send at least this share of that.
-WORTH_GATHERING = 0.9
+# All-gather sends every token to every rank; "auto" takes it where that is at most so many rows a token more than
+# all-to-all sends. Two GPUs differ by half a row at most, and all-gather was faster there
+# (benchmarks/results/exchange_crossover.jsonl); nobody has measured more.
+WORTH_GATHERING = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Exchange:
         kind: "auto", "all_to_all" or "all_gather".
         max_tokens: an upper bound of T that is the same on every rank, or None.
         average: whether gradients of the experts are divided by R.
+        columns: one dimension, the ranks among which the columns of each expert are divided, or None. They hold the
+            same tokens.
     """
 
     mesh: DeviceMesh
@@ -37,11 +41,14 @@ class Exchange:
     kind: Literal["auto", "all_to_all", "all_gather"] = "auto"
     max_tokens: int | None = None
     average: bool = True
+    columns: DeviceMesh | None = None
 
     def __call__(self, experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """`experts(x, ids, weights)` runs this rank's experts. [T, D] in, [T, D] out."""
         if isinstance(x, DTensor):
             raise TypeError("x: got a DTensor, accepted are this rank's own tokens as a torch.Tensor (x.to_local())")
+        if self.num_ranks == 1:
+            return experts(x, topk_ids, topk_weights)
         group = self.mesh.get_group()
         arguments = (experts, x, topk_ids, topk_weights, self.partition, group)
         if self._gathers(topk_ids.shape[1]):
@@ -54,12 +61,20 @@ class Exchange:
             return self.kind == "all_gather"
         if self.max_tokens is None:
             return False
-        return torch.compiler.is_compiling() or share_of_ranks(self.num_ranks, top_k) >= WORTH_GATHERING
+        more_rows = (self.num_ranks - 1) * (1 - share_of_ranks(self.num_ranks, top_k))
+        return torch.compiler.is_compiling() or more_rows <= WORTH_GATHERING
 
     def local(self, parameter: Tensor) -> Tensor:
-        """This rank's experts of a parameter that is divided among the ranks."""
-        tensor = local_experts(parameter)
-        return scaled_gradient(tensor, 1 / self.num_ranks) if self.average else tensor
+        """This rank's experts of a parameter that is divided among the ranks; a DTensor if their columns are, too."""
+        if self.columns is None:
+            return self._averaged(local_experts(parameter))
+        assert isinstance(parameter, DTensor)
+        _, placement = parameter.placements
+        tensor = self._averaged(parameter.to_local())
+        return DTensor.from_local(tensor, self.columns, [placement], run_check=False)
+
+    def _averaged(self, tensor: Tensor) -> Tensor:
+        return scaled_gradient(tensor, 1 / self.num_ranks) if self.average and self.num_ranks > 1 else tensor
 
     @property
     def num_ranks(self) -> int:
@@ -82,7 +97,7 @@ def local_experts(parameter: Tensor) -> Tensor:
     if any(placement != Shard(0) for placement in parameter.placements):
         raise ValueError(
             f"parameters: got DTensors with placements {parameter.placements}, accepted are plain tensors and DTensors "
-            "that are sharded by experts, [Shard(0)]: there is no tensor parallelism inside experts"
+            "that are sharded by experts, [Shard(0)]. ExpertParallel on a mesh of two dimensions shards columns, too"
         )
     return parameter.to_local()
 
@@ -106,4 +121,5 @@ class _ScaledGradient(torch.autograd.Function):
 
 def zeros_of(x: Tensor, *tensors: Tensor) -> Tensor:
     """Zeros like x, from which every tensor gets an exactly zero gradient: for a rank without experts."""
-    return torch.zeros_like(x) + sum(tensor[:0].sum() for tensor in (x, *tensors))
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (x, *tensors)]
+    return torch.zeros_like(x) + sum(part[:0].sum() for part in parts)

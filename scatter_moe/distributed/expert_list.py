@@ -42,8 +42,13 @@ def divide_list(experts: nn.ModuleList, exchange: Exchange) -> None:
     """Make an `ExpertList` of a ModuleList, in place.
 
     Raises:
-        ValueError: for fewer experts than ranks need to have one each.
+        ValueError: for fewer experts than ranks need to have one each; for a second dimension of the mesh.
     """
+    if exchange.columns is not None:
+        raise ValueError(
+            "device_mesh: got a second dimension for a list of experts, accepted is one: what is inside an expert is "
+            "parallelized by a plan of its own"
+        )
     partition = exchange.partition
     if partition.per_rank * (partition.num_ranks - 1) >= partition.num_experts:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch.distributed import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from scatter_moe.distributed.columns import check_columns, column_placement
 from scatter_moe.distributed.exchange import Exchange
 from scatter_moe.distributed.expert_list import divide_list
 from scatter_moe.distributed.partition import Partition
@@ -25,9 +26,11 @@ class ExpertParallel(ParallelStyle):
         mesh = init_device_mesh("cuda", (8,), mesh_dim_names=("ep",))
         parallelize_module(model, mesh["ep"], {"layers.*.moe": scatter_moe.ExpertParallel()})
 
-    Each rank calls the layer with its own tokens. For `MoE` and `ExpertMLP` the parameters become DTensors that are
-    sharded by experts; E need not be a multiple of R. Of an `nn.ModuleList` of experts (`[M, D]` to `[M, D]`) each rank
-    keeps its own and the list becomes callable as `experts(x, topk_ids, topk_weights)`, as `MoE` calls it.
+    Each rank calls the layer with its own tokens. A second dimension of the mesh, `mesh["ep", "tp"]`, divides the
+    columns of each expert (tensor parallelism), and its ranks call the layer with the same tokens. For `MoE` and
+    `ExpertMLP` the parameters become DTensors that are sharded by experts and columns; E need not be a multiple of R.
+    Of an `nn.ModuleList` of experts (`[M, D]` to `[M, D]`) each rank keeps its own and the list becomes callable as
+    `experts(x, topk_ids, topk_weights)`, as `MoE` calls it.
 
     | exchange | sends | host synchronisations | T |
     |---|---|---|---|
@@ -44,7 +47,9 @@ class ExpertParallel(ParallelStyle):
             dense parameters under DDP and FSDP are. "sum" leaves that to the caller.
 
     Raises:
-        ValueError: for other values; for a mesh of more than one dimension; for a list of fewer experts than ranks.
+        ValueError: for other values; for a mesh of more than two dimensions, or of two without names; for a second
+            dimension where the experts are a list, of layout "concatenated" or of a width that it doesn't divide; for a
+            list of fewer experts than ranks.
         TypeError: for a module that is none of these.
     """
 
@@ -62,25 +67,39 @@ class ExpertParallel(ParallelStyle):
         self.max_tokens, self.gradients = max_tokens, gradients
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if device_mesh.ndim != 1:
-            raise ValueError(
-                f"device_mesh: got {device_mesh.ndim} dimensions, accepted is one: take it from the mesh by its name"
-            )
         if isinstance(module, MoE):
             self._apply(module.experts, device_mesh)
         elif isinstance(module, nn.ModuleList):
             divide_list(module, self._exchange(len(module), device_mesh))
         elif isinstance(module, ExpertMLP):
-            module.exchange = self._exchange(module.num_experts, device_mesh)
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                sharded = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
-                module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+            self._divide(module, device_mesh)
         else:
             raise TypeError(
                 f"module: got {type(module).__name__}, accepted are MoE, ExpertMLP and a ModuleList of experts"
             )
         return module
 
+    def _divide(self, module: ExpertMLP, mesh: DeviceMesh) -> None:
+        exchange = self._exchange(module.num_experts, mesh)
+        columns = exchange.columns
+        if columns is not None:
+            check_columns(module.layout, module.d_expert, columns)
+        module.exchange = exchange
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placements = [Shard(0)] if columns is None else [Shard(0), column_placement(name)]
+            sharded = distribute_tensor(parameter, mesh, placements, src_data_rank=self.src_data_rank)
+            module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
     def _exchange(self, num_experts: int, mesh: DeviceMesh) -> Exchange:
+        names = mesh.mesh_dim_names
+        if mesh.ndim > 2 or (mesh.ndim == 2 and names is None):
+            raise ValueError(
+                f"device_mesh: got {mesh.ndim} dimensions named {names}, accepted are one, and two that are named: "
+                "take them from the mesh by their names"
+            )
+        columns = None
+        if mesh.ndim == 2:
+            assert names is not None
+            mesh, columns = mesh[names[0]], mesh[names[1]]
         partition = Partition(num_experts, mesh.size(), mesh.get_local_rank())
-        return Exchange(mesh, partition, self.exchange, self.max_tokens, self.gradients == "mean")
+        return Exchange(mesh, partition, self.exchange, self.max_tokens, self.gradients == "mean", columns)

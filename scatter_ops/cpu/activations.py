@@ -1,16 +1,17 @@
 """Activations of a (gated) expert by PyTorch's fused CPU kernels; the formulas are in `scatter_ops.activations`.
 
-Everything is done in blocks of rows that stay in the cache, in the accumulation dtype.
+Everything is computed in the accumulation dtype.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**17
+from scatter_ops.activations import split
+from scatter_ops.cpu.parts import blocks
 
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -29,25 +30,44 @@ _ACTIVATE_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  #
 }
 
 
-def blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of rows that are small enough to stay in the cache."""
-    step = max(1, BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    for start in range(0, rows.shape[0], step):
-        yield slice(start, start + step)
+def pre_activation(
+    h: Tensor, scale: Tensor | None, bias: Tensor | None, layout: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Gate and up of h, of s h + b where the router weight is on the input; in the accumulation dtype."""
+    pre = h.to(dtype)
+    if scale is not None:
+        pre = pre * scale
+    if bias is not None:
+        pre += bias
+    gate, up = split(pre, layout)
+    return gate.contiguous() if layout == "interleaved" else gate, up  # every second column takes several times longer
 
 
-def activate(
-    gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float, out: Tensor | None = None
+def activated(
+    h_NH: Tensor,
+    scale_N1: Tensor | None,
+    bias_NH: Tensor | None,
+    layout: str,
+    dtype: torch.dtype,
+    activation: str,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
-    """A, rounded to the dtype of `out` if it is given."""
+    """A, computed in the accumulation dtype and rounded to that of h. scale, bias: see `pre_activation`."""
+    values = [
+        activate(*pre_activation(h, scale, bias, layout, dtype), activation, alpha, limit).to(h_NH.dtype)
+        for h, scale, bias in blocks(h_NH, scale_N1, bias_NH)
+    ]
+    return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def activate(gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
     if activation == "clamped_swiglu":
         assert up is not None
         g = gate.clamp(max=limit)
-        return torch.mul(torch.sigmoid(alpha * g).mul_(g), up.clamp(-limit, limit).add_(1), out=out)
+        return torch.sigmoid(alpha * g).mul_(g).mul_(up.clamp(-limit, limit).add_(1))
     value = _ACTIVATE[activation](gate)
-    if up is not None:
-        return torch.mul(value, up, out=out)
-    return value if out is None else out.copy_(value)
+    return value if up is None else value.mul_(up)
 
 
 def activate_backward(
@@ -60,7 +80,7 @@ def activate_backward(
     out_gate: Tensor,
     out_up: Tensor | None,
 ) -> Tensor:
-    """Write the gradients of gate and up, given the gradient of A, which is overwritten; returns A."""
+    """Write the gradients of gate and up, given the gradient of A; returns A."""
     if activation == "clamped_swiglu":
         assert up is not None
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
@@ -74,6 +94,7 @@ def activate_backward(
     if up is None:
         backward(grad, gate, out_gate)
         return value
+    grad_value, a = grad * up, value * up
     torch.mul(grad, value, out=out_up)
-    backward(grad.mul_(up), gate, out_gate)
-    return value.mul_(up)
+    backward(grad_value, gate, out_gate)
+    return a

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scatter_ops.cpu.routing import expand_backward, slot_rows, zero_experts_but, zero_sentinels
+from scatter_ops.cpu.routing import expand_backward, slot_rows, token_rows, zero_experts_but, zero_sentinels
 from scatter_ops.grouping import Groups, experts, select_experts
 
 Operands = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -25,8 +25,8 @@ def parallel_linear(
     bias: Sequence[Tensor],
     transposed: bool = False,
 ) -> Tensor:
-    rows = x if grouped_in else x.index_select(0, order_N if top_k == 1 else order_N // top_k)
-    y = grouped_linear(rows, weight, Groups(offsets_E, rows.shape[0]), bias, transposed)
+    rows = x if grouped_in else token_rows(x, order_N, top_k)
+    y = grouped_linear(rows, weight, Groups.read(offsets_E, rows.shape[0]), bias, transposed)
     return y if grouped_out else y.index_select(0, slot_rows(order_N))
 
 
@@ -40,9 +40,9 @@ def parallel_linear_weight_grad(
     grouped_out: bool,
     transposed: bool = False,
 ) -> Tensor:
-    rows = x if grouped_in else x.index_select(0, order_N if top_k == 1 else order_N // top_k)
+    rows = x if grouped_in else token_rows(x, order_N, top_k)
     grad_rows = grad if grouped_out else grad.index_select(0, order_N)
-    return grouped_weight_grad(rows, grad_rows, Groups(offsets_E, rows.shape[0]), transposed)
+    return grouped_weight_grad(rows, grad_rows, Groups.read(offsets_E, rows.shape[0]), transposed)
 
 
 def parallel_linear_bias_grad(grad: Tensor, order_N: Tensor, offsets_E: Tensor, grouped_out: bool) -> Tensor:
@@ -65,15 +65,18 @@ def grouped_linear(
     y = add_to if out is None else out
     if y is None:
         y = rows.new_empty(rows.shape[0], weight[0].shape[-1 if transposed else -2])
-    operands = _row_operands if _calls_outweigh_copies(weight, groups) else _expert_operands
-    x_parts, matrices, addends, y_parts = operands(rows, weight, groups, bias, transposed, y)
-    addends = addends if add_to is None else y_parts
+    if _calls_outweigh_copies(weight, groups):
+        x_parts, matrices, addends, y_parts = _row_operands(rows, weight, groups, bias, transposed, y)
+        product, add_product = torch.bmm, torch.baddbmm
+    else:
+        x_parts, matrices, addends, y_parts = _expert_operands(rows, weight, groups, bias, transposed, y)
+        product, add_product = torch.mm, torch.addmm
+    if add_to is not None:
+        addends = y_parts
     if addends:
-        add_product = torch.baddbmm if operands is _row_operands else torch.addmm
         for addend, x_part, matrix, y_part in zip(addends, x_parts, matrices, y_parts, strict=False):
             add_product(addend, x_part, matrix, out=y_part)
     else:
-        product = torch.bmm if operands is _row_operands else torch.mm
         for x_part, matrix, y_part in zip(x_parts, matrices, y_parts, strict=False):
             product(x_part, matrix, out=y_part)
     return zero_sentinels(y, groups.num_valid)
@@ -90,7 +93,7 @@ def _expert_operands(
     else:
         matrices = [weights[e] if transposed else weights[e].t() for e in groups.experts]
     addends = [biases[e] for e in groups.experts] if bias else []
-    return rows.split_with_sizes(groups.sizes), matrices, addends, y.split_with_sizes(groups.sizes)
+    return groups.split(rows), matrices, addends, groups.split(y)
 
 
 def _row_operands(
@@ -113,11 +116,15 @@ def _calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
     return num_hit > 1 and groups.num_valid * rows * columns <= num_hit * limit
 
 
-def grouped_weight_grad(rows: Tensor, grad_rows: Tensor, groups: Groups, transposed: bool) -> Tensor:
-    """Stacked sums over each expert's grouped rows of grad^T x, of x^T grad if transposed."""
+def grouped_weight_grad(
+    rows: Tensor, grad_rows: Tensor, groups: Groups, transposed: bool, out: Tensor | None = None
+) -> Tensor:
+    """Stacked sums over each expert's grouped rows of grad^T x, of x^T grad if transposed.
+
+    Those of the experts of `groups` are written to `out` if it is given, otherwise the others' are zero.
+    """
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
-    stacked = rows.new_empty(groups.num_experts, left.shape[1], right.shape[1])
-    pairs = zip(left.t().split_with_sizes(groups.sizes, 1), right.split_with_sizes(groups.sizes), strict=True)
-    for e, (left_columns, right_rows) in zip(groups.experts, pairs, strict=False):
-        torch.mm(left_columns, right_rows, out=stacked[e])
-    return zero_experts_but(groups.experts, stacked)
+    stacked = rows.new_empty(groups.num_experts, left.shape[1], right.shape[1]) if out is None else out
+    for e, left_rows, right_rows in zip(groups.experts, groups.split(left), groups.split(right), strict=False):
+        torch.mm(left_rows.t(), right_rows, out=stacked[e])
+    return zero_experts_but(groups.experts, stacked) if out is None else out

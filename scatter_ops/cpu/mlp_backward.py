@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from scatter_ops.activations import split
-from scatter_ops.cpu.activations import activate, activate_backward, blocks
+from scatter_ops.cpu.activations import activate, activate_backward, pre_activation
 from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
-from scatter_ops.cpu.mlp_forward import PreActivation
-from scatter_ops.cpu.routing import expand_backward, slot_rows, sum_slots, zero_sentinels
-from scatter_ops.grouping import Groups, experts
+from scatter_ops.cpu.mlp_forward import projection_bias, slot_weights
+from scatter_ops.cpu.parts import blocks, parts
+from scatter_ops.cpu.routing import (
+    expand_backward,
+    slot_rows,
+    sum_groups,
+    sum_slots,
+    token_rows,
+    zero_experts_but,
+    zero_sentinels,
+)
+from scatter_ops.grouping import Groups, accumulation_dtype, experts
 
 
 def mlp_backward(
@@ -40,90 +49,124 @@ def mlp_backward(
     out_dtype: torch.dtype | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    on_input, separate = weight_on == "input", layout == "separate"
-    grads = [(topk_weights_TK if i == 1 else x_TD).new_empty(0) for i in range(len(needs))]
-    tokens_N = order_N // topk_weights_TK.shape[1]
-    groups = Groups(offsets_E, order_N.numel())
-    dy_ND = zero_sentinels(grad_out_TD.to(x_TD.dtype).index_select(0, tokens_N), groups.num_valid)
-    biases = (gate_up_bias, up_bias) if separate else (gate_up_bias,)
-    pre = PreActivation(h_NH, topk_weights_TK, order_N, offsets_E, biases, layout, on_input)
+    on_input, separate, dtype = weight_on == "input", layout == "separate", accumulation_dtype(x_TD.dtype)
+    top_k, width = topk_weights_TK.shape[1], h_NH.shape[-1] // (2 if separate else 1)
+    groups = Groups.read(offsets_E, order_N.numel())
+    parameters = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
+    grads = _empty_grads(x_TD, topk_weights_TK, parameters, groups.num_experts, needs)
+    dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
+    scale_N1 = slot_weights(topk_weights_TK, order_N, dtype)
     if needs[7]:
-        grads[7] = expand_backward(dy_ND if on_input else dy_ND * pre.scale_N1, offsets_E).to(x_TD.dtype)
+        grads[7] = expand_backward(dy_ND if on_input else dy_ND * scale_N1, offsets_E).to(x_TD.dtype)
     if not any(needs[:7]):
         return tuple(grads)
 
-    rows_N = slot_rows(order_N)
     through_down = any(needs[:4]) or any(needs[5:7])
-    da_NF = grouped_linear(dy_ND, down, groups, [], not transposed) if through_down else None
-    scaled_a_NF, ds_N, dpre_NH, dh_NH = _through_activation(da_NF, pre, activation, alpha, limit)
-    if needs[4]:
-        grads[4] = grouped_weight_grad(scaled_a_NF, dy_ND, groups, transposed)
+    biases, weights = ((gate_up_bias, up_bias), (gate_up, up)) if separate else ((gate_up_bias,), (gate_up,))
+    bias_NH = projection_bias(biases, x_TD, width, offsets_E, order_N.numel()) if on_input else None
+    x_ND = token_rows(x_TD, order_N, top_k) if needs[2] or needs[3] else None
+    ds_N = scale_N1.new_empty(order_N.numel())
+    dx_ND = x_TD.new_empty(order_N.numel(), x_TD.shape[1]) if needs[0] else None
+    for part, h, scale, bias, dy, x, ds, dx in parts(groups, width, h_NH, scale_N1, bias_NH, dy_ND, x_ND, ds_N, dx_ND):
+        da = grouped_linear(dy, down, part, [], not transposed) if through_down else None
+        a, dpre, dh = _through_activation(da, ds, h, scale, bias, on_input, activation, layout, alpha, limit)
+        if needs[4]:
+            grouped_weight_grad(a, dy, part, transposed, out=grads[4])
+        if needs[1] and down_bias and not on_input:
+            _add_bias_share(ds, dy, down_bias, part)
+        _projection_grads(dh, dpre, x, dx, weights, part, transposed, needs, grads)
+    for grad, need in zip(grads[2:7], needs[2:7], strict=True):
+        if need:
+            zero_experts_but(groups.experts, grad)
+    rows_N = slot_rows(order_N)
     if needs[1]:
-        if down_bias and not on_input:
-            _add_bias_share(ds_N, dy_ND, down_bias, groups)
         ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, rows_N)
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
-    del da_NF, scaled_a_NF, dy_ND
-    rows_ND = x_TD.index_select(0, tokens_N) if needs[2] or needs[3] else x_TD
-    dx_ND = None
-    for i, weight in enumerate((gate_up, up) if separate else (gate_up,)):
-        columns = _columns(i, h_NH, separate)
-        if needs[2 + i]:
-            grads[2 + i] = grouped_weight_grad(rows_ND, dh_NH[:, columns], groups, transposed)
-        if needs[5 + i]:
-            grads[5 + i] = expand_backward(dpre_NH[:, columns], offsets_E)
-        if needs[0]:
-            dx_ND = grouped_linear(dh_NH[:, columns], weight, groups, [], not transposed, add_to=dx_ND)
     if dx_ND is not None:
-        grads[0] = sum_slots(dx_ND, None, rows_N, groups.num_valid, topk_weights_TK.shape[1], None)
+        grads[0] = sum_slots(dx_ND, None, rows_N, groups.num_valid, top_k, None)
     return tuple(grads)
 
 
+def _projection_grads(
+    dh_NH: Tensor,
+    dpre_NH: Tensor,
+    x_ND: Tensor | None,
+    dx_ND: Tensor | None,
+    weights: Sequence[Sequence[Tensor]],
+    groups: Groups,
+    transposed: bool,
+    needs: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> None:
+    """Write the gradients of x, gate_up, up and their biases; dx is None if it isn't needed, x if no weight's is."""
+    pairs = zip(dh_NH.chunk(len(weights), dim=1), dpre_NH.chunk(len(weights), dim=1), strict=True)
+    for i, (dh, dpre) in enumerate(pairs):
+        if needs[2 + i]:
+            assert x_ND is not None
+            grouped_weight_grad(x_ND, dh, groups, transposed, out=grads[2 + i])
+        if needs[5 + i]:
+            sum_groups(dpre, groups, out=grads[5 + i])
+        if dx_ND is not None:
+            out, add_to = (dx_ND, None) if i == 0 else (None, dx_ND)
+            grouped_linear(dh, weights[i], groups, [], not transposed, out, add_to)
+
+
+def _empty_grads(
+    x_TD: Tensor,
+    topk_weights_TK: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    num_experts: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Of shape [0], but those of the parameters that are needed."""
+    grads = [x_TD.new_empty(0), topk_weights_TK.new_empty(0)]
+    for parameter, dims, need in zip(parameters, (2, 2, 2, 1, 1, 1), needs[2:], strict=True):
+        grads.append(x_TD.new_empty((num_experts, *parameter[0].shape[-dims:]) if need else 0))
+    return grads
+
+
 def _through_activation(
-    da_NF: Tensor | None, pre: PreActivation, activation: str, alpha: float, limit: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows of A that dW_down takes, dS without the bias' share, dpre and dh.
+    da_NF: Tensor | None,
+    ds_N: Tensor,
+    h_NH: Tensor,
+    scale_N1: Tensor,
+    bias_NH: Tensor | None,
+    on_input: bool,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What dW_down takes for A (with the router weight, where that is on the output), dpre and dH; dS is written.
 
-    da_NF is the gradient of A before the router weight, and is overwritten by the first result; without it nothing but
-    that is computed.
+    da is the gradient of A, before the router weight; without it nothing but A is computed. On the output dpre and dH
+    are the same tensor.
     """
-    h_NH, on_input = pre.h_NH, pre.on_input
-    num_slots, width = h_NH.shape
-    if da_NF is None:
-        scaled_a_NF = h_NH.new_empty(num_slots, width if pre.layout == "plain" else width // 2)
-        for block in blocks(h_NH):
-            value = activate(*pre[block], activation, alpha, limit)
-            scaled_a_NF[block] = value if on_input else value.mul_(pre.scale_N1[block])
-        nothing = h_NH.new_empty(0)
-        return scaled_a_NF, nothing, nothing, nothing
-
-    ds_N, dh_NH = h_NH.new_empty(num_slots, dtype=pre.dtype), torch.empty_like(h_NH)
+    dtype, rounded_a = scale_N1.dtype, []
+    dh_NH = torch.empty_like(h_NH)
     dpre_NH = torch.empty_like(h_NH) if on_input else dh_NH
-    for block in blocks(h_NH):
-        da, scale = da_NF[block].to(pre.dtype), pre.scale_N1[block]
-        grad = da if on_input else da * scale
-        dpre = h_NH.new_empty(len(da), width, dtype=pre.dtype)
-        value = activate_backward(grad, *pre[block], activation, alpha, limit, *split(dpre, pre.layout))
-        if on_input:
-            ds_N[block] = torch.linalg.vecdot(dpre, h_NH[block].to(pre.dtype))
-            dpre_NH[block] = dpre
-            torch.mul(dpre, scale, out=dh_NH[block])
-            da_NF[block] = value
+    for h, scale, bias, da, ds, dpre, dh in blocks(h_NH, scale_N1, bias_NH, da_NF, ds_N, dpre_NH, dh_NH):
+        gate, up = pre_activation(h, scale if on_input else None, bias, layout, dtype)
+        if da is None:
+            a = activate(gate, up, activation, alpha, limit)
         else:
-            ds_N[block] = torch.linalg.vecdot(da, value)
-            dh_NH[block] = dpre
-            da_NF[block] = value.mul_(scale)
-    return da_NF, ds_N, dpre_NH, dh_NH
+            da = da.to(dtype)
+            grad = da if on_input else da * scale
+            wide = dpre if dpre.dtype == dtype else dpre.new_empty(dpre.shape, dtype=dtype)
+            a = activate_backward(grad, gate, up, activation, alpha, limit, *split(wide, layout))
+            if on_input:
+                torch.linalg.vecdot(wide, h.to(dtype), out=ds)
+                torch.mul(wide, scale, out=dh)
+            else:
+                torch.sum(da.mul_(a), 1, out=ds)
+            if wide is not dpre:
+                dpre.copy_(wide)
+        rounded_a.append((a if on_input else a.mul_(scale)).to(h.dtype))
+    return rounded_a[0] if len(rounded_a) == 1 else torch.cat(rounded_a), dpre_NH, dh_NH
 
 
 def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], groups: Groups) -> None:
     """dS += <dY, b_down>."""
-    biases, splits = experts(down_bias, 1), zip(ds_N.split(groups.sizes), dy_ND.split(groups.sizes), strict=True)
-    for e, (ds, dy) in zip(groups.experts, splits, strict=False):
+    biases = experts(down_bias, 1)
+    for e, ds, dy in zip(groups.experts, groups.split(ds_N), groups.split(dy_ND), strict=False):
         ds += dy.to(ds.dtype) @ biases[e].to(ds.dtype)
-
-
-def _columns(projection: int, h_NH: Tensor, separate: bool) -> slice:
-    """The columns of h that belong to gate_up (projection 0) or, where it is apart, to up (1)."""
-    width = h_NH.shape[1] // 2
-    return slice(projection * width, (projection + 1) * width) if separate else slice(None)

@@ -3,6 +3,7 @@
 T tokens, K experts per token, N = T * K slots, E experts, D model width.
 """
 
+from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,15 +14,33 @@ from scatter_ops.grouping import Groups, accumulation_dtype
 
 SUM = 0  # the mode of torch.embedding_bag
 FEW_SLOTS = 256  # up to here one call that sorts takes less time than several that don't
+VERY_FEW_SLOTS = 32  # up to here Python's own lists take less time than five calls of PyTorch
 
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    keys_N = topk_ids_TK.reshape(-1).clamp(-1, num_experts).remainder_(num_experts + 1)  # num_experts: sentinels
-    if keys_N.numel() > FEW_SLOTS:
-        keys_N = keys_N.to(_smallest_int(num_experts))
-    keys_N, order_N = keys_N.sort(stable=True)
+    if topk_ids_TK.numel() <= VERY_FEW_SLOTS:
+        return _route_lists(topk_ids_TK.reshape(-1).tolist(), num_experts)
+    keys_N = topk_ids_TK.reshape(-1).clamp(-1, num_experts)
+    keys_N = keys_N.masked_fill_(keys_N < 0, num_experts)  # num_experts: sentinels
+    keys_N, order_N = keys_N.to(_smallest_int(num_experts)).sort(stable=True)
     experts_E = torch.arange(num_experts, dtype=keys_N.dtype)
     return order_N.int(), torch.searchsorted(keys_N, experts_E, right=True, out_int32=True)
+
+
+def _route_lists(ids: list[int], num_experts: int) -> tuple[Tensor, Tensor]:
+    keys = [expert if 0 <= expert < num_experts else num_experts for expert in ids]  # num_experts: sentinels
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    ends: list[int] = []
+    for row, slot in enumerate(order):
+        ends += [row] * (keys[slot] - len(ends))  # experts before this row's that had no end yet
+    ends += [len(keys)] * (num_experts - len(ends))
+    return _int32(order), _int32(ends)
+
+
+def _int32(values: list[int]) -> Tensor:
+    """Half the time of torch.tensor."""
+    buffer = array("i", values)
+    return torch.frombuffer(buffer, dtype=torch.int32) if buffer else torch.empty(0, dtype=torch.int32)
 
 
 def dispatch(x_TD: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
@@ -56,14 +75,23 @@ def sum_slots(
 
     embedding_bag reads the rows where they are and sums them in one pass.
     """
-    dtype, num_slots, padding = accumulation_dtype(y_ND.dtype), rows_N.numel(), None
+    out_dtype, dtype, num_slots, padding = out_dtype or y_ND.dtype, accumulation_dtype(y_ND.dtype), rows_N.numel(), None
     if num_valid < num_slots:
         padding = num_valid  # the first sentinel's row: embedding_bag doesn't read it
         rows_N = rows_N.clamp(max=num_valid)
-    first_T = torch.arange(0, num_slots, top_k, dtype=rows_N.dtype)
+    elif num_slots == top_k:
+        return _sum_rows(y_ND, topk_weights_TK, rows_N, dtype).to(out_dtype)
     scale_N = None if topk_weights_TK is None else topk_weights_TK.to(dtype).reshape(-1)
+    first_T = torch.arange(0, num_slots, top_k, dtype=rows_N.dtype)
     out_TD = torch.embedding_bag(y_ND.to(dtype), rows_N, first_T, False, SUM, False, scale_N, False, padding)[0]
-    return out_TD.to(out_dtype or y_ND.dtype)
+    return out_TD.to(out_dtype)
+
+
+def _sum_rows(y_KD: Tensor, topk_weights_1K: Tensor | None, rows_K: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sum_slots` of one token."""
+    if topk_weights_1K is None:
+        return y_KD.sum(0, keepdim=True, dtype=dtype)
+    return torch.mm(topk_weights_1K.to(dtype), y_KD.index_select(0, rows_K).to(dtype))
 
 
 def combine_backward(
@@ -103,10 +131,15 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int, out_dtype:
 
 
 def expand_backward(grad: Tensor, offsets_E: Tensor) -> Tensor:
-    sums, groups = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), Groups(offsets_E, grad.shape[0])
-    for e, rows in zip(groups.experts, grad.split_with_sizes(groups.sizes), strict=False):
-        torch.sum(rows, 0, out=sums[e])
-    return zero_experts_but(groups.experts, sums)
+    sums, groups = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), Groups.read(offsets_E, grad.shape[0])
+    return zero_experts_but(groups.experts, sum_groups(grad, groups, sums))
+
+
+def sum_groups(rows: Tensor, groups: Groups, out: Tensor) -> Tensor:
+    """Write the sum of each expert's grouped rows to its row of `out`; the others' are left alone."""
+    for e, rows_of_expert in zip(groups.experts, groups.split(rows), strict=False):
+        torch.sum(rows_of_expert, 0, out=out[e])
+    return out
 
 
 def slot_rows(order_N: Tensor) -> Tensor:
@@ -115,6 +148,13 @@ def slot_rows(order_N: Tensor) -> Tensor:
         return order_N.argsort()
     rows_N = torch.empty_like(order_N)
     return rows_N.scatter_(0, order_N.long(), torch.arange(order_N.numel(), dtype=order_N.dtype))
+
+
+def token_rows(rows_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """The token's row for each grouped row; a view of it if there is one token."""
+    if order_N.numel() == top_k:
+        return rows_TD.expand(top_k, -1)
+    return rows_TD.index_select(0, order_N if top_k == 1 else order_N // top_k)
 
 
 def zero_sentinels(rows: Tensor, num_valid: int) -> Tensor:

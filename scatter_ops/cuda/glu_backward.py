@@ -12,7 +12,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
-from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
+from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
 from scatter_ops.kernels.glu_backward import glu_backward_kernel
 from scatter_ops.kernels.partials import bias_partials_kernel, sum_partials_kernel
 from scatter_ops.tuning import Config
@@ -56,7 +56,9 @@ def glu_backward(
     f_size, num_slots = down.n, glu.routing.num_slots
     need_h = need_h or (need_pre and not glu.on_input)
     config = select_config("glu_backward", h_NH, glu.routing, f_size, down.k)
-    out_tma = config.tma_out and uses_tma(config, h_NH.device) and tma_can_read(h_NH[:, :f_size])
+    # Tiles of A and of h's halves lie f_size columns apart.
+    aligned = f_size * h_NH.element_size() % ALIGNMENT == 0 and tma_can_read(h_NH)
+    out_tma = config.tma_out and uses_tma(config, h_NH.device) and aligned
     grad_h = (h_NH if overwrite_h and out_tma else torch.empty_like(h_NH)) if need_h else None
     grad_pre = torch.empty_like(h_NH) if need_pre and glu.on_input else None
     scaled_a = h_NH.new_empty(num_slots, f_size) if need_a else None
@@ -86,7 +88,7 @@ def _launch(
     f_size, h_size, routing = down.n, h_NH.shape[1], glu.routing
     tiles = routing.schedule(config.block_m, with_inverse=True)
     operands = grad, h_NH, down, glu, tiles, grad_h, scaled_a, partials
-    if hopper is not None and grad_pre is None and hopper.launch_glu_backward(config, *operands):
+    if hopper is not None and out_tma and grad_pre is None and hopper.launch_glu_backward(config, *operands):
         return
     grad_out, w, options = product_options(grad, down, config, config.block_n, n_ways=1)
     part = config.block_n // config.epilogue_parts

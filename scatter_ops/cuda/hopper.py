@@ -32,18 +32,17 @@ def launch_glu_backward(
     scaled_a: Tensor | None,
     partials: Tensor | None,
 ) -> bool:
-    """False where only the portable kernel can do it: nothing is launched then."""
+    """False where only the portable kernel can do it: nothing is launched then. TMA can reach h and the results."""
     if not config.overlap or grad.divisor != 0 or glu.on_input or grad_h is partials is None:
         return False
     block_m, block_n, block_k, part = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value, PART.value
-    read_by_tma = [tensor for tensor in (grad.data, h_NH[:, : down.n], scaled_a) if tensor is not None]
     weight = weight_descriptor(down, block_n, block_k, n_ways=1)
     if (
         weight is None
         or (config.block_m, config.block_n, config.block_k) != (block_m, block_n, block_k)
         or down.k % block_k
         or down.k < config.num_stages * block_k
-        or not all(tma_can_read(tensor) for tensor in read_by_tma)
+        or not tma_can_read(grad.data)
     ):
         return False
     num_tiles = tiles.max_row_tiles * cdiv(down.n, block_n)

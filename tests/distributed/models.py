@@ -14,28 +14,43 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scatter_moe import ExpertMLP, ExpertParallel, MoE
 from scatter_moe.distributed.expert_parallel import Kind
-from scatter_moe.routers import TopKRouter
+from scatter_moe.routers import Routing, TopKRouter
 from tests.distributed.layouts import D
 from tests.distributed.pool import WORLD_SIZE
 
 MOST_TOKENS = 8
 
 
+class DrawnRouter(nn.Module):
+    """Sends tokens where it is told to, `ids [T, K]`; the weights are its own and are trained."""
+
+    ids: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, num_experts)
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = self.gate(x)
+        return Routing(logits.softmax(-1).gather(1, self.ids), self.ids, logits)
+
+
 class Block(nn.Module):
-    def __init__(self, num_experts: int, top_k: int) -> None:
+    def __init__(self, num_experts: int, top_k: int, drawn: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(D)
-        self.moe = MoE(TopKRouter(D, num_experts, top_k), ExpertMLP(num_experts, D, 4))
+        router = DrawnRouter(num_experts) if drawn else TopKRouter(D, num_experts, top_k)
+        self.moe = MoE(router, ExpertMLP(num_experts, D, 4, layout="interleaved"))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.moe(self.norm(x))
 
 
 class Model(nn.Module):
-    def __init__(self, num_experts: int = 7, top_k: int = 2, num_blocks: int = 2) -> None:
+    def __init__(self, num_experts: int = 7, top_k: int = 2, num_blocks: int = 2, drawn: bool = False) -> None:
         super().__init__()
         self.embed = nn.Linear(D, D)
-        self.blocks = nn.Sequential(*[Block(num_experts, top_k) for _ in range(num_blocks)])
+        self.blocks = nn.Sequential(*[Block(num_experts, top_k, drawn) for _ in range(num_blocks)])
         self.head = nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,6 +81,19 @@ def ep(exchange: Kind, **settings: int) -> nn.Module:
     """Experts on all four; dense parameters are plain tensors whose gradients `train` averages."""
     layers = model(**settings)
     divide_experts(layers, init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("ep",)), exchange)
+    return layers
+
+
+def tp(exchange: Kind, **settings: int) -> nn.Module:
+    """Columns of every expert on all four, which have the same tokens."""
+    return ep_and_tp(exchange, 1, **settings)
+
+
+def ep_and_tp(exchange: Kind, num_parts: int = 2, **settings: int) -> nn.Module:
+    """Experts on two, the columns of each on the two ranks of the other dimension, which have the same tokens."""
+    layers = model(**settings)
+    shape = (num_parts, WORLD_SIZE // num_parts)
+    divide_experts(layers, init_device_mesh("cpu", shape, mesh_dim_names=("ep", "tp")), exchange)
     return layers
 
 
@@ -100,7 +128,11 @@ def fsdp(exchange: Kind, **settings: int) -> nn.Module:
 
 PARALLEL: dict[str, Callable[..., nn.Module]] = {
     "EP": ep,
+    "TP": tp,
+    "EP and TP": ep_and_tp,
     "EP and FSDP2": ep_and_fsdp,
     "EP and DDP": ep_and_ddp,
     "FSDP2": fsdp,
 }
+# How many ranks have the same tokens: those of the "tp" dimension, which comes last.
+SAME_TOKENS = {"TP": WORLD_SIZE, "EP and TP": 2}

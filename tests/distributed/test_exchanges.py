@@ -38,11 +38,17 @@ def loop(experts: nn.ModuleList, x: Tensor, ids: Tensor, weights: Tensor) -> Ten
     return out
 
 
-def on_rank(make: Callable[..., nn.Module], exchange: str, layout: Layout) -> dict[str, Tensor]:
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("ep",))
+def separate(num_experts: int) -> nn.Module:
+    torch.manual_seed(0)
+    return ExpertMLP(num_experts, D, 4, layout="separate", bias=True, dtype=torch.float64)
+
+
+def on_rank(make: Callable[..., nn.Module], exchange: str, layout: Layout, columns: int = 1) -> dict[str, Tensor]:
+    """columns: the ranks that divide those of an expert; they have the tokens of the first of them."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE // columns, columns), mesh_dim_names=("ep", "tp"))
     style = ExpertParallel(exchange, max_tokens=MOST_TOKENS)
-    experts = parallelize_module(make(layout.num_experts), mesh, style)
-    given = batch(layout, dist.get_rank())
+    experts = parallelize_module(make(layout.num_experts), mesh if columns > 1 else mesh["ep"], style)
+    given = batch(layout, dist.get_rank() // columns)
     y = experts(given.x, given.ids, given.weights)
     y.backward(given.upstream)
     results = {"y": y.detach(), "x": given.x.grad, "weights": given.weights.grad}
@@ -52,25 +58,31 @@ def on_rank(make: Callable[..., nn.Module], exchange: str, layout: Layout) -> di
 
 
 def in_one_process(
-    make: Callable[..., nn.Module], run: Callable[..., Tensor], layout: Layout
+    make: Callable[..., nn.Module], run: Callable[..., Tensor], layout: Layout, num_ranks: int
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """Results of each rank's tokens, and the parameters' gradients of the mean of the ranks' losses."""
     experts = make(layout.num_experts)
     ranks = []
-    for rank in range(WORLD_SIZE):
+    for rank in range(num_ranks):
         given = batch(layout, rank)
         y = run(experts, given.x, given.ids, given.weights)
         y.backward(given.upstream)
         ranks.append({"y": y.detach(), "x": given.x.grad, "weights": given.weights.grad})
-    return ranks, {name: parameter.grad / WORLD_SIZE for name, parameter in experts.named_parameters()}
+    return ranks, {name: parameter.grad / num_ranks for name, parameter in experts.named_parameters()}
 
 
 def assert_equal(
-    pool: Pool, make: Callable[..., nn.Module], run: Callable[..., Tensor], exchange: str, layout: Layout
+    pool: Pool,
+    make: Callable[..., nn.Module],
+    run: Callable[..., Tensor],
+    exchange: str,
+    layout: Layout,
+    columns: int = 1,
 ) -> None:
-    expected, parameters = in_one_process(make, run, layout)
+    expected, parameters = in_one_process(make, run, layout, WORLD_SIZE // columns)
     seen = set()
-    for got, of_rank in zip(pool.run(on_rank, make, exchange, layout), expected, strict=True):
+    for rank, got in enumerate(pool.run(on_rank, make, exchange, layout, columns)):
+        of_rank = expected[rank // columns]
         seen |= got.keys() - of_rank.keys()
         for name, tensor in got.items():
             reference = of_rank[name] if name in of_rank else parameters[name]
@@ -88,6 +100,17 @@ def test_experts_on_four_ranks_equal_one_process(pool, exchange, layout):
 @pytest.mark.parametrize("name", ["even", "uneven experts", "all tokens to one rank", "tokens differ by rank"])
 def test_list_of_experts_on_four_ranks_equals_a_loop(pool, exchange, name):
     assert_equal(pool, listed, loop, exchange, LAYOUTS[name])
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("name", ["even", "fewer experts than ranks", "tokens differ by rank", "K = 8", "no tokens"])
+def test_experts_and_columns_on_four_ranks_equal_one_process(pool, exchange, name):
+    assert_equal(pool, separate, lambda experts, *given: experts(*given), exchange, LAYOUTS[name], columns=2)
+
+
+def test_columns_alone_on_four_ranks_equal_one_process(pool):
+    layout = LAYOUTS["uneven experts"]
+    assert_equal(pool, separate, lambda experts, *given: experts(*given), "auto", layout, columns=WORLD_SIZE)
 
 
 @st.composite

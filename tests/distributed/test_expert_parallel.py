@@ -41,9 +41,9 @@ def test_partition_is_that_of_chunk(num_experts, num_ranks):
 
 @pytest.mark.parametrize(
     ("num_ranks", "top_k", "max_tokens", "gathers"),
-    [(2, 8, 64, True), (2, 8, None, False), (8, 2, 64, False), (8, 8, 64, False)],
+    [(2, 8, 64, True), (2, 1, 64, True), (2, 8, None, False), (4, 8, 64, True), (4, 4, 64, False), (8, 8, 64, False)],
 )
-def test_auto_gathers_where_the_bytes_are_nearly_the_same_and_the_number_of_tokens_is_bounded(
+def test_auto_gathers_where_few_more_rows_are_sent_and_the_number_of_tokens_is_bounded(
     num_ranks, top_k, max_tokens, gathers
 ):
     exchange = Exchange(None, Partition(64, num_ranks, 0), "auto", max_tokens)
@@ -54,11 +54,16 @@ def refusals() -> list[str]:
     """Messages of what is refused."""
     line = init_device_mesh("cpu", (WORLD_SIZE,))
     square = init_device_mesh("cpu", (2, 2))
+    named = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
     experts = ExpertMLP(E, D, 4)
+    five_wide = ExpertMLP(E, D, 5, layout="separate")
     few = nn.ModuleList([nn.Linear(D, D) for _ in range(5)])
     attempts = [
         lambda: parallelize_module(nn.Linear(D, D), line, ExpertParallel()),
         lambda: ExpertParallel()._apply(experts, square),
+        lambda: parallelize_module(experts, named, ExpertParallel()),
+        lambda: parallelize_module(five_wide, named, ExpertParallel()),
+        lambda: parallelize_module(nn.ModuleList(few[:4]), named, ExpertParallel()),
         lambda: parallelize_module(few, line, ExpertParallel()),
         lambda: sharded(experts, 1).forward_grouped(torch.randn(2, D), torch.tensor([1, 1])),
     ]
@@ -72,7 +77,8 @@ def refusals() -> list[str]:
 
 def test_other_modules_meshes_and_shardings_are_refused(pool):
     for messages in pool.run(refusals):
-        assert [message.split(":")[0] for message in messages] == ["module", "device_mesh", "module", "parameters"]
+        subjects = [message.split(":")[0] for message in messages]
+        assert subjects == ["module", *["device_mesh"] * 4, "module", "parameters"]
 
 
 def sharded(experts: ExpertMLP, dim: int) -> ExpertMLP:

@@ -125,6 +125,27 @@ v42 = add(v41, bias)
 return (v42)""",
         )
 
+    def test_range_loop_over_segments(self):
+        self.assertExpectedInline(
+            self.golden("segments_of_slots"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = scatter_moe.route(v19, 4)
+v24 = getitem(v23, 0)
+v25 = getitem(v23, 1)
+v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v27 = .view(v26, (2, 12, 16))
+return (v27)""",
+        )
+
     def test_range_loop_with_guard(self):
         self.assertExpectedInline(
             self.golden("any_guard"),
@@ -979,4 +1000,29 @@ v18 = .reshape(v17, (-1, 16))
 v19 = scatter_moe.combine(v18, v8, v13, v14, 2, True, torch.float32)
 v20 = .view_as(v19, hidden_states)
 return (v20)""",
+        )
+
+    def test_sorted_slots_under_autocast(self):
+        self.assertExpectedInline(
+            self.golden("sorted_slots_under_autocast"),
+            """\
+v4 = .reshape(hidden_states, -1, 16)
+v5 = linear(v4, gate_weight, None)
+v6 = softmax(v5, dim=-1, dtype=torch.float32)
+v7 = topk(v6, 2, dim=-1)
+v8 = getitem(v7, 0)
+v9 = getitem(v7, 1)
+v10 = .sum(v8, dim=-1, keepdim=True)
+v11 = truediv(v8, v10)
+v12 = .to(v11, torch.float32)
+v13 = _enter_autocast(cpu, torch.bfloat16, True, None)
+v14 = _enter_autocast(cpu, None, False, None)
+v15 = scatter_moe.route(v9, 4)
+v16 = getitem(v15, 0)
+v17 = getitem(v15, 1)
+v18 = scatter_moe.mlp(v4, v12, v16, v17, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, False, output, 1.702, 7.0, torch.float32)
+v19 = _exit_autocast(v14)
+v20 = _exit_autocast(v13)
+v21 = .view(v18, (2, 12, 16))
+return (v21)""",
         )

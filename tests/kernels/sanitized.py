@@ -2,8 +2,8 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.sanitized
 
-And with racecheck and initcheck. Small sizes with tails in every dimension, many and few rows for each expert, sentinels, every layout. Exits with an
-error if a result has a NaN.
+And with racecheck and initcheck. Small sizes with tails in every dimension, many and few rows for each expert,
+sentinels, every layout. Exits with an error if a result has a NaN.
 """
 
 import itertools

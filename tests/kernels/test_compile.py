@@ -14,7 +14,9 @@ PRODUCTS = {"glu_forward_kernel", "glu_backward_kernel", "grouped_gemm_kernel", 
 MAX_SPILL_BYTES = 256  # of a thread's stack: more than a few registers of an epilogue would mean a wrong tile
 
 
-def training_step(dtype: torch.dtype, listed: bool = False, layout: str = "concatenated") -> None:
+def training_step(
+    dtype: torch.dtype, listed: bool = False, layout: str = "concatenated", expert_width: int = F
+) -> None:
     """One forward and backward with every kind of kernel in it; tensors that nobody reads."""
 
     def weight(num_out: int, num_in: int) -> list[torch.Tensor]:
@@ -27,9 +29,9 @@ def training_step(dtype: torch.dtype, listed: bool = False, layout: str = "conca
 
     order, offsets = cuda.route(torch.empty(T, K, dtype=torch.int64), E)
     options = ("silu", layout, False, "output", 1.702, 7.0, None)
-    separate = layout == "separate"
-    gate_up, up = weight(F if separate or layout == "plain" else 2 * F, D), weight(F, D) if separate else []
-    arguments = (empty(T, D), torch.empty(T, K), order, offsets, gate_up, up, weight(D, F), [], [], [])
+    separate, width = layout == "separate", expert_width
+    gate_up, up = weight(width if separate or layout == "plain" else 2 * width, D), weight(width, D) if separate else []
+    arguments = (empty(T, D), torch.empty(T, K), order, offsets, gate_up, up, weight(D, width), [], [], [])
     _, h = cuda.mlp_forward(*arguments, *options, True)
     cuda.mlp_backward(empty(T, D), h, *arguments, *options, [True, True, True, separate, True, False, False, False])
 
@@ -89,3 +91,13 @@ def test_hopper_takes_its_own_kernel_for_the_gradient_of_the_activation(layout: 
     assert launch.kernel.is_gluon()
     found = offline.resources(offline.compile_launch(launch))
     assert found.stack == 0, found
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
+@pytest.mark.parametrize("expert_width", [4, 98, 99, 100])
+def test_hopper_takes_any_width(expert_width: int, layout: str):
+    """TMA wants strides of 16 bytes: where it can't store, launchers find another way."""
+    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+        training_step(torch.bfloat16, layout=layout, expert_width=expert_width)
+    stores = [launch.kwargs["OUT_TMA"] for launch in launches if "SCALE_INPUT" in launch.kwargs]
+    assert stores == [False, False]

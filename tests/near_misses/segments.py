@@ -3,7 +3,8 @@
 import torch
 
 from tests.near_misses.common import NearMiss
-from tests.zoo.segments import SegmentBlock, SkippingBlock, SlicedBlock
+from tests.zoo.common import D
+from tests.zoo.segments import IndexBlock, InferenceBlock, SegmentBlock, SkippingBlock, SlicedBlock
 
 
 class Reversed(SegmentBlock):
@@ -156,6 +157,83 @@ class StartsLate(SkippingBlock):
         return [*outputs, rows[-1:]]
 
 
+class Descending(IndexBlock):
+    """The last expert's slots come first, and the first expert's are cut first."""
+
+    def sort(self, ids):
+        return ids.argsort(descending=True)
+
+
+class WeightsUnsorted(IndexBlock):
+    """The weights are cut as the slots come, not as they were sorted."""
+
+    def cut(self, weights, order, start, end):
+        return weights[start:end]
+
+
+class WeightsOfAnotherSort(IndexBlock):
+    """The weights are sorted by another sort, which may order equal ids in another way."""
+
+    def cut(self, weights, order, start, end):
+        return weights[self.other[start:end]]
+
+    def sort(self, ids):
+        self.other = ids.argsort()
+        return ids.argsort(stable=True)
+
+    def forward(self, hidden_states):
+        out = super().forward(hidden_states)
+        self.other = None
+        return out
+
+
+class LargestKept(InferenceBlock):
+    """The largest of a token's values is kept, not their sum."""
+
+    def add(self, out, tokens, y):
+        out.scatter_reduce_(0, tokens.view(-1, 1).repeat(1, D), y, reduce="amax")
+
+
+class HalfAdded(InferenceBlock):
+    """Half of each row is added."""
+
+    def add(self, out, tokens, y):
+        out.scatter_add_(0, tokens.view(-1, 1).expand(-1, D // 2), y)
+
+
+class TokensReversed(IndexBlock):
+    """An expert's rows go to its tokens in reverse."""
+
+    def add(self, out, tokens, y):
+        out.scatter_add_(0, tokens.view(-1, 1).flip(0).expand(-1, D), y)
+
+
+class LastExpertSeen(IndexBlock):
+    """The number of the last expert that occurs is used."""
+
+    def moe(self, x, ids, weights):
+        out, order = torch.zeros_like(x), ids.argsort()
+        ends, last = ids.bincount().cpu().numpy().cumsum(0), 0
+        for e, end in enumerate(ends):
+            start = 0 if e == 0 else ends[e - 1]
+            own = order[start:end] // self.top_k
+            out.index_add_(0, own, self.experts[e](x[own]) * weights[order[start:end]])
+            last = e
+        return out * (last + 1)
+
+
+class CountsChangedAfter(IndexBlock):
+    """The ids change once they were counted, and before they are sorted."""
+
+    def ends(self, ids):
+        ends = super().ends(ids)
+        ids.copy_(ids.flip(0))
+        return ends
+
+    def moe(self, x, ids, weights):
+        return super().moe(x, ids.clone(), weights)
+
+
 FORM, STATE = "loop_has_a_known_form", "loop_changes_no_python_state"
 
 MISSES = (
@@ -174,4 +252,12 @@ MISSES = (
     NearMiss("segments_read_last", "parts_are_only_put_together", ReadsLast),
     NearMiss("segments_count_hit", STATE, CountsHit),
     NearMiss("segments_start_late", STATE, StartsLate),
+    NearMiss("segments_of_slots_descending", FORM, Descending),
+    NearMiss("segments_of_slots_weights_unsorted", "operations_are_known", WeightsUnsorted),
+    NearMiss("segments_of_slots_weights_of_another_sort", "operations_are_known", WeightsOfAnotherSort),
+    NearMiss("segments_of_slots_largest", "accumulation_is_a_plain_sum", LargestKept),
+    NearMiss("segments_of_slots_half", "accumulation_is_a_plain_sum", HalfAdded),
+    NearMiss("segments_of_slots_reversed", FORM, TokensReversed),
+    NearMiss("segments_of_slots_last", STATE, LastExpertSeen),
+    NearMiss("segments_of_slots_changed", "guards_only_skip_empty_experts", CountsChangedAfter),
 )

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import FF, D, E, K
-from tests.zoo.sorted_slots import ParallelExperts, SortedBlock, SortedExperts, grouped_mm
+from tests.zoo.sorted_slots import ParallelExperts, SortedBlock, SortedExperts, UnderAutocast, grouped_mm
 
 
 class OffsetsOfOtherIds(SortedExperts):
@@ -163,12 +163,30 @@ class Pair(SortedBlock):
         return self.experts(x, *self.route(x))
 
 
-class UnderAutocast(SortedExperts):
-    """Autocast leaves grouped_mm alone: float32 experts stay float32."""
+class SharedProduct(UnderAutocast):
+    """Autocast reaches a product that all experts share."""
 
-    def forward(self, x, ids, weights):
-        with torch.autocast("cpu", torch.bfloat16):
-            return super().forward(x, ids, weights)
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Parameter(torch.empty(D, D))
+
+    def weigh(self, rows, weights, order):
+        return super().weigh(F.linear(rows, self.shared), weights, order)
+
+
+class RoundedRows(UnderAutocast):
+    """Rows are rounded between two products."""
+
+    def rows(self, x, order, experts, offsets):
+        h = grouped_mm(x[order // K], self.gate_up_proj.transpose(-2, -1), offsets)[:, :FF]
+        return grouped_mm(F.silu(h.bfloat16()).float(), self.down_proj.transpose(-2, -1), offsets)
+
+
+class NormUnderAutocast(UnderAutocast):
+    """Autocast has an opinion on norms."""
+
+    def weigh(self, rows, weights, order):
+        return super().weigh(F.layer_norm(rows, (D,)), weights, order)
 
 
 def block(experts, **kwargs):
@@ -189,7 +207,9 @@ MISSES = (
     NearMiss("slots_more_experts", "every_expert_is_covered", block(MoreExperts)),
     NearMiss("slots_mean_over_rows", "body_is_row_wise", block(MeanOverRows)),
     NearMiss("slots_mixed_rows", "body_is_row_wise", block(MixedRows)),
-    NearMiss("slots_under_autocast", "products_keep_their_dtype", block(UnderAutocast)),
+    NearMiss("slots_shared_product_under_autocast", "products_keep_their_dtype", block(SharedProduct)),
+    NearMiss("slots_rounded_under_autocast", "products_keep_their_dtype", block(RoundedRows)),
+    NearMiss("slots_norm_under_autocast", "products_keep_their_dtype", block(NormUnderAutocast)),
     NearMiss("slots_written_after_read", "nothing_is_written_inside", block(WrittenAfterRead)),
     NearMiss("slots_clamped_first", "nothing_is_written_inside", block(ClampedBeforeCounting, elsewhere=2)),
     NearMiss("slots_sentinels_add_up", "rows_of_nobody_are_zero", block(SentinelsAddUp, elsewhere=2)),

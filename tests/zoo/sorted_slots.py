@@ -82,6 +82,14 @@ class NormedExperts(SortedExperts):
         return F.rms_norm(rows, (D,), eps=1e-6) * self.scale[experts]
 
 
+class UnderAutocast(SortedExperts):
+    """Autocast leaves grouped_mm alone: fp32 experts stay fp32."""
+
+    def forward(self, x, ids, weights):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x, ids, weights)
+
+
 class ParallelExperts(SortedExperts):
     """Expert-parallel: [E, in, out] with biases, and ids of E for the experts of other ranks."""
 
@@ -129,6 +137,7 @@ class SortedBlock(nn.Module):
 
 
 CASES = (
+    Case("sorted_slots_under_autocast", lambda: SortedBlock(UnderAutocast)),
     Case("sorted_slots", SortedBlock),
     Case("sorted_slots_argsort", lambda: SortedBlock(ArgsortExperts), activation="relu"),
     Case("sorted_slots_norm", lambda: SortedBlock(NormedExperts), activation="any", op="parallel_linear"),

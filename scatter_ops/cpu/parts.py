@@ -1,0 +1,32 @@
+"""In which parts the CPU takes the rows of the fused expert MLP: few calls for few rows, cached rows for many."""
+
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+
+from torch import Tensor
+
+from scatter_ops.grouping import Groups
+
+FEW_ELEMENTS = 2**14  # of h, for one expert: below, a call takes longer than the cache saves
+BLOCK_ELEMENTS = 2**18
+
+
+def parts(groups: Groups, width: int, *rows: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """The groups and the rows (or None) that belong to each part: all at once where experts have few rows, which takes
+    the fewest calls; expert by expert otherwise, without the sentinels' rows. width: of h.
+    """
+    if groups.num_valid * width <= len(groups.experts) * FEW_ELEMENTS:
+        return ((groups, *rows),)
+    splits = (repeat(None) if tensor is None else groups.split(tensor) for tensor in rows)
+    return zip(groups.each(), *splits, strict=False)
+
+
+def blocks(*rows: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """Blocks of rows (or None); the first tensor is the widest."""
+    first = rows[0]
+    assert first is not None
+    step = max(1, BLOCK_ELEMENTS // max(1, first.shape[1]))
+    if first.shape[0] <= step:
+        return (rows,)
+    return zip(*(repeat(None) if tensor is None else tensor.split(step) for tensor in rows), strict=False)
