@@ -72,7 +72,8 @@ def model(experts: str, lora: bool, seed: int) -> nn.Module:
         "num_experts": 8,
         "num_experts_per_tok": 2,
     }
-    config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, use_cache=False, experts_implementation=experts)
+    settings = {"norm_topk_prob": True, "use_cache": False, "experts_implementation": experts}
+    config = Qwen3MoeConfig(**sizes, **settings)
     torch.manual_seed(seed)
     full = Qwen3MoeForCausalLM(config)
     if not lora:
