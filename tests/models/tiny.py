@@ -70,7 +70,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 0,
         "use_mamba_kernels": False,
     },
-    "jetmoe": {"kv_channels": 16, "num_attention_heads": 4},
+    "jetmoe": {"kv_channels": 16, "head_dim": 16, "num_attention_heads": 4},
     "kimi_linear": FOUR_LAYERS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"qk_head_dim": 32},
