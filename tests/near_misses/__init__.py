@@ -4,6 +4,7 @@ from tests.near_misses import (
     accumulators,
     bodies,
     boolean_masks,
+    capacity,
     counts,
     dense,
     dense_modules,
@@ -51,6 +52,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *gathered.MISSES,
     *dense.MISSES,
     *dense_modules.MISSES,
+    *capacity.MISSES,
 )
 
 __all__ = ["NEAR_MISSES", "NearMiss"]
