@@ -9,6 +9,7 @@ that algebra back and answers with a statement, or None where it knows nothing:
              where one of the slots of t is the expert's
     Hit      value[c] is true exactly where class c occurs in ids
     Rows     the token or slot positions of the slots of one expert, each once
+    Listed   the positions and classes of all slots, in the order of a one-hot tensor's dims
     SlotOf   value[t] is the slot of token t that is the expert's, where there is one
 
 T tokens, K experts per token. A dim is labelled "T", "K", "N" (slots, n = t * K + k), "E" (classes)
@@ -151,7 +152,23 @@ class SlotOf:
     mask: Mask
 
 
-Fact = OneHot | Kept | Counts | Hit | Mask | Selection | Rows | Occupied | SlotOf
+@dataclass(frozen=True)
+class Listed:
+    """What `torch.where(one_hot)` gives: each slot and its class; `axis` where it is the positions along one dim."""
+
+    one_hot: OneHot
+    axis: str = ""
+
+
+@dataclass(frozen=True)
+class ListedMask:
+    """True at the slots of one class, among all that are listed."""
+
+    one_hot: OneHot
+    expert: Expert
+
+
+Fact = OneHot | Kept | Counts | Hit | Mask | Selection | Rows | Occupied | SlotOf | Listed | ListedMask
 
 
 def fact(node: Any) -> Fact | None:
@@ -214,11 +231,11 @@ def _permute(node: fx.Node) -> Fact | None:
 
 
 def _transpose(node: fx.Node) -> Fact | None:
-    inner = fact(arg(node, 0, "input"))
-    if not isinstance(inner, (OneHot, Mask)):
+    inner, name = fact(arg(node, 0, "input")), op_name(node)
+    if not isinstance(inner, (OneHot, Mask)) or (name == "getattr" and (node.args[1] != "T" or len(inner.dims) != 2)):
         return None
     dims = list(inner.dims)
-    first, second = (arg(node, 1, "dim0"), arg(node, 2, "dim1")) if op_name(node) != "t" else (0, 1)
+    first, second = (arg(node, 1, "dim0"), arg(node, 2, "dim1")) if name in ("transpose", "swapaxes") else (0, 1)
     dims[first], dims[second] = dims[second], dims[first]
     return replace(inner, dims=tuple(dims))
 
@@ -232,10 +249,23 @@ def _getitem(node: fx.Node) -> Fact | None:
         return _column(inner, index)
     if isinstance(inner, OneHot):
         return _index_one_hot(inner, index)
+    if isinstance(inner, Listed):
+        return _index_listed(inner, index)
     if isinstance(inner, SlotOf):
         rows = chosen_tokens(index)
         return Rows(rows, "K") if rows is not None and inner.mask.key == rows.key and rows.reduced else None
     return inner if isinstance(inner, Hit) and index == slice(None) else None
+
+
+def _index_listed(listed: Listed, index: Any) -> Fact | None:
+    """Positions along one dim, and those of one class among them."""
+    if not listed.axis:
+        return replace(listed, axis=listed.one_hot.dims[index]) if type(index) is int and index >= 0 else None
+    chosen = fact(index)
+    if not isinstance(chosen, ListedMask) or chosen.one_hot != listed.one_hot or listed.axis not in ("T", "K"):
+        return None
+    dims = tuple(label for label in chosen.one_hot.dims if label != "E")
+    return Rows(Mask(chosen.one_hot.ids, chosen.expert, dims), listed.axis)
 
 
 def _column(selection: Selection, index: Any) -> Fact | None:
@@ -318,6 +348,8 @@ def _eq(node: fx.Node) -> Fact | None:
         expert = right
     if not isinstance(left, fx.Node) or expert is None or op_name(left) == "one_hot":
         return None
+    if isinstance(inner, Listed):
+        return ListedMask(inner.one_hot, expert) if inner.axis == "E" else None
     column = _column_of_ids(left)
     if column is not None:
         return Mask(column[0], expert, ("T",), slot=column[1])
@@ -390,6 +422,9 @@ def selected(node: Any) -> Mask | None:
         return known.mask
     if not isinstance(node, fx.Node) or op_name(node) != "getitem":
         return None
+    source = fact(node.args[0])
+    if isinstance(source, Selection) and fake_tensor(node) is not None:
+        return source.mask
     index, value = fact(node.args[1]), fake_tensor(node.args[1])
     if isinstance(index, Mask):
         return index if value is not None and value.dtype == torch.bool else None
@@ -487,13 +522,25 @@ def _nonzero(node: fx.Node) -> Fact | None:
     as_tuple = bool(node.kwargs.get("as_tuple", False))
     if isinstance(inner, Counts) and (inner.positive or inner.may_be_hits):
         return Hit(inner.ids, inner.num_classes) if not as_tuple else None
+    if isinstance(inner, OneHot):
+        return Listed(inner) if as_tuple and not inner.reduced else None
     return Selection(inner, as_tuple) if isinstance(inner, Mask) else None
+
+
+def _unbind(node: fx.Node) -> Fact | None:
+    """`mask.nonzero().unbind(-1)`: its columns."""
+    inner = fact(arg(node, 0, "input"))
+    if isinstance(inner, Selection) and not inner.as_tuple and arg(node, 1, "dim", 0) in (1, -1):
+        return replace(inner, as_tuple=True)
+    return None
 
 
 def _where(node: fx.Node) -> Fact | None:
     if len(node.args) + len(node.kwargs) != 1:
         return None
     inner = fact(arg(node, 0, "condition"))
+    if isinstance(inner, OneHot):
+        return Listed(inner) if not inner.reduced else None
     return Selection(inner, as_tuple=True) if isinstance(inner, Mask) else None
 
 
@@ -559,6 +606,8 @@ _RULES = {
     "permute": _permute,
     "transpose": _transpose,
     "t": _transpose,
+    "getattr": _transpose,
+    "swapaxes": _transpose,
     "getitem": _getitem,
     "squeeze": _flatten,
     "flatten": _flatten,
@@ -581,6 +630,7 @@ _RULES = {
     "greater": _greater,
     "ne": _greater,
     "nonzero": _nonzero,
+    "unbind": _unbind,
     "where": _where,
     "to": _cast,
     "bool": _cast,

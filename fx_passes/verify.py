@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fx_passes import autocast
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Gathered, PerExpert, SlotGathered, has_rows
-from fx_passes.facts import Counts, Hit, fact, selected
+from fx_passes.facts import Counts, Hit, Listed, fact, selected
 from fx_passes.ids import ids_are_distinct
 from fx_passes.loop_rules import LOOP_RULES
 from fx_passes.ops import draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, same_size, written
@@ -193,6 +193,8 @@ def _largest_length(size: fx.Node) -> int | torch.SymInt | None:
     listed = fact(size.args[0])
     if isinstance(listed, Hit):
         return listed.num_classes
+    if isinstance(listed, Listed):
+        return known_tensor(listed.one_hot.ids).numel()
     mask = selected(size.args[0])
     if mask is None:
         return None

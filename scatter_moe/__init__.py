@@ -16,7 +16,7 @@ from fx_passes.prepared import prepare
 from scatter_moe import routers
 from scatter_moe.attention import KVCache, MixtureOfAttention
 from scatter_moe.dispatch import Dispatch
-from scatter_moe.distributed import ExpertParallel, clip_grad_norm_
+from scatter_moe.distributed import ExpertParallel, clip_grad_norm_, per_expert_state_dict
 from scatter_moe.expert_mlp import ExpertMLP
 from scatter_moe.explain import Explanation, explain
 from scatter_moe.from_modules import ExpertList, from_modules
@@ -41,6 +41,7 @@ __all__ = [
     "expert_parameters",
     "explain",
     "from_modules",
+    "per_expert_state_dict",
     "pre_grad_pass",
     "prepare",
     "router_parameters",

@@ -8,6 +8,7 @@ from fx_passes.forms import (
     assignment,
     dense_experts,
     dense_modules,
+    fixed_capacity,
     flat_pairs,
     gathered_weights,
     hit_loop,
@@ -28,4 +29,5 @@ FORMS = (
     gathered_weights,
     dense_experts,
     dense_modules,
+    fixed_capacity,
 )

@@ -8,7 +8,7 @@ from torch import fx
 from fx_passes.accumulation import accumulations, closure
 from fx_passes.body import Body, NotIsomorphic, UnknownOperation, unify
 from fx_passes.capture import guards_of
-from fx_passes.facts import Counts, Hit, Mask, Occupied, Selection, chosen, counts_behind, fact
+from fx_passes.facts import Counts, Hit, Listed, Mask, Occupied, Selection, chosen, counts_behind, fact
 from fx_passes.markers import Expert, current_expert, expert_segment
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected
@@ -169,6 +169,8 @@ def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node
     for node in graph.nodes:
         known = fact(node)
         if isinstance(known, Selection) and known.mask.key in keys:
+            starts.add(node)
+        if isinstance(known, Listed) and known.one_hot.ids is masks[0].ids:
             starts.add(node)
         if _is_indexed_by(node, keys) or (node in body.nodes and _is_masked_by(node, keys)):
             starts.add(node)

@@ -9,7 +9,9 @@ may run over `range(first, last)`: the slots of other experts give zeros. Guards
 seen through: `if mask.any():`, `if tokens.numel() == 0: continue`, `if counts[e] == 0: continue` with
 `counts = ids.flatten().bincount(minlength=E).tolist()`.
 
-The mask may also hold where any slot of a token is the expert's, or of flat slots, of which `slots // K` are tokens:
+The positions may be listed for all experts at once, `experts, slots, tokens = torch.where(mask)`, of which each picks
+its own by `experts == e`. The mask may also hold where any slot of a token is the expert's, or of flat slots, of which
+`slots // K` are tokens:
 
     m = (ids == e).any(-1)
     out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]

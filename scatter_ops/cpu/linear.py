@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scatter_ops.cpu.routing import expand_backward, slot_rows, token_rows, zero_experts_but, zero_sentinels
+from scatter_ops.cpu.routing import expand_backward, slot_rows, token_rows, zero_sentinels
+from scatter_ops.cpu.stacked import stacked_grads
 from scatter_ops.grouping import Groups, experts, select_experts
 
 Operands = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -121,10 +122,11 @@ def grouped_weight_grad(
 ) -> Tensor:
     """Stacked sums over each expert's grouped rows of grad^T x, of x^T grad if transposed.
 
-    Those of the experts of `groups` are written to `out` if it is given, otherwise the others' are zero.
+    If `out` is given they are written to it, and the other experts' are left alone.
     """
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
-    stacked = rows.new_empty(groups.num_experts, left.shape[1], right.shape[1]) if out is None else out
+    if out is None:
+        out = stacked_grads((groups.num_experts, left.shape[1], right.shape[1]), rows, groups)
     for e, left_rows, right_rows in zip(groups.experts, groups.split(left), groups.split(right), strict=False):
-        torch.mm(left_rows.t(), right_rows, out=stacked[e])
-    return zero_experts_but(groups.experts, stacked) if out is None else out
+        torch.mm(left_rows.t(), right_rows, out=out[e])
+    return out

@@ -21,9 +21,9 @@ from scatter_ops.cpu.routing import (
     sum_groups,
     sum_slots,
     token_rows,
-    zero_experts_but,
     zero_sentinels,
 )
+from scatter_ops.cpu.stacked import stacked_grads
 from scatter_ops.grouping import Groups, accumulation_dtype, experts
 
 
@@ -53,7 +53,7 @@ def mlp_backward(
     top_k, width = topk_weights_TK.shape[1], h_NH.shape[-1] // (2 if separate else 1)
     groups = Groups.read(offsets_E, order_N.numel())
     parameters = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
-    grads = _empty_grads(x_TD, topk_weights_TK, parameters, groups.num_experts, needs)
+    grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs)
     dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
     scale_N1 = slot_weights(topk_weights_TK, order_N, dtype)
     if needs[7]:
@@ -75,9 +75,6 @@ def mlp_backward(
         if needs[1] and down_bias and not on_input:
             _add_bias_share(ds, dy, down_bias, part)
         _projection_grads(dh, dpre, x, dx, weights, part, transposed, needs, grads)
-    for grad, need in zip(grads[2:7], needs[2:7], strict=True):
-        if need:
-            zero_experts_but(groups.experts, grad)
     rows_N = slot_rows(order_N)
     if needs[1]:
         ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, rows_N)
@@ -111,17 +108,20 @@ def _projection_grads(
             grouped_linear(dh, weights[i], groups, [], not transposed, out, add_to)
 
 
-def _empty_grads(
+def _new_grads(
     x_TD: Tensor,
     topk_weights_TK: Tensor,
     parameters: Sequence[Sequence[Tensor]],
-    num_experts: int,
+    groups: Groups,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Of shape [0], but those of the parameters that are needed."""
     grads = [x_TD.new_empty(0), topk_weights_TK.new_empty(0)]
     for parameter, dims, need in zip(parameters, (2, 2, 2, 1, 1, 1), needs[2:], strict=True):
-        grads.append(x_TD.new_empty((num_experts, *parameter[0].shape[-dims:]) if need else 0))
+        if need:
+            grads.append(stacked_grads((groups.num_experts, *parameter[0].shape[-dims:]), x_TD, groups))
+        else:
+            grads.append(x_TD.new_empty(0))
     return grads
 
 

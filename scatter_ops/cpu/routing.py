@@ -5,11 +5,11 @@ T tokens, K experts per token, N = T * K slots, E experts, D model width.
 
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from scatter_ops.cpu.stacked import stacked_grads
 from scatter_ops.grouping import Groups, accumulation_dtype
 
 SUM = 0  # the mode of torch.embedding_bag
@@ -131,8 +131,8 @@ def expand(param: Sequence[Tensor], offsets_E: Tensor, num_rows: int, out_dtype:
 
 
 def expand_backward(grad: Tensor, offsets_E: Tensor) -> Tensor:
-    sums, groups = grad.new_empty(offsets_E.numel(), *grad.shape[1:]), Groups.read(offsets_E, grad.shape[0])
-    return zero_experts_but(groups.experts, sum_groups(grad, groups, sums))
+    groups = Groups.read(offsets_E, grad.shape[0])
+    return sum_groups(grad, groups, stacked_grads((groups.num_experts, *grad.shape[1:]), grad, groups))
 
 
 def sum_groups(rows: Tensor, groups: Groups, out: Tensor) -> Tensor:
@@ -162,14 +162,6 @@ def zero_sentinels(rows: Tensor, num_valid: int) -> Tensor:
     if num_valid < rows.shape[0]:
         rows[num_valid:].zero_()
     return rows
-
-
-def zero_experts_but(hit: list[int], stacked: Tensor) -> Tensor:
-    """Zero what belongs to the experts without tokens, in place. hit: the others, ascending."""
-    for before, after in pairwise((-1, *hit, stacked.shape[0])):
-        if after > before + 1:
-            stacked[before + 1 : after].zero_()
-    return stacked
 
 
 def _smallest_int(largest: int) -> torch.dtype:

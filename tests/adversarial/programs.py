@@ -33,15 +33,57 @@ MASK = "mask = F.one_hot(ids, E).permute(2, 1, 0)"
 HITS = "for e in (mask.sum(dim=(-1, -2)) > 0).nonzero():\n    e = e[0]"
 WHERE = "k, t = torch.where(mask[e]); at = t"
 
-# The loop's head, and how it selects an expert's rows.
+WEIGHT = "y = y * w[t, k, None]"
+SHARE = "(w * (ids == e)).sum(-1)"
+SORTED = """\
+order = ids.flatten().argsort()
+at = order // ids.shape[1]
+pieces, parts = x[at].split(ids.flatten().bincount(minlength=E).tolist()), []"""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop's head, how it selects, names and weights an expert's rows, and what it does if it doesn't add them."""
+
+    head: str
+    select: str
+    rows: str = "x[t]"
+    weight: str = WEIGHT
+    addition: str = ""
+    after: str = ""
+
+
 LOOPS = {
-    "range": ("for e in range(E):", WHERE),
-    "compared": ("for e in range(E):", "t, k = torch.where(ids == e); at = t"),
-    "guarded": ("for e in range(E):", f"{WHERE}\nif t.numel() == 0:\n    continue"),
-    "any": ("for e in range(E):", f"if not mask[e].any():\n    continue\n{WHERE}"),
-    "enumerated": ("for e, expert in enumerate(self.experts):", WHERE),
-    "hits": (HITS, WHERE),
-    "listed": ("for e in range(E):", f"{WHERE}\nt, at = t.tolist(), t"),
+    "range": Loop("for e in range(E):", WHERE),
+    "compared": Loop("for e in range(E):", "t, k = torch.where(ids == e); at = t"),
+    "guarded": Loop("for e in range(E):", f"{WHERE}\nif t.numel() == 0:\n    continue"),
+    "any": Loop("for e in range(E):", f"if not mask[e].any():\n    continue\n{WHERE}"),
+    "enumerated": Loop("for e, expert in enumerate(self.experts):", WHERE),
+    "hits": Loop(HITS, WHERE),
+    "listed": Loop("for e in range(E):", f"{WHERE}\nt, at = t.tolist(), t"),
+    "any_choice": Loop(
+        "for e in range(E):",
+        "t = (ids == e).any(-1); at = t.nonzero().squeeze(-1)",
+        weight=f"y = y * {SHARE}[t, None]",
+    ),
+    "slots": Loop(
+        "for k in range(ids.shape[1]):\n  for e in range(E):", "at = t = (ids[:, k] == e).nonzero().squeeze(-1)"
+    ),
+    "dense": Loop(
+        "for e in range(E):",
+        "t = slice(None)",
+        rows="x",
+        weight=f"y = y * {SHARE}[:, None]",
+        addition="out = out + y",
+    ),
+    "segments": Loop(
+        f"{SORTED}\nfor e in range(E):",
+        "t = slice(None)",
+        rows="pieces[e]",
+        weight="",
+        addition="parts.append(y)",
+        after="out = out.index_add(0, at, torch.cat(parts) * w.flatten()[order, None])",
+    ),
 }
 
 BODIES = {
@@ -128,14 +170,14 @@ class Program:
     mutations: tuple[str, ...]
 
     def source(self) -> str:
-        head, select = LOOPS[self.loop]
+        loop = LOOPS[self.loop]
         in_loop = [
             *self._at("begin"),
-            select,
-            BODIES[self.body],
+            loop.select,
+            BODIES[self.body].replace("x[t]", loop.rows),
             *self._at("body"),
-            "y = y * w[t, k, None]",
-            ADDITIONS[self.addition],
+            loop.weight,
+            loop.addition or ADDITIONS[self.addition],
             *self._at("end"),
         ]
         lines = [
@@ -146,8 +188,9 @@ class Program:
             "out = torch.zeros_like(x)",
             "seen, last, numbers = [], 0.0, itertools.count()",
             *self._at("masked"),
-            head,
-            *(indented(line, 4) for line in in_loop),
+            loop.head,
+            *(indented(line, 4) for line in in_loop if line),
+            loop.after,
             *self._at("after"),
             "return out, last, seen",
         ]

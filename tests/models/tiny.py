@@ -41,7 +41,10 @@ FOUR_LAYERS = {"num_hidden_layers": 4}  # the smallest with every kind of layer
 SETTINGS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": FOUR_LAYERS,
     "beam": {"mlp_layer_types": SPARSE},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_ocr2": {"num_experts_per_tok": 2, "mlp_layer_types": SPARSE},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v3": {"qk_head_dim": 32},
@@ -67,7 +70,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 0,
         "use_mamba_kernels": False,
     },
-    "jetmoe": {"kv_channels": 16, "num_attention_heads": 4},
+    "jetmoe": {"kv_channels": 16, "head_dim": 16, "num_attention_heads": 4},
     "kimi_linear": FOUR_LAYERS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"qk_head_dim": 32},
@@ -94,7 +97,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "step3p7": {"sliding_window": 16, "mlp_layer_types": SPARSE},
-    "switch_transformers": {"dropout_rate": 0.0},
+    "switch_transformers": {"dropout_rate": 0.0, "num_decoder_layers": 2, "num_sparse_decoder_layers": 2},
 }
 
 

@@ -4,6 +4,7 @@ from tests.near_misses import (
     accumulators,
     bodies,
     boolean_masks,
+    capacity,
     counts,
     dense,
     dense_modules,
@@ -15,6 +16,7 @@ from tests.near_misses import (
     gathered,
     indices,
     iterations,
+    listed,
     masks,
     modes,
     numbers,
@@ -43,12 +45,14 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *segments.MISSES,
     *modes.MISSES,
     *numbers.MISSES,
+    *listed.MISSES,
     *iterations.MISSES,
     *python_state.MISSES,
     *slots.MISSES,
     *gathered.MISSES,
     *dense.MISSES,
     *dense_modules.MISSES,
+    *capacity.MISSES,
 )
 
 __all__ = ["NEAR_MISSES", "NearMiss"]

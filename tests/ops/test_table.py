@@ -75,6 +75,13 @@ def test_mlp_expert_by_expert(case: Case, monkeypatch: pytest.MonkeyPatch):
     test(case, "cpu", torch.float64)
 
 
+@every(lambda case: case.op in ("mlp_backward", "parallel_linear_weight_grad", "expand_backward"))
+def test_gradients_in_fresh_pages(case: Case, monkeypatch: pytest.MonkeyPatch):
+    """As the CPU takes the memory of large gradients that most experts have no part in."""
+    monkeypatch.setattr("scatter_ops.cpu.stacked.MAPPED_BYTES", 1)
+    test_equals_the_reference(case, "cpu", torch.float64)
+
+
 @every(lambda case: case.op in reference.__all__)
 @EXACT
 def test_equals_the_reference(case: Case, device: str, dtype: torch.dtype):
