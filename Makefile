@@ -1,4 +1,4 @@
-# make run | test | test-full | check | test-gpu | bench | goldens | matrix | releases | docs | clean
+# make run | test | test-full | check | test-gpu | bench | goldens | matrix | releases | docs | documented | clean
 #
 # By default everything happens in .venv, made from constraints.txt on first use.
 # With PYTHON=... on the command line nothing is installed: that interpreter is used as it is, with this checkout on its path.
@@ -26,7 +26,7 @@ PIP_INSTALL = -m pip install --quiet --constraint constraints.txt $(if $(TORCH_I
 run bench: export OMP_WAIT_POLICY = passive
 test test-full test-gpu goldens matrix releases: export OMP_NUM_THREADS = 1
 
-.PHONY: run test test-full check format lint types layers spelling generated test-gpu bench goldens matrix releases docs clean
+.PHONY: run test test-full check format lint types layers spelling generated test-gpu bench goldens matrix releases docs documented clean
 
 run: $(TO_RUN)
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -74,6 +74,10 @@ goldens: $(TO_TEST)
 docs: $(TO_TEST)
 	$(RUN) -m docs.generate
 	$(RUN) -m mkdocs build --strict
+
+# What the documentation says, from an installed package in a new environment.
+documented: $(TO_TEST)
+	$(RUN) -m tests.clean_environment $(ARGS)
 
 # The tests under each supported PyTorch, in an environment of its own; downloads gigabytes.
 matrix: $(addprefix .venv/matrix/,$(TORCH_VERSIONS))
