@@ -11,14 +11,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from scatter_moe import expert_parameters
-from tests.distributed.models import PARALLEL, loss, tokens
+from tests.distributed.models import PARALLEL, SAME_TOKENS, loss, model, tokens
 
 
 def make(layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = PARALLEL[layout]("all_to_all")
-    experts = list(expert_parameters(model))
-    rest = [parameter for parameter in model.parameters() if not any(parameter is expert for expert in experts)]
-    return model, torch.optim.AdamW([{"params": experts}, {"params": rest}], fused=True)
+    network = PARALLEL[layout]("all_to_all") if layout != "alone" else model()
+    experts = list(expert_parameters(network))
+    rest = [parameter for parameter in network.parameters() if not any(parameter is expert for expert in experts)]
+    return network, torch.optim.AdamW([{"params": experts}, {"params": rest}], fused=True)
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
@@ -37,10 +37,11 @@ def full(tree: object) -> object:
 
 def save_on_rank(layout: str, folder: Path) -> object:
     model, optimizer = make(layout)
+    rank = dist.get_rank() // SAME_TOKENS.get(layout, 1) if dist.is_initialized() else 1
     for step in range(2):
         optimizer.zero_grad()
-        loss(model, *tokens(dist.get_rank(), step)).backward()
-        if layout == "EP":
+        loss(model, *tokens(rank, step)).backward()
+        if layout in ("EP", "EP and TP"):
             for parameter in model.parameters():
                 if not isinstance(parameter, DTensor):
                     dist.all_reduce(parameter.grad)
@@ -69,14 +70,39 @@ def leaves(tree: object, name: str = "") -> dict[str, object]:
 
 @pytest.mark.parametrize(
     ("saved_as", "loaded_as"),
-    [("EP", "EP and FSDP2"), ("EP and FSDP2", "EP"), ("EP and FSDP2", "FSDP2"), ("FSDP2", "EP and FSDP2")],
+    [
+        ("EP", "EP and FSDP2"),
+        ("EP and FSDP2", "EP"),
+        ("EP and FSDP2", "FSDP2"),
+        ("FSDP2", "EP and FSDP2"),
+        ("EP and TP", "EP"),
+        ("EP", "EP and TP"),
+    ],
 )
 def test_saved_under_one_mesh_and_loaded_under_another(pool, tmp_path, saved_as, loaded_as):
     saved = pool.run(save_on_rank, saved_as, tmp_path)
     for before, after in zip(saved, pool.run(load_on_rank, loaded_as, tmp_path), strict=True):
-        expected, got = leaves(before), leaves(after)
-        assert got.keys() == expected.keys()
-        tensors = [name for name, value in expected.items() if isinstance(value, Tensor)]
-        assert any("exp_avg" in name for name in tensors)
-        for name in tensors:
-            assert torch.equal(got[name], expected[name]), name
+        assert_same(before, after)
+
+
+@pytest.mark.parametrize("layout", ["EP", "EP and FSDP2"])
+def test_saved_on_four_ranks_and_loaded_by_one_process(pool, tmp_path, layout):
+    saved, *_ = pool.run(save_on_rank, layout, tmp_path)
+    assert_same(saved, load_on_rank("alone", tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["EP", "EP and FSDP2"])
+def test_saved_by_one_process_and_loaded_on_four_ranks(pool, tmp_path, layout):
+    saved = save_on_rank("alone", tmp_path)
+    for loaded in pool.run(load_on_rank, layout, tmp_path):
+        assert_same(saved, loaded)
+
+
+def assert_same(before: object, after: object) -> None:
+    """Bit for bit, moments of the optimizer included."""
+    expected, got = leaves(before), leaves(after)
+    assert got.keys() == expected.keys()
+    tensors = [name for name, value in expected.items() if isinstance(value, Tensor)]
+    assert any("exp_avg" in name for name in tensors)
+    for name in tensors:
+        assert torch.equal(got[name], expected[name]), name

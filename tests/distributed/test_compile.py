@@ -28,12 +28,12 @@ def results(compiled, layers, step: int) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def compile_on_rank(style: dict[str, Any], backend: str) -> int:
+def compile_on_rank(style: dict[str, Any], backend: str, columns: int) -> int:
     """Compiled against eager on changing routing; the number of graphs that were compiled."""
     torch._dynamo.reset()
     layers = model()
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("ep",))
-    parallelize_module(layers, mesh, {"blocks.*.moe": ExpertParallel(**style)})
+    mesh = init_device_mesh("cpu", (WORLD_SIZE // columns, columns), mesh_dim_names=("ep", "tp"))
+    parallelize_module(layers, mesh if columns > 1 else mesh["ep"], {"blocks.*.moe": ExpertParallel(**style)})
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layers, backend=counter, fullgraph=True)
     for step in range(5):
@@ -44,12 +44,13 @@ def compile_on_rank(style: dict[str, Any], backend: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("style", "backend"),
+    ("style", "backend", "columns"),
     [
-        ({"exchange": "auto", "max_tokens": NUM_TOKENS + 3}, "aot_eager"),
-        pytest.param({"exchange": "all_gather"}, "inductor", marks=pytest.mark.slow),
+        ({"exchange": "auto", "max_tokens": NUM_TOKENS + 3}, "aot_eager", 1),
+        pytest.param({"exchange": "all_gather"}, "inductor", 1, marks=pytest.mark.slow),
+        pytest.param({"exchange": "all_gather"}, "aot_eager", 2, marks=pytest.mark.slow),
     ],
-    ids=["auto-aot_eager", "all_gather-inductor"],
+    ids=["auto-aot_eager", "all_gather-inductor", "all_gather-columns"],
 )
-def test_all_gather_compiles_to_one_graph_and_never_again(pool, style, backend):
-    assert pool.run(compile_on_rank, style, backend) == [1] * WORLD_SIZE
+def test_all_gather_compiles_to_one_graph_and_never_again(pool, style, backend, columns):
+    assert pool.run(compile_on_rank, style, backend, columns) == [1] * WORLD_SIZE
