@@ -25,7 +25,7 @@ from fx_passes.facts import Mask, Rows, counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, select_expert
-from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, varargs
+from fx_passes.ops import arg, casts_nothing, fake_tensor, known_tensor, op_name, varargs
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +105,8 @@ class Scaled:
     def node(self) -> fx.Node:
         return self.rows.node
 
+
+_CASTS = frozenset("to float half bfloat16 double type_as contiguous".split())
 
 Value = Gathered | SlotGathered | PerExpert | Shared | Op | Scaled
 _VALUES = (Gathered, SlotGathered, PerExpert, Shared, Op, Scaled)
@@ -333,7 +335,8 @@ class Unifier:
         if fake_tensor(source) is None:
             return None
         keepdim = first.target is select_expert and bool(first.args[3])
-        return PerExpert(first, stacked=source, leading=int(keepdim))
+        adds_dim = op_name(first) == "getitem" and isinstance(first.args[1], tuple) and None in first.args[1]
+        return PerExpert(first, stacked=source, leading=int(keepdim or adds_dim))
 
     def _is_inner(self, node: fx.Node) -> bool:
         """Whether `node` depends on an expert or on its rows."""
@@ -357,9 +360,34 @@ def _simplified(op: Op) -> Value:
             and before.shape[operand.leading + 1 :] == result.shape[1:]
         ):
             return replace(operand, leading=0, node=op.node)
-    if isinstance(operand, PerExpert) and result is not None and result.dim() == 2 and _swaps_two_dims(op):
-        return replace(operand, transposed=not operand.transposed)
-    return op
+    if isinstance(operand, PerExpert) and result is not None:
+        if result.dim() == 2 and _swaps_two_dims(op):
+            return replace(operand, transposed=not operand.transposed)
+        if op.name in _CASTS and casts_nothing(op.node):
+            return operand
+        if rank(operand) == result.dim() - 1 and _adds_first_dim(op):
+            return replace(operand, node=op.node, leading=operand.leading + 1)
+    return _product(op) if op.name == "einsum" else op
+
+
+def _adds_first_dim(op: Op) -> bool:
+    """`bias[None]`, `bias.unsqueeze(0)`."""
+    if op.name == "unsqueeze":
+        return op.arg(1, "dim") == 0
+    return op.name == "getitem" and op.args[1] in (None, (None,), (None, slice(None)), (None, Ellipsis))
+
+
+def _product(op: Op) -> Op:
+    """An einsum that is rows times an expert's matrix, as a product."""
+    equation, weight = op.args[0], op.args[2] if len(op.args) == 3 else None
+    if not isinstance(equation, str) or not isinstance(weight, PerExpert) or weight.leading or rank(weight) != 2:
+        return op
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    left, _, right = inputs.partition(",")
+    if len(left) != 2 or len(set(left + right)) != 3 or out[:1] != left[0]:
+        return op
+    products = {left[1] + out[1:]: "matmul", out[1:] + left[1]: "linear"}
+    return replace(op, name=products[right], args=op.args[1:]) if right in products and len(out) == 2 else op
 
 
 def _swaps_two_dims(op: Op) -> bool:
@@ -377,12 +405,20 @@ def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
     if node.target is select_expert:
         return expert_of(node.args[1]) is expert and arg(node, 2, "dim") == 0
     if op_name(node) == "getitem":
-        dim, index = 0, arg(node, 1, "index")
+        dim, index = 0, _first_item(node.args[1])
     elif op_name(node) == "select":
         dim, index = arg(node, 1, "dim"), arg(node, 2, "index")
     else:
         return False
     return type(index) is int and index == expert and dim == 0
+
+
+def _first_item(index: Any) -> Any:
+    """e of `stacked[e]`, of `stacked[e, :, :]`, `stacked[e, ...]` and of `stacked[e, None]`."""
+    if not isinstance(index, tuple):
+        return index
+    rest = index[2:] if index[1:2] == (None,) else index[1:]
+    return index[0] if all(item is Ellipsis or item == slice(None) for item in rest) else None
 
 
 def _taken(taking: Taking, node: fx.Node, is_single: bool) -> Gathered | SlotGathered | None:

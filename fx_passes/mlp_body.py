@@ -103,6 +103,9 @@ def as_linear(value: Any) -> Linear | None:
         return _linear(value.args[0], value.args[1], bias, transposed=False)
     if value.name in ("matmul", "mm"):
         return _linear(value.args[0], value.args[1], None, transposed=True)
+    if value.name == "addmm" and len(value.args) == 3 and not value.kwargs:
+        bias, rows, weight = value.args
+        return _linear(rows, weight, bias, transposed=True)
     terms = _binary(value, ("add",))
     for product, bias in (terms, terms[::-1]) if terms is not None else ():
         inner = as_linear(product)

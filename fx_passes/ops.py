@@ -37,6 +37,7 @@ def _public_functions() -> dict[Callable[..., Any], str]:
             if callable(value) and not inspect.isclass(value) and not name.startswith("_"):
                 names.setdefault(value, name)
     names[getattr] = "getattr"
+    names[torch.mm] = "mm"
     names[torch._grouped_mm] = "grouped_mm"
     return names
 

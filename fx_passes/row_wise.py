@@ -108,6 +108,18 @@ def _check_matmul(op: Op) -> None:
         raise _refused(op, "the bias of a linear layer is no vector")
 
 
+def _check_addmm(op: Op) -> None:
+    """`addmm(bias, rows, weight)` of an expert's own bias and weight."""
+    if len(op.args) != 3 or op.kwargs:
+        raise _refused(op, "`addmm` with factors")
+    bias, rows, weight = op.args
+    own = isinstance(bias, PerExpert) and isinstance(weight, PerExpert) and not weight.leading
+    if not own or not _is_row_tensor(rows) or (rank(rows), rank(weight)) != (2, 2) or len(bias.shape) != 1:
+        raise _refused(op, "`addmm` of other than a bias, rows and a weight matrix")
+    if known_tensor(bias.node).dtype != known_tensor(weight.node).dtype:
+        raise _refused(op, "weight and bias of a linear layer differ in dtype")
+
+
 def _check_norm(op: Op) -> None:
     shape = op.arg(1, "normalized_shape")
     if not _is_row_tensor(op.args[0]) or not isinstance(shape, (tuple, list)) or len(shape) >= (rank(op.args[0]) or 0):
@@ -171,6 +183,7 @@ def _check_dropout(op: Op) -> None:
 _CHECKS: tuple[tuple[frozenset[str], Callable[[Op], None]], ...] = (
     (POINTWISE, _check_pointwise),
     (MATMUL, _check_matmul),
+    (frozenset(("addmm",)), _check_addmm),
     (NORMS, _check_norm),
     (REDUCTIONS | ALONG_DIM, _check_dims),
     (PERMUTATIONS, _check_permutation),

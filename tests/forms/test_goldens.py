@@ -1047,3 +1047,25 @@ v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_wei
 v27 = .view_as(v26, hidden_states)
 return (v27)""",
         )
+
+    def test_biases_as_rows_of_one(self):
+        self.assertExpectedInline(
+            self.golden("parameters_addmm"),
+            """\
+v6 = .reshape(hidden_states, -1, 16)
+v7 = .reshape(v6, -1, 16)
+v8 = linear(v7, gate_weight)
+v9 = softmax(v8, dtype=torch.float32, dim=-1)
+v10 = topk(v9, 2, dim=-1)
+v11 = getitem(v10, 0)
+v12 = getitem(v10, 1)
+v13 = .sum(v11, dim=-1, keepdim=True)
+v14 = itruediv(v11, v13)
+v15 = .to(v14, torch.float32)
+v16 = scatter_moe.route(v12, 4)
+v17 = getitem(v16, 0)
+v18 = getitem(v16, 1)
+v19 = scatter_moe.mlp(v6, v15, v17, v18, [experts_gate_up_proj], [], [experts_down_proj], [up_bias], [], [down_bias], silu, concatenated, False, output, 1.702, 7.0, torch.float32)
+v20 = .view_as(v19, hidden_states)
+return (v20)""",
+        )

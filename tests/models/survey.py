@@ -26,7 +26,16 @@ from rich.table import Table
 from torch import nn
 
 from fx_passes.report import collecting
-from tests.backend.harness import Seen, assert_same, compile_ours, fresh_dynamo, graphs, observe, rewritten
+from tests.backend.harness import (
+    Seen,
+    assert_equal_value,
+    assert_same,
+    compile_ours,
+    fresh_dynamo,
+    graphs,
+    observe,
+    rewritten,
+)
 from tests.models.architectures import Architecture, architectures
 from tests.models.tiny import first_output, token_ids
 from tests.models.twin import make_twin
@@ -110,6 +119,7 @@ def assert_equal(ours: Seen, eager: Seen, run_in_float64: Callable[[], Seen]) ->
     try:
         assert_same(ours, eager)
     except AssertionError as difference:
+        assert_equal_value(ours.buffers, eager.buffers, "buffers")
         truth = run_in_float64()
         for name, exact in _named(truth).items():
             off, own = (_distance(_named(seen)[name], exact) for seen in (ours, eager))

@@ -20,6 +20,7 @@ from tests.near_misses import (
     masks,
     modes,
     numbers,
+    parameters,
     python_state,
     segments,
     shapes,
@@ -31,6 +32,7 @@ from tests.near_misses.common import NearMiss
 NEAR_MISSES: tuple[NearMiss, ...] = (
     *experts.MISSES,
     *bodies.MISSES,
+    *parameters.MISSES,
     *shapes.MISSES,
     *dtypes.MISSES,
     *accumulators.MISSES,
