@@ -116,7 +116,7 @@ def no_intermediate_escapes(region: MoERegion) -> None:
         if not _is_dead_end(node, inside, known):
             seen = next((source for source in node.all_input_nodes if source in needed - {region.result}), node)
             raise Rejected("no_intermediate_escapes", seen, f"`{seen.name}` is used outside the experts")
-    for node in needed - {region.result}:
+    for node in sorted(needed - {region.result}):
         for user in node.users:
             if user not in inside:
                 raise Rejected("no_intermediate_escapes", user, f"`{node.name}` is used outside the experts")
