@@ -64,7 +64,11 @@ def main() -> None:
         checkout_without_packages(folder)
         programs = install(Path(temporary) / "environment")
         environment = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-        run([programs / "python", "-c", "import scatter_moe; assert 'environment' in scatter_moe.__file__"], folder, {})
+        run(
+            [programs / "python", "-c", "import scatter_moe; assert 'environment' in scatter_moe.__file__"],
+            folder,
+            environment,
+        )
         run([programs / "scatter-moe", "info"], folder, environment)
         for program, *arguments in commands():
             run([programs / program, *arguments], folder, environment)
