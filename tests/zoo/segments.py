@@ -221,6 +221,14 @@ class IndexAddBlock(IndexBlock):
         return out
 
 
+class ResidualBlock(SkippingBlock):
+    """The experts' rows are added to their tokens themselves: the segments alone are rewritten."""
+
+    def combine(self, grouped, x, order, weights):
+        y = grouped * weights.view(-1)[order].unsqueeze(-1)
+        return x.index_add(0, order // self.top_k, y)
+
+
 class ForLoopExperts(nn.Module):
     """Stacked weights [E, in, out], rows weighted before the experts, as in torchtune."""
 
@@ -265,6 +273,7 @@ CASES = (
     Case("segments_of_slots_inference", InferenceBlock),
     Case("segments_of_slots_index_add", IndexAddBlock),
     Case("segments_for_loop", ForLoopExperts),
-    Case("segments_parallel_linear", GroupedExperts, regions=2, op="parallel_linear", activation="any"),
+    Case("segments_parallel_linear", GroupedExperts),
+    Case("segments_residual", ResidualBlock),
     Case("segments_projections", MixtureOfProjections, regions=2, op="parallel_linear", activation="any"),
 )
