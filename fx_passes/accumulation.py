@@ -9,7 +9,7 @@
 the graph is none of our business.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,28 +58,31 @@ def _index_add(node: fx.Node) -> Accumulation | None:
 def _scatter_add(node: fx.Node) -> Accumulation | None:
     """Every value of a row goes to the same token."""
     accumulator, dim, index, value = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index", "src")))
-    tokens = _repeated(index)
-    if chosen_tokens(tokens) is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
+    tokens = repeated(index, lambda base: chosen_tokens(base) is not None)
+    if tokens is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
         return None
-    is_sum = "reduce" not in str(op_name(node)) or (
-        arg(node, 4, "reduce") == "sum" and arg(node, 5, "include_self", True)
-    )
-    whole = fake_tensor(index), fake_tensor(value), fake_tensor(accumulator)
-    widths = [tensor.shape[1] for tensor in whole if tensor is not None and tensor.dim() == 2]
-    if dim != 0 or not is_sum or len(widths) != 3 or not all(same_size(width, widths[0]) for width in widths):
-        raise Rejected("accumulation_is_a_plain_sum", node, f"`{op_name(node)}` that adds something else than rows")
+    name = str(op_name(node))
+    is_sum = "reduce" not in name or (arg(node, 4, "reduce") == "sum" and arg(node, 5, "include_self", True))
+    if dim != 0 or not is_sum or not have_one_width(index, value, accumulator):
+        raise Rejected("accumulation_is_a_plain_sum", node, f"`{name}` that adds something else than rows")
     return Accumulation(accumulator, tokens, value, (node,), node, counts_duplicates=True)
 
 
-def _repeated(index: Any) -> Any:
-    """`tokens` of `tokens.view(-1, 1).expand(-1, D)` or the like."""
+def have_one_width(*nodes: Any) -> bool:
+    """Whether all are matrices with as many columns."""
+    widths = [tensor.shape[1] for tensor in map(fake_tensor, nodes) if tensor is not None and tensor.dim() == 2]
+    return len(widths) == len(nodes) and all(same_size(width, widths[0]) for width in widths)
+
+
+def repeated(index: Any, is_base: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """`tokens` of `tokens.view(-1, 1).expand(-1, D)` or the like, if they are such a base."""
     steps = ("expand", "expand_as", "repeat", "view", "reshape", "unsqueeze")
-    while isinstance(index, fx.Node) and chosen_tokens(index) is None:
+    while isinstance(index, fx.Node) and not is_base(index):
         before, after = fake_tensor(arg(index, 0, "input")), fake_tensor(index)
         if op_name(index) not in steps or before is None or after is None or not _repeats_rows(before, after):
             return None
         index = index.args[0]
-    return index
+    return index if isinstance(index, fx.Node) else None
 
 
 def _repeats_rows(before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -40,7 +40,7 @@ def accumulator_starts_as_zeros(region: LoopRegion) -> None:
     start = region.accumulator
     if start.kwargs.get("requires_grad", False):
         raise Rejected("accumulator_starts_as_zeros", start, "the output is a leaf that requires gradients")
-    if not _is_contiguous(fake_tensor(start)):
+    if not is_contiguous_matrix(fake_tensor(start)):
         raise Rejected("accumulator_starts_as_zeros", start, "the output is not a contiguous matrix")
     if region.base is not None and allocates(start):
         return
@@ -49,7 +49,7 @@ def accumulator_starts_as_zeros(region: LoopRegion) -> None:
         raise Rejected("accumulator_starts_as_zeros", start, "the loop does not add to fresh zeros")
 
 
-def _is_contiguous(tensor: torch.Tensor | None) -> bool:
+def is_contiguous_matrix(tensor: torch.Tensor | None) -> bool:
     if tensor is None or tensor.dim() != 2:
         return False
     return all(map(same_size, tensor.stride(), (tensor.shape[1], 1)))

@@ -78,6 +78,7 @@ class MoERegion:
     output: torch.Tensor = field(repr=False)
     writes: frozenset[fx.Node] = field(repr=False)
     deviations: tuple[str, ...]
+    buffers: tuple[fx.Node, ...] = ()
     token_dims: int = 1
     addend: fx.Node | None = None
 
@@ -92,8 +93,8 @@ class MoERegion:
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """The nodes that hold the output."""
-        return (self.result,)
+        """The nodes that hold the output: the result, and the tensor that it was added to in place."""
+        return (*self.buffers, self.result)
 
     def places(self) -> dict[fx.Node, int]:
         """Each node's place in the graph as it is now."""

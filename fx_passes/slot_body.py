@@ -4,17 +4,19 @@
     weights.reshape(-1)[order]          SlotGathered
     bias[experts]                       PerExpert: the row of its expert, for each slot
     grouped_mm(rows, W, offs=offsets)   Op("linear") with an expert's own W
+    expert_cat(parts, counts)           the body of `parts`, which read segments of rows
 
 Rows whose expert is num_experts or more (sentinels of expert parallelism) are nobody's: filling them with zeros changes
 nothing that counts. Writes to fresh tensors are followed where everybody else reads later. K experts per token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 from torch.fx.node import map_arg
 
+from fx_passes.accumulation import have_one_width, repeated
 from fx_passes.aliasing import inplace_users, is_read_before
 from fx_passes.body import (
     Body,
@@ -25,22 +27,40 @@ from fx_passes.body import (
     SlotGathered,
     Value,
     has_rows,
+    map_values,
     nested_values,
     rank,
 )
-from fx_passes.ops import POINTWISE, arg, casts_nothing, fake_tensor, is_inplace, normalized_dim, op_name, varargs
+from fx_passes.facts import Counts, fact
+from fx_passes.markers import expert_cat
+from fx_passes.ops import (
+    POINTWISE,
+    arg,
+    casts_nothing,
+    fake_tensor,
+    is_inplace,
+    normalized_dim,
+    op_name,
+    same_size,
+    varargs,
+)
 from fx_passes.region import Rejected
+from fx_passes.segment_body import segment_body
 from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, slot_fact
 
 
 @dataclass(frozen=True)
 class SlotBody:
-    """`writes` are the writes that `body` has followed; `fills_absent` says whether it fills the rows of sentinels."""
+    """`writes` are the writes that `body` has followed; `fills_absent` says whether it fills the rows of sentinels.
+
+    `segments` are the nodes in which the experts' segments are put together.
+    """
 
     body: Body
     num_experts: int
     writes: frozenset[fx.Node]
     fills_absent: bool
+    segments: tuple[fx.Node, ...]
 
 
 def translate(root: fx.Node, order: Order, inner: frozenset[fx.Node]) -> SlotBody:
@@ -59,7 +79,7 @@ def translate(root: fx.Node, order: Order, inner: frozenset[fx.Node]) -> SlotBod
     if walk.absent_from and not walk.vanishes(root):
         raise Rejected("rows_of_nobody_are_zero", root, "rows without an expert add something to the output")
     body = Body(value, tuple(walk.values), frozenset(walk.nodes))
-    return SlotBody(body, num_experts, frozenset(walk.writes), bool(walk.absent_from))
+    return SlotBody(body, num_experts, frozenset(walk.writes), bool(walk.absent_from), tuple(walk.segments))
 
 
 class _Translator:
@@ -71,6 +91,7 @@ class _Translator:
         self.nodes: set[fx.Node] = set()
         self.expert_counts: set[int] = set()
         self.absent_from: set[int] = set()
+        self.segments: list[fx.Node] = []
         self._memo: dict[fx.Node, Value] = {}
 
     def value(self, node: fx.Node) -> Value:
@@ -102,7 +123,9 @@ class _Translator:
             return self.value(node.all_input_nodes[0])
         if name == "grouped_mm":
             return self._grouped_linear(node)
-        gathered = self._gathered(node) if name in ("getitem", "index_select") else None
+        if node.target is expert_cat:
+            return self._segments(node)
+        gathered = self._gathered(node) if name in ("getitem", "index_select", "gather") else None
         if gathered is not None:
             return gathered
         if name == "masked_fill" and self._fills_absent(node):
@@ -123,7 +146,15 @@ class _Translator:
 
     def _gathered(self, node: fx.Node) -> Value | None:
         """`source[index]` with an index over slots; None with any other index."""
-        source, index = node.args[0], node.args[1]
+        if op_name(node) == "gather":
+            return self._gathered_rows(node)
+        source, index = node.args[0], arg(node, 1, "index")
+        if index == (slice(None), None):
+            value = self.value(source)
+            is_vector = isinstance(value, SlotGathered) and value.trailing == 0
+            return replace(value, trailing=1, node=node) if is_vector else None
+        if _is_all_rows(node):
+            return self.value(source)
         if op_name(node) == "index_select":
             source, dim, index = (arg(node, at, key) for at, key in enumerate(("input", "dim", "index")))
             if dim != 0:
@@ -142,6 +173,38 @@ class _Translator:
         if known == Experts(self.order):
             return PerExpert(source, stacked=source)
         raise Rejected("rows_are_taken_in_one_order", node, f"`{node.name}` is not in the order of the experts' rows")
+
+    def _gathered_rows(self, node: fx.Node) -> Value | None:
+        """`x.gather(0, tokens[:, None].expand(-1, D))`."""
+        source, dim, index = (arg(node, at, key) for at, key in enumerate(("input", "dim", "index")))
+        tokens = repeated(index, is_tokens) if dim == 0 and have_one_width(source, index) else None
+        own = tokens is not None and slot_fact(tokens) == Tokens(self.order) and source not in self.inner
+        return Gathered(source, node) if own else None
+
+    def _segments(self, node: fx.Node) -> Value:
+        """The body of the experts' copies, on all rows that they read segments of."""
+        parts, counts = node.args
+        known = fact(counts)
+        if not isinstance(parts, (list, tuple)) or not isinstance(known, Counts) or known.ids is not self.order.ids:
+            raise Rejected("offsets_are_those_of_the_rows", node, "segments of rows that were sorted by other ids")
+        body = segment_body(tuple(parts), known)
+        self.segments.append(node)
+        self.expert_counts.add(known.num_classes)
+        self.nodes |= body.nodes
+        self.writes += body.writes
+        return self._on_all_rows(body.root, {})
+
+    def _on_all_rows(self, value: Value, done: dict[Value, Value]) -> Value:
+        if value not in done:
+            if isinstance(value, (Gathered, SlotGathered)):
+                done[value] = self.value(value.source)
+            elif isinstance(value, Op):
+                args, kwargs = map_values((value.args, value.kwargs), lambda child: self._on_all_rows(child, done))
+                done[value] = replace(value, args=args, kwargs=kwargs)
+            else:
+                done[value] = value
+            self.values.append(done[value])
+        return done[value]
 
     def _grouped_linear(self, node: fx.Node) -> Value:
         known = slot_fact(arg(node, 2, "offs"))
@@ -196,6 +259,18 @@ class _Translator:
         raise Rejected("nothing_is_written_inside", write, f"`{op_name(write)}` writes to the experts' rows")
 
 
+def _is_all_rows(node: fx.Node) -> bool:
+    """`rows[:N]` with N the number of rows."""
+    index, before, after = arg(node, 1, "index"), fake_tensor(node.args[0]), fake_tensor(node)
+    if not isinstance(index, slice) or index.start not in (None, 0) or index.step not in (None, 1):
+        return False
+    return before is not None and after is not None and same_size(before.shape[0], after.shape[0])
+
+
+def is_tokens(node: fx.Node) -> bool:
+    return isinstance(slot_fact(node), Tokens)
+
+
 def _dims(node: fx.Node) -> int | None:
     tensor = fake_tensor(node)
     return tensor.dim() if tensor is not None else None
@@ -222,4 +297,4 @@ def _swaps_last_dims(node: fx.Node) -> bool:
 
 def _is_fresh(node: fx.Node) -> bool:
     """Whether `node` holds memory of its own: a product, or rows taken by an index tensor."""
-    return op_name(node) == "grouped_mm" or slot_fact(node.args[1]) is not None
+    return op_name(node) == "grouped_mm" or slot_fact(arg(node, 1, "index")) is not None

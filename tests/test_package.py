@@ -144,3 +144,15 @@ compiled(x).sum().backward()
 print(counters["scatter_moe"]["rewritten"])
 """
     assert run_python(WITHOUT_TRITON + code, tmp_path) == "1"
+
+
+def test_operators_work_where_torch_has_no_distributed(tmp_path):
+    code = """
+import sys, torch
+torch.distributed.is_available = lambda: False
+sys.modules["torch.distributed.tensor"] = None
+import registrations
+order, _ = torch.ops.scatter_moe.route(torch.tensor([[1, 0]]), 2)
+print(order.tolist())
+"""
+    assert run_python(code, tmp_path) == "[1, 0]"

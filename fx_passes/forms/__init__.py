@@ -15,6 +15,7 @@ from fx_passes.forms import (
     range_loop,
     segments,
     slot_loop,
+    sorted_segments,
     sorted_slots,
 )
 
@@ -25,6 +26,7 @@ FORMS = (
     assignment,
     flat_pairs,
     sorted_slots,
+    sorted_segments,
     segments,
     gathered_weights,
     dense_experts,

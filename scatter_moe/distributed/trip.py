@@ -19,9 +19,11 @@ _OPS = torch.ops.scatter_moe
 
 
 class Trip:
-    """Args:
-    ranks_TS: `[T, S]`, a token's ranks; R where there are fewer than S.
-    group: the R ranks; all must make the trip.
+    """Which rows go to which rank.
+
+    Args:
+        ranks_TS: `[T, S]`, a token's ranks; R where there are fewer than S.
+        group: the R ranks; all must make the trip.
     """
 
     def __init__(self, ranks_TS: Tensor, group: ProcessGroup) -> None:

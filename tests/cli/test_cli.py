@@ -119,7 +119,8 @@ def test_a_configuration_is_explained_at_full_size_without_weights(capsys, tmp_p
     assert [region["module_path"] for region in outcome["rewritten"]] == ["model.layers.0.mlp.experts"]
 
 
-def test_a_loop_that_cannot_run_without_values_says_so(capsys):
+def test_a_loop_that_cannot_run_without_values_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("fx_passes.capture.counts.is_of_experts", lambda _counts: False)  # numbers are left to Dynamo
     code, outcome = run_json(capsys, "explain", "jetmoe", "--layers", "1")
     assert code == 1
     assert "meta tensor" in outcome["stopped"]

@@ -4,7 +4,7 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import D
-from tests.zoo.segments import IndexBlock, InferenceBlock, SegmentBlock, SkippingBlock, SlicedBlock
+from tests.zoo.segments import ArrayBlock, IndexBlock, InferenceBlock, SegmentBlock, SkippingBlock, SlicedBlock
 
 
 class Reversed(SegmentBlock):
@@ -234,6 +234,63 @@ class CountsChangedAfter(IndexBlock):
         return super().moe(x, ids.clone(), weights)
 
 
+class AddedTwice(SkippingBlock):
+    """Twice the rows are added."""
+
+    def combine(self, grouped, x, order, weights):
+        y = grouped * weights.view(-1)[order].unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, order // self.top_k, y, alpha=2)
+
+
+class AddedInAnotherOrder(SkippingBlock):
+    """The rows are added to the tokens of slots in reverse."""
+
+    def combine(self, grouped, x, order, weights):
+        y = grouped * weights.view(-1)[order].unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, order.flip(0) // self.top_k, y)
+
+
+class AddedToSlots(SkippingBlock):
+    """The slot itself, not its token, is where a row is added."""
+
+    def combine(self, grouped, x, order, weights):
+        y = grouped * weights.view(-1)[order].unsqueeze(-1)
+        return torch.zeros_like(grouped).index_add(0, order, y)[: x.shape[0]]
+
+
+class PutBackHalf(ArrayBlock):
+    """Rows are put back into places of every other slot's."""
+
+    def combine(self, grouped, x, order, weights):
+        slots = torch.zeros_like(grouped)
+        slots[order // 2] = grouped.detach()
+        return super().combine(slots + grouped, x, order, weights)
+
+
+class Averaged(ArrayBlock):
+    """The slots of a token are averaged."""
+
+    def combine(self, grouped, x, order, weights):
+        slots = torch.empty_like(grouped)
+        slots[order] = grouped
+        return (slots.view(*weights.shape, -1) * weights.unsqueeze(-1)).mean(1)
+
+
+class WeightsShifted(SkippingBlock):
+    """Each row is weighted as the one after it."""
+
+    def combine(self, grouped, x, order, weights):
+        y = grouped * weights.view(-1)[order].roll(1).unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, order // self.top_k, y)
+
+
+class OrderShown(SkippingBlock):
+    """The order of the slots is part of what the block returns."""
+
+    def combine(self, grouped, x, order, weights):
+        return super().combine(grouped, x, order, weights) + order.float().mean()
+
+
 FORM, STATE = "loop_has_a_known_form", "loop_changes_no_python_state"
 
 MISSES = (
@@ -252,6 +309,13 @@ MISSES = (
     NearMiss("segments_read_last", "parts_are_only_put_together", ReadsLast),
     NearMiss("segments_count_hit", STATE, CountsHit),
     NearMiss("segments_start_late", STATE, StartsLate),
+    NearMiss("segments_added_twice", None, AddedTwice, may_rewrite=True),
+    NearMiss("segments_added_in_another_order", None, AddedInAnotherOrder, may_rewrite=True),
+    NearMiss("segments_added_to_slots", None, AddedToSlots, may_rewrite=True),
+    NearMiss("segments_put_back_half", None, PutBackHalf, may_rewrite=True),
+    NearMiss("segments_averaged", None, Averaged, may_rewrite=True),
+    NearMiss("segments_weights_shifted", None, WeightsShifted, may_rewrite=True),
+    NearMiss("segments_order_shown", None, OrderShown, may_rewrite=True),
     NearMiss("segments_of_slots_descending", FORM, Descending),
     NearMiss("segments_of_slots_weights_unsorted", "operations_are_known", WeightsUnsorted),
     NearMiss("segments_of_slots_weights_of_another_sort", "operations_are_known", WeightsOfAnotherSort),

@@ -158,7 +158,7 @@ class Jamba(Block):
 
 
 CASES = (
-    Case("granite_45x", GraniteMoe, must_rewrite=False),
+    Case("granite_45x", GraniteMoe),
     Case("granite_5", GraniteStacked),
     Case("phimoe_445_eval", PhiMoe, train=False),
     Case("phimoe_445_train", PhiMoe, random=True),

@@ -6,21 +6,7 @@ from torch.nn import functional as F
 
 from tests.zoo.case import Case
 from tests.zoo.common import FF, Block, D, E, K
-
-
-class ParallelLinear(nn.Module):
-    """One linear layer an expert, on rows that are grouped by expert."""
-
-    def __init__(self, width, out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(E, out, width))
-
-    def forward(self, rows, sizes):
-        parts = rows.split(sizes, dim=0)
-        results = []
-        for e in range(E):
-            results.append(F.linear(parts[e], self.weight[e]))
-        return torch.cat(results, dim=0)
+from tests.zoo.others import ParallelExperts
 
 
 class GroupingRouter(nn.Module):
@@ -41,31 +27,13 @@ class GroupingRouter(nn.Module):
         return order, tokens, weights.flatten()[order], sizes
 
 
-class GroupedExperts(nn.Module):
-    """Two linear layers an expert and the activation between them on all rows at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.router = GroupingRouter()
-        self.input_linear, self.output_linear = ParallelLinear(D, 2 * FF), ParallelLinear(FF, D)
-        self.bias = nn.Parameter(torch.empty(D))
-
-    def forward(self, hidden_states):
-        x = hidden_states.reshape(-1, D)
-        _, tokens, weights, sizes = self.router(x)
-        gate, up = self.input_linear(x[tokens], sizes).chunk(2, dim=-1)
-        y = self.output_linear(F.silu(gate) * up, sizes) * weights[:, None]
-        zeros = torch.zeros((x.shape[0], D), dtype=y.dtype, device=y.device)
-        return zeros.index_add(0, tokens, y).view(hidden_states.shape) + self.bias
-
-
 class MixtureOfProjections(nn.Module):
     """As a mixture of attention heads: each slot is projected, then something happens to it, then all come together."""
 
     def __init__(self):
         super().__init__()
         self.router = GroupingRouter()
-        self.input_linear, self.output_linear = ParallelLinear(D, FF), ParallelLinear(FF, D)
+        self.input_linear, self.output_linear = ParallelExperts(E, D, FF), ParallelExperts(E, FF, D)
 
     def forward(self, hidden_states):
         x = hidden_states.reshape(-1, D)
@@ -221,6 +189,14 @@ class IndexAddBlock(IndexBlock):
         return out
 
 
+class ResidualBlock(SkippingBlock):
+    """The experts' rows are added to their tokens themselves: the segments alone are rewritten."""
+
+    def combine(self, grouped, x, order, weights):
+        y = grouped * weights.view(-1)[order].unsqueeze(-1)
+        return x.index_add(0, order // self.top_k, y)
+
+
 class ForLoopExperts(nn.Module):
     """Stacked weights [E, in, out], rows weighted before the experts, as in torchtune."""
 
@@ -265,6 +241,6 @@ CASES = (
     Case("segments_of_slots_inference", InferenceBlock),
     Case("segments_of_slots_index_add", IndexAddBlock),
     Case("segments_for_loop", ForLoopExperts),
-    Case("segments_parallel_linear", GroupedExperts, regions=2, op="parallel_linear", activation="any"),
+    Case("segments_residual", ResidualBlock),
     Case("segments_projections", MixtureOfProjections, regions=2, op="parallel_linear", activation="any"),
 )
