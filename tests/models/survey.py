@@ -85,9 +85,9 @@ def survey(architecture: Architecture, experts: str) -> Row:
 
 
 def moe_layers(architecture: Architecture, model: nn.Module) -> int:
-    """How many regions there are; a mixture of attention has two, before and behind its attention."""
+    """How many regions there are: one a block, two where rows are grouped outside of a block's two products."""
     blocks = [module for module in model.modules() if type(module).__name__ in architecture.blocks]
-    return sum(2 if hasattr(block, "reduce") else 1 for block in blocks)
+    return sum(2 if hasattr(block, "input_linear") else 1 for block in blocks)
 
 
 def step(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Seen:
