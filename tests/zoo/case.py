@@ -15,7 +15,7 @@ class Case:
 
     op is the operator the region must become, None where any sound choice will do. must_rewrite is False for programs
     which need only stay correct. train is False for programs which are MoE loops in eval() alone. regions is how many
-    are found in it.
+    are found in it. differentiable is False for programs whose output has no gradient.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Case:
     train: bool = True
     random: bool = False
     regions: int = 1
+    differentiable: bool = True
 
     def make(self, seed=0, dtype=torch.float32):
         """The block with unit-scale weights; equal seeds give equal blocks."""

@@ -238,7 +238,7 @@ CASES = (
     Case("segments_skipped", SkippingBlock),
     Case("segments_array", ArrayBlock),
     Case("segments_of_slots", IndexBlock),
-    Case("segments_of_slots_inference", InferenceBlock),
+    Case("segments_of_slots_inference", InferenceBlock, differentiable=False),
     Case("segments_of_slots_index_add", IndexAddBlock),
     Case("segments_for_loop", ForLoopExperts),
     Case("segments_residual", ResidualBlock),
