@@ -66,10 +66,14 @@ def rewrite_graph(gm: fx.GraphModule) -> bool:
 def _rewrite_captured(capture: Capture | None, gm: fx.GraphModule) -> bool:
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
     outcome = pipeline.run(gm)
+    if capture is not None:
+        _trace_again_if_not_one(capture, outcome)
     record_rejections(outcome.rejections, capture.memory.reported if capture is not None else set())
     if capture is not None:
         _trace_again_if_assumed(capture, outcome)
     guard_hooks_of(outcome.anchors)
+    if capture is not None:
+        capture.guard_every_expert()
     counters["scatter_moe"]["rewritten"] += len(outcome.regions)
     report = current_report()
     report.regions.extend(outcome.regions)
@@ -77,6 +81,13 @@ def _rewrite_captured(capture: Capture | None, gm: fx.GraphModule) -> bool:
     if outcome.regions and before:
         log.debug("graph before the rewrite:\n%s\ngraph after it:\n%s", before, gm.print_readable(print_output=False))
     return bool(outcome.regions)
+
+
+def _trace_again_if_not_one(capture: Capture, outcome: pipeline.Outcome) -> None:
+    """What speaks against a loop is said of its experts one by one."""
+    loops = capture.not_to_be_taken_as_one(outcome.erased_events, outcome.remaining_events)
+    if loops:
+        capture.trace_again_unrolled(loops)
 
 
 def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None:

@@ -24,7 +24,7 @@ from fx_passes.aliasing import allocates, inplace_users, is_read_before
 from fx_passes.facts import Mask, Rows, counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
-from fx_passes.markers import Expert, expert_of, select_expert
+from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
 from fx_passes.ops import arg, casts_nothing, fake_tensor, known_tensor, op_name, varargs
 
 
@@ -230,6 +230,8 @@ class Unifier:
 
     def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
         first = nodes[0]
+        if first.target is expert_parameter and len(nodes) == 1:
+            return PerExpert(first, tensors=tuple(first.args[0]))
         if all(op_name(node) == "mul_" and isinstance(node.args[0], fx.Node) for node in nodes):
             product = self.value(tuple(node.all_input_nodes[0] for node in nodes))
             if self.writes.issuperset(nodes):
@@ -342,7 +344,8 @@ class Unifier:
         """Whether `node` depends on an expert or on its rows."""
         if node not in self._inner:
             self._inner[node] = False
-            inner = isinstance(fact(node), (Rows, Mask)) or expert_of(node) is not None or node.target is select_expert
+            by_expert = expert_of(node) is not None or node.target in (select_expert, expert_parameter)
+            inner = isinstance(fact(node), (Rows, Mask)) or by_expert
             self._inner[node] = inner or any(self._is_inner(source) for source in node.all_input_nodes)
         return self._inner[node]
 

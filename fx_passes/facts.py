@@ -25,7 +25,16 @@ from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.ids import ids_dims, is_single_choice, num_columns, rows_as_ids
-from fx_passes.markers import Expert, expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
+from fx_passes.markers import (
+    Expert,
+    expert_count,
+    expert_of,
+    expert_segment,
+    experts_hit,
+    experts_of_each,
+    index_list,
+    select_expert,
+)
 from fx_passes.ops import (
     ZEROS,
     arg,
@@ -314,6 +323,8 @@ def _select(inner: Fact | None, dim: Any, expert: Expert | None, keepdim: Any) -
     if not isinstance(inner, OneHot) or expert is None or inner.dims[dim] != "E":
         return None
     if type(expert) is int and not 0 <= expert < inner.num_classes:
+        return None
+    if (experts_of_each(expert) or 0) > inner.num_classes:
         return None
     dims = (*inner.dims[:dim], *(("1",) if keepdim else ()), *inner.dims[dim + 1 :])
     return Mask(inner.ids, expert, dims, reduced=inner.reduced)

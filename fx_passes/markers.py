@@ -1,8 +1,10 @@
 """Stand-ins for "the expert of this iteration" in a captured graph.
 
 A loop `for expert in hit` has a length that no graph can hold, so it is captured as one iteration over an expert that
-has no value: a node whose target is `current_expert`. Indexing by it is a node whose target is `select_expert`. Neither
-is ever executed for a result: a graph that still holds one after the rewrite is captured again without it.
+has no value: a node whose target is `current_expert`. Indexing by it is a node whose target is `select_expert`. A loop
+over all experts is captured in the same way: its expert is a number without a value, `each_expert`. Where the experts
+are modules, a parameter of the one that is traced becomes `expert_parameter`. None of these is ever executed for a
+result: a graph that still holds one after the rewrite is captured again without it.
 """
 
 from typing import Any
@@ -21,7 +23,26 @@ def current_expert(hit: torch.Tensor) -> torch.Tensor:
     return hit.new_zeros(hit.shape[1:])
 
 
-def select_expert(tensor: torch.Tensor, expert: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
+def each_expert(num_experts: int) -> int:
+    """A number of unknown value, from 0 to `num_experts` - 1."""
+    return num_experts - 1
+
+
+def experts_of_each(expert: Any) -> int | None:
+    """How many experts an `each_expert` node stands for; None for anything else."""
+    if not isinstance(expert, fx.Node) or expert.target is not each_expert:
+        return None
+    (number,) = expert.args
+    assert isinstance(number, int)
+    return number
+
+
+def expert_parameter(parameters: list[torch.Tensor], _expert: torch.Tensor | int) -> torch.Tensor:
+    """The one of `parameters` that is the expert's."""
+    return parameters[0]
+
+
+def select_expert(tensor: torch.Tensor, _expert: torch.Tensor | int, dim: int, keepdim: bool) -> torch.Tensor:
     """`tensor` at the expert's place along `dim`.
 
     `keepdim` where the index has shape [1]: advanced indexing keeps the dim.

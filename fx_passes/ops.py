@@ -17,8 +17,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_passes.markers import (
     current_expert,
+    each_expert,
     expert_cat,
     expert_count,
+    expert_parameter,
     expert_segment,
     experts_hit,
     index_list,
@@ -77,6 +79,8 @@ _NEVER_RANDOM = frozenset("bool long int half bfloat16 float double getattr sym_
 _HARMLESS = frozenset(
     (
         current_expert,
+        each_expert,
+        expert_parameter,
         select_expert,
         index_with_expert,
         index_list,

@@ -93,6 +93,9 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
                 parameter.node,
                 f"weights of another number of experts than the {region.num_experts} that are routed to",
             )
+        if parameter.tensors and len(parameter.tensors) != region.num_experts:
+            detail = f"{len(parameter.tensors)} experts have the parameter, {region.num_experts} are routed to"
+            raise Rejected("every_expert_is_covered", parameter.node, detail)
         if parameter.tensors and len(set(parameter.tensors)) != len(parameter.tensors):
             raise Rejected("experts_have_their_own_parameters", parameter.node, "two experts share a parameter")
 
@@ -233,6 +236,7 @@ def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield region.ids_TK
     yield from region.routing
     yield from (source for node in region.routing for source in node.all_input_nodes)
+    yield from (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)
     own = region.inner.union(region.outputs)
     for node in region.inner:
         yield from (source for source in node.all_input_nodes if source not in own)

@@ -13,7 +13,7 @@ from fx_passes.capture.events import Guard, Scope
 from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.python_state import snapshot
 from fx_passes.capture.variables import is_open
-from fx_passes.markers import Expert, expert_of
+from fx_passes.markers import Expert, expert_of, experts_of_each
 from fx_passes.ops import arg, op_name
 
 _STRAIGHT = frozenset(("NOP", "CACHE", "EXTENDED_ARG", "NOT_TAKEN"))
@@ -73,7 +73,7 @@ def _sentinel(node: fx.Node) -> tuple[Expert, bool] | None:
     if name not in ("eq", "ne", "ge"):
         return None
     expert, other = expert_of(node.args[0]), arg(node, 1, "other")
-    if expert is None or type(other) is not int:
+    if expert is None or type(other) is not int or experts_of_each(expert) is not None:
         return None
     if isinstance(expert, int):
         return expert, {"eq": expert == other, "ne": expert != other, "ge": expert >= other}[name]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -9,11 +10,16 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import CompileContext
 
 from fx_passes.capture.python_state import Snapshot
+from fx_passes.capture.stand_in import StandIn
 from fx_passes.markers import Expert
 from fx_passes.region import Rejection
 
 _EVENTS = "scatter_moe_events"
 _GUARDS = "scatter_moe_guards"
+
+
+Place = tuple[CodeType, int]
+"""A code object and the number of an instruction in it."""
 
 
 class Guard(NamedTuple):
@@ -33,6 +39,8 @@ class Event:
     """A place where tracing went on under an assumption.
 
     `routed`: a router came before it in the graph. `root_place`: the instruction of the frame that was being traced.
+    `place`: where in its own frame it is. `can_be_unrolled`: a loop that is traced as one iteration and could be traced
+    expert by expert.
     """
 
     number: int
@@ -40,6 +48,8 @@ class Event:
     location: tuple[str, int]
     routed: bool
     root_place: int
+    place: Place
+    can_be_unrolled: bool = False
     failed: bool = False
 
 
@@ -48,7 +58,8 @@ class Scope:
     """A stretch of the trace that rests on one event: up to the next visit of the loop header `header` in `tx`.
 
     `guard` is what is assumed in it. `loop_over` are the ids of a hit loop, or of one over counts of which the last may
-    be missing; then `experts` are those of the iterations to come. `before` is Python's state when the stretch began.
+    be missing; then `experts` are those of the iterations to come. `each` is the expert that stands for all in a loop
+    over all experts, `stand_ins` the modules that stand for theirs. `before` is Python's state when the stretch began.
     """
 
     event: Event
@@ -59,12 +70,18 @@ class Scope:
     guard: Guard | None = None
     loop_over: fx.Node | None = None
     experts: Iterator[int] | None = None
+    each: fx.Node | None = None
+    stand_ins: list[StandIn] = field(default_factory=list)
+
+    @property
+    def is_loop(self) -> bool:
+        return self.loop_over is not None or self.each is not None
 
     @property
     def symbol(self) -> fx.Node | None:
-        """The symbolic expert of a hit loop that is captured as one iteration."""
+        """The symbolic expert of a loop that is captured as one iteration."""
         if self.loop_over is None or self.guard is None:
-            return None
+            return self.each
         return self.guard.expert if isinstance(self.guard.expert, fx.Node) else None
 
 
@@ -72,12 +89,12 @@ class Scope:
 class Memory:
     """What is known of a frame from earlier attempts.
 
-    Events that must not be assumed, hit loops to unroll, what was reported, how often tracing failed, and whether it
-    failed by a fault of ours.
+    Events that must not be assumed, loops to unroll, what was reported, how often tracing failed, and whether it failed
+    by a fault of ours.
     """
 
     denied: set[int] = field(default_factory=set)
-    unrolled: set[int] = field(default_factory=set)
+    unrolled: set[Place] = field(default_factory=set)
     reported: set[Rejection] = field(default_factory=set)
     interrupted: list[int] = field(default_factory=list)
     errors: int = 0

@@ -45,5 +45,5 @@ def _number(capture: Any, variable: Any) -> VariableTracker | None:
         return ConstantVariable.create(expert)
     loop = next((scope for scope in capture.scopes if scope.symbol is expert), None)
     if loop is not None:
-        capture.trace_again_unrolled(loop.event)
+        capture.trace_again_unrolled([loop.event])
     return None

@@ -8,9 +8,11 @@ from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
+from fx_passes.capture.events import Scope
 from fx_passes.capture.index_list import index_by_tensors
+from fx_passes.capture.stand_in import is_module_list, length_of, stand_in_for
 from fx_passes.capture.variables import call_in_graph, expert_of_variable, is_full_slice, rank_of
-from fx_passes.markers import Expert, index_with_expert, mark_expert, select_expert
+from fx_passes.markers import Expert, experts_of_each, index_with_expert, mark_expert, select_expert
 
 
 def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
@@ -30,7 +32,7 @@ def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
     return False
 
 
-def _by_expert(capture: Any, tx: Any, container: Any, index: TensorVariable, expert: Expert) -> bool:
+def _by_expert(capture: Any, tx: Any, container: Any, index: Any, expert: Expert) -> bool:
     if not capture.is_in_iteration_of(expert):
         return False
     keepdim = rank_of(index) == 1
@@ -39,11 +41,21 @@ def _by_expert(capture: Any, tx: Any, container: Any, index: TensorVariable, exp
         tx.stack[-1] = _constant_slice(expert) if is_slice else ConstantVariable.create(expert)
         return False
     if not isinstance(container, TensorVariable):
-        loop = next((scope for scope in capture.scopes if scope.symbol is expert), None)
-        if loop is None:
-            return False
-        capture.trace_again_unrolled(loop.event)
+        loop = next(scope for scope in capture.scopes if scope.symbol is expert)
+        return _finish(tx, _module_of(capture, tx, container, loop))
     return _finish(tx, call_in_graph(tx, select_expert, container.as_proxy(), index.as_proxy(), 0, keepdim))
+
+
+def _module_of(capture: Any, tx: Any, experts: Any, loop: Scope) -> VariableTracker:
+    """`experts[e]`: a stand-in for all, where they are alike and as many as the loop has iterations."""
+    fits = is_module_list(experts) and (loop.each is None or experts_of_each(loop.each) == length_of(experts))
+    made = stand_in_for(tx, experts) if fits else None
+    if made is None:
+        capture.trace_again_unrolled([loop.event])
+    stand_in, variable = made
+    loop.event.can_be_unrolled = True
+    loop.stand_ins.append(stand_in)
+    return variable
 
 
 def _by_tuple(capture: Any, tx: Any, container: Any, index: TupleVariable) -> bool:

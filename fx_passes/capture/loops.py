@@ -1,4 +1,4 @@
-"""`for e in hit:` where `hit` lists the experts that have a token."""
+"""`for e in hit:` where `hit` lists the experts that have a token; the begin and the end of every loop."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
-from fx_passes.capture import counts
+from fx_passes.capture import counts, expert_loops
 from fx_passes.capture.events import Guard, Scope, events_of
 from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
+from fx_passes.capture.stand_in import replace_parameters
 from fx_passes.capture.variables import expert_of_variable, has_open_length
 from fx_passes.facts import Hit, fact
 from fx_passes.markers import current_expert, mark_expert
@@ -18,6 +19,8 @@ from fx_passes.markers import current_expert, mark_expert
 
 def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     """The loop begins: what it runs over becomes a list of one symbolic expert, or of all experts."""
+    if expert_loops.begin_at_iter(capture, tx):
+        return False
     hit = tx.stack[-1].realize()
     header = tx.instructions[tx.instruction_pointer + 1]
     numbers = counts.iterate(capture, tx, tx.stack.pop(), header)
@@ -32,7 +35,8 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     event = capture.event(tx, "hit loop")
     if capture.is_denied(event):
         return False
-    experts = range(classes.num_classes) if event.number in capture.memory.unrolled else (None,)
+    is_unrolled = event.place in capture.memory.unrolled
+    experts = range(classes.num_classes) if is_unrolled else (None,)
     items = [_iteration_expert(capture, tx, hit, expert) for expert in experts]
     tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
     capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes.ids))
@@ -53,29 +57,38 @@ def for_iter(capture: Any, tx: Any, instruction: Any) -> bool:
         if scope.before is not None:
             _compare(capture, scope, scope.before, now)
         scope.before = now
-        if scope.loop_over is None:
-            capture.scopes.remove(scope)
-        else:
+        if scope.is_loop:
             _next_iteration(capture, scope)
+        else:
+            capture.scopes.remove(scope)
     return False
 
 
 def _next_iteration(capture: Any, scope: Scope) -> None:
-    assert scope.loop_over is not None
     if scope.experts is not None:
         number = next(scope.experts, None)
         if number is None:
             capture.scopes.remove(scope)
         else:
+            assert scope.loop_over is not None
             scope.guard = Guard(scope.loop_over, number)
         return
     iterator = scope.tx.stack[-1].realize()
     if iterator.index >= len(iterator.items):
-        capture.scopes.remove(scope)
-        return
-    expert = expert_of_variable(iterator.items[iterator.index])
-    assert expert is not None
-    scope.guard = Guard(scope.loop_over, expert)
+        _end(capture, scope)
+    elif scope.loop_over is not None:
+        expert = expert_of_variable(iterator.items[iterator.index])
+        assert expert is not None
+        scope.guard = Guard(scope.loop_over, expert)
+
+
+def _end(capture: Any, scope: Scope) -> None:
+    capture.scopes.remove(scope)
+    for stand_in in scope.stand_ins:
+        assert scope.symbol is not None
+        capture.stand_ins.append((stand_in, scope.event))
+        if not replace_parameters(scope.tx, stand_in, scope.symbol):
+            capture.trace_again_unrolled([scope.event])
 
 
 def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> None:
@@ -88,6 +101,8 @@ def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> Non
         for name in unexplained
         if name not in before or not vanishes(capture, scope, name, before[name], now[name])
     ]
+    if names and scope.event.can_be_unrolled:
+        capture.trace_again_unrolled([scope.event])
     if names:
         scope.event.failed = True
         capture.reject(scope.tx, "loop_changes_no_python_state", f"running the loop body changes {', '.join(names)}")

@@ -2,18 +2,30 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
-from fx_passes.capture import branches, calls, counts, expert_numbers, index_list, indexing, loops, segments
-from fx_passes.capture.events import Event, Memory, Scope, TraceAgain, tag
+from fx_passes.capture import (
+    branches,
+    calls,
+    counts,
+    expert_loops,
+    expert_numbers,
+    index_list,
+    indexing,
+    loops,
+    segments,
+)
+from fx_passes.capture.events import Event, Memory, Place, Scope, TraceAgain, tag
+from fx_passes.capture.opaque import tells_apart
+from fx_passes.capture.stand_in import StandIn, guard_every_expert, is_left_in
 from fx_passes.facts import Mask, selected
 from fx_passes.faults import own_code
-from fx_passes.ops import op_name
+from fx_passes.ops import arg, fake_tensor, op_name
 from fx_passes.region import Rejection
 from fx_passes.report import innermost_source, record_rejections, source_line
 
@@ -30,6 +42,7 @@ def _subscript(capture: "Capture", tx: Any, instruction: Any) -> bool:
 _HANDLERS: dict[str, Handler] = {
     "GET_ITER": loops.get_iter,
     "FOR_ITER": loops.for_iter,
+    "CALL": expert_loops.call,
     "BINARY_SUBSCR": _subscript,
     "BINARY_SLICE": segments.binary_slice,
     "STORE_SUBSCR": index_list.store_subscript,
@@ -42,6 +55,7 @@ class Capture:
     """The events of one attempt at tracing one frame.
 
     `_routed`: the trace holds what a router computes. Only then is a place that is left to Dynamo worth a word.
+    `router_widths`: of how many experts routers so far have chosen. `stand_ins`: those of loops that have ended.
     """
 
     def __init__(self, output: Any) -> None:
@@ -54,6 +68,8 @@ class Capture:
         self.numbers: dict[fx.Node, list[Any]] = {}
         self._last_node: dict[fx.Graph, fx.Node | None] = {}
         self._routed = False
+        self.router_widths: set[int] = set()
+        self.stand_ins: list[tuple[StandIn, Event]] = []
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
         self._unbacked_seen = output.shape_env.unbacked_symint_counter
 
@@ -65,12 +81,16 @@ class Capture:
             return True
         try:
             return original(tx)
+        except TraceAgain:
+            raise
         except RestartAnalysis as restart:
+            self._unroll_where_left(tx)
             if tx.parent is None and isinstance(restart, SpeculationRestartAnalysis):
                 self.memory.interrupted = [event.root_place for event in self.events]
             raise
         except Exception as error:
             if not self.memory.faulty:
+                self._unroll_where_left(tx)
                 self._trace_again_without_assumptions(tx, error)
             raise
         finally:
@@ -80,6 +100,7 @@ class Capture:
     def _handle(self, tx: Any) -> bool:
         """Whether the instruction's work was done here."""
         instruction = tx.instructions[tx.instruction_pointer]
+        self._unroll_where_told_apart(tx, instruction)
         handler = _handler(instruction.opname)
         if handler is not None and handler(self, tx, instruction):
             self._tag_new_nodes(tx)
@@ -112,9 +133,13 @@ class Capture:
         """The next event, at the current line of `tx`."""
         frame = tx.frame_summary()
         location = (frame.filename, frame.lineno or 0)
-        event = Event(len(self.events), kind, location, self._routed, self._root_place())
+        event = Event(len(self.events), kind, location, self._routed, self._root_place(), self.place_of(tx))
         self.events.append(event)
         return event
+
+    def place_of(self, tx: Any) -> Place:
+        """The instruction that `tx` is about to run."""
+        return tx.f_code, tx.instruction_pointer
 
     def forget_new_symbols(self) -> None:
         """Symbols that were made just now belong to an event already."""
@@ -124,16 +149,36 @@ class Capture:
         return event.number in self.memory.denied
 
     def is_in_iteration_of(self, expert: Any) -> bool:
-        """Whether the trace is inside the iteration of a hit loop that `expert` stands for."""
+        """Whether the trace is inside the iteration of a loop that `expert` stands for."""
+        if any(scope.each is not None and scope.each is expert for scope in self.scopes):
+            return True
         guards = [scope.guard for scope in self.scopes if scope.loop_over is not None and scope.guard is not None]
         return any(guard.expert is expert or (type(expert) is int and guard.expert == expert) for guard in guards)
 
     def reject(self, tx: Any, rule: str, detail: str) -> None:
-        """Says why a place that looks like part of an expert loop is left to Dynamo."""
-        if self._routed:
+        """Says why a place that looks like part of an expert loop is left to Dynamo.
+
+        Within a loop that will be traced expert by expert then, it is too early for that.
+        """
+        if self._routed and not any(scope.event.can_be_unrolled for scope in self.scopes):
             frame = tx.frame_summary()
             rejection = Rejection(rule, detail, *source_line(frame.filename, frame.lineno or 0))
             record_rejections([rejection], self.memory.reported)
+
+    def not_to_be_taken_as_one(self, erased: set[int], remaining: set[int]) -> list[Event]:
+        """Loops traced as one iteration that the rewrite did not dissolve, or whose stand-in is still read."""
+        kept = [event for stand_in, event in self.stand_ins if is_left_in(self.output.root_tracer.graph, stand_in)]
+        open_loops = [scope.event for scope in self.scopes]
+        events = [event for event in self.events if event.can_be_unrolled and not self.is_denied(event)]
+        return [
+            event
+            for event in events
+            if event.failed
+            or event.number not in erased
+            or event.number in remaining
+            or event in kept
+            or event in open_loops
+        ]
 
     def leftover(self, erased: set[int], remaining: set[int]) -> list[Event]:
         """Events that the rewrite did not dissolve, and those of loops that were left before their end."""
@@ -142,6 +187,10 @@ class Capture:
             self.reject(scope.tx, "loop_runs_to_its_end", "the loop is left by break, return or an error")
         live = [event for event in self.events if not self.is_denied(event)]
         return [event for event in live if event.failed or event.number not in erased or event.number in remaining]
+
+    def guard_every_expert(self) -> None:
+        """At the end of the trace: what was read from a stand-in is guarded in all experts."""
+        guard_every_expert(self.output, [stand_in for stand_in, _ in self.stand_ins])
 
     def trace_again_without(self, events: list[Event]) -> None:
         """Restarts the frame; what stood at `events` is then left to Dynamo."""
@@ -165,12 +214,29 @@ class Capture:
         tx = self.output.root_tx
         return tx.indexof[tx.current_instruction]
 
-    def trace_again_unrolled(self, loop: Event) -> None:
-        """Restarts the frame; the hit loop `loop` then has one iteration an expert."""
-        self.memory.unrolled.add(loop.number)
-        self._restart("the experts are modules of their own: one iteration per expert")
+    def trace_again_unrolled(self, loops: list[Event]) -> NoReturn:
+        """Restarts the frame; `loops` then have one iteration an expert, and events other numbers."""
+        self.memory.unrolled.update(loop.place for loop in loops)
+        self.memory.denied.clear()
+        self.memory.interrupted, self.memory.errors = [], 0
+        self._restart("one iteration per expert, since one does not stand for all")
 
-    def _restart(self, reason: str) -> None:
+    def _unroll_where_left(self, tx: Any) -> None:
+        """An error leaves a loop that is traced as one iteration: Dynamo may be able to trace each iteration."""
+        left = [scope.event for scope in self.scopes if scope.tx is tx and scope.event.can_be_unrolled]
+        if left:
+            self.trace_again_unrolled(left)
+
+    def _unroll_where_told_apart(self, tx: Any, instruction: Any) -> None:
+        """Something may ask which expert it is that stands for all."""
+        loops = [scope for scope in self.scopes if scope.event.can_be_unrolled]
+        if not loops:
+            return
+        symbols = [scope.each.meta["example_value"].node.expr for scope in loops if scope.each is not None]
+        if tells_apart(tx, instruction, frozenset(symbols)):
+            self.trace_again_unrolled([scope.event for scope in loops])
+
+    def _restart(self, reason: str) -> NoReturn:
         self.output.root_tx.speculation_log.clear()
         raise TraceAgain(restart_reason=f"scatter_moe: {reason}")
 
@@ -202,7 +268,9 @@ class Capture:
     @own_code
     def _tag_new_nodes(self, tx: Any) -> None:
         nodes = self._new_nodes(self.output.current_tracer.graph)
-        self._routed = self._routed or any(op_name(node) in _ROUTING for node in nodes)
+        routers = [node for node in nodes if op_name(node) in _ROUTING]
+        self._routed = self._routed or bool(routers)
+        self.router_widths.update(map(_router_width, routers))
         counter = self.output.shape_env.unbacked_symint_counter
         numbers = tuple(scope.event.number for scope in self.scopes)
         if counter != self._unbacked_seen:
@@ -235,6 +303,15 @@ class Capture:
         length = (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
         if isinstance(length, torch.SymInt):
             self.masks_of_symbol[length.node.expr] = mask
+
+
+def _router_width(node: fx.Node) -> int:
+    """Of how many classes `node` chooses; 0 where that isn't known."""
+    classes, scores = arg(node, 1, "num_classes"), fake_tensor(arg(node, 0, "input"))
+    if op_name(node) == "one_hot":
+        return classes if type(classes) is int else 0
+    width = scores.shape[-1] if scores is not None and scores.dim() else 0
+    return width if type(width) is int else 0
 
 
 def _handler(opname: str) -> Handler | None:

@@ -7,7 +7,7 @@ from torch import fx
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import SliceVariable
-from torch._dynamo.variables.tensor import TensorVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fx_passes.markers import Expert, expert_of
@@ -15,13 +15,15 @@ from fx_passes.markers import Expert, expert_of
 
 def expert_of_variable(variable: Any) -> Expert | None:
     """The expert that a loop variable, or what was computed from it, stands for."""
-    if not isinstance(variable, TensorVariable) or not isinstance(variable.proxy, fx.Proxy):
+    if not isinstance(variable, (TensorVariable, SymNodeVariable)) or not isinstance(variable.proxy, fx.Proxy):
         return None
     return expert_of(variable.as_proxy().node)
 
 
-def rank_of(variable: TensorVariable) -> int:
-    return variable.as_proxy().node.meta["example_value"].dim()
+def rank_of(variable: TensorVariable | SymNodeVariable) -> int:
+    """Dims of a tensor; none of a number."""
+    value = variable.as_proxy().node.meta["example_value"]
+    return value.dim() if isinstance(value, torch.Tensor) else 0
 
 
 def has_open_length(variable: TensorVariable) -> bool:

@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from torch import fx
 
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
-from fx_passes.forms.range_loop import require_all_experts
+from fx_passes.forms.range_loop import number_of_experts
 from fx_passes.region import LoopRegion
 
 NAME = "assignment"
 
 
 def candidates(graph: fx.Graph) -> Iterator[Loop]:
-    return (loop for loop in loops(graph) if loop.symbol is None and loop.assigns and not loop.is_flat)
+    return (loop for loop in loops(graph) if not loop.is_over_hits and loop.assigns and not loop.is_flat)
 
 
 def match(loop: Loop) -> LoopRegion:
     masks = masks_of(loop)
-    require_all_experts(loop, masks)
-    return region_of(NAME, loop, masks, len(masks))
+    return region_of(NAME, loop, masks, number_of_experts(loop, masks))

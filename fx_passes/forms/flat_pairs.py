@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
-from fx_passes.forms.range_loop import require_all_experts
+from fx_passes.forms.range_loop import number_of_experts
 from fx_passes.region import LoopRegion, Rejected
 from fx_passes.slot_sum import SlotSum, sum_over_slots
 
@@ -24,13 +24,12 @@ NAME = "flat_pairs"
 
 
 def candidates(graph: fx.Graph) -> Iterator[Loop]:
-    return (loop for loop in loops(graph) if loop.symbol is None and loop.is_flat)
+    return (loop for loop in loops(graph) if not loop.is_over_hits and loop.is_flat)
 
 
 def match(loop: Loop) -> LoopRegion:
     masks = masks_of(loop)
-    require_all_experts(loop, masks)
-    return region_of(NAME, loop, masks, len(masks), _sum_of(loop, masks[0].ids))
+    return region_of(NAME, loop, masks, number_of_experts(loop, masks), _sum_of(loop, masks[0].ids))
 
 
 def _sum_of(loop: Loop, ids_TK: fx.Node) -> SlotSum:

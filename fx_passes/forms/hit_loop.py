@@ -23,7 +23,7 @@ NAME = "hit_loop"
 
 
 def candidates(graph: fx.Graph) -> Iterator[Loop]:
-    return (loop for loop in loops(graph) if loop.symbol is not None)
+    return (loop for loop in loops(graph) if loop.is_over_hits)
 
 
 def match(loop: Loop) -> LoopRegion:

@@ -30,6 +30,11 @@ class Loop:
         return expert if isinstance(expert, fx.Node) else None
 
     @property
+    def is_over_hits(self) -> bool:
+        """Whether it runs over the experts that have a token, as one iteration."""
+        return self.symbol is not None and self.symbol.target is current_expert
+
+    @property
     def assigns(self) -> bool:
         return any(accumulation.assigns for accumulation in self.found)
 

@@ -4,7 +4,8 @@
         slots, tokens = torch.where(mask[e])             # mask = one_hot(ids, E).permute(2, 1, 0), or ids == e
         out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
 
-Dynamo unrolls it. A loop over the experts that were hit becomes the same where the experts are modules of their own. It
+It is captured as one iteration over a symbolic expert where it runs over all experts and they are alike, and unrolled
+otherwise. A loop over the experts that were hit becomes the same where the experts are modules that are not alike. It
 may run over `range(first, last)`: the slots of other experts give zeros. Guards that skip an expert without tokens are
 seen through: `if mask.any():`, `if tokens.numel() == 0: continue`, `if counts[e] == 0: continue` with
 `counts = ids.flatten().bincount(minlength=E).tolist()`.
@@ -32,25 +33,29 @@ from torch import fx
 
 from fx_passes.facts import Mask
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
+from fx_passes.markers import experts_of_each
 from fx_passes.region import LoopRegion, Rejected
 
 NAME = "range_loop"
 
 
 def candidates(graph: fx.Graph) -> Iterator[Loop]:
-    return (
-        loop for loop in loops(graph) if loop.symbol is None and not (loop.is_by_slot or loop.is_flat or loop.assigns)
-    )
+    return (loop for loop in loops(graph) if not (loop.is_over_hits or loop.is_by_slot or loop.is_flat or loop.assigns))
 
 
 def match(loop: Loop) -> LoopRegion:
     masks = masks_of(loop)
-    require_all_experts(loop, masks)
-    return region_of(NAME, loop, masks, len(masks))
+    return region_of(NAME, loop, masks, number_of_experts(loop, masks))
 
 
-def require_all_experts(loop: Loop, masks: tuple[Mask, ...]) -> None:
-    """The loop was unrolled over consecutive experts, each once."""
+def number_of_experts(loop: Loop, masks: tuple[Mask, ...]) -> int:
+    """The loop runs over consecutive experts, each once: as one iteration that stands for all, or unrolled."""
+    number = experts_of_each(loop.symbol)
+    if number is not None:
+        if len(masks) != 1:
+            detail = "the loop adds to its output more than once an iteration"
+            raise Rejected("every_expert_is_covered", loop.found[0].result, detail)
+        return number
     numbers = [mask.expert for mask in masks if isinstance(mask.expert, int)]
     if len(numbers) != len(masks):
         raise Rejected(
@@ -63,6 +68,7 @@ def require_all_experts(loop: Loop, masks: tuple[Mask, ...]) -> None:
             loop.found[0].result,
             f"the loop runs over {_brief(numbers)}, not over consecutive ones, each once",
         )
+    return len(numbers)
 
 
 def _brief(numbers: list[int]) -> str:
