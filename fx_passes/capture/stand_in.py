@@ -58,8 +58,11 @@ class StandIn(NamedTuple):
 
 
 def stand_in_for(tx: Any, container: Any) -> tuple[StandIn, VariableTracker] | None:
-    """A stand-in for the modules in a ModuleList, and Dynamo's variable for it; None where they are not alike."""
-    if not is_module_list(container) or tx.output.current_tracer is not tx.output.root_tracer:
+    """A stand-in for the modules in a ModuleList, and Dynamo's variable for it; None where they are not alike.
+
+    None under torch.export, too, which looks up the name of each parameter that was met: a stand-in's have none.
+    """
+    if not is_module_list(container) or tx.output.current_tracer is not tx.output.root_tracer or tx.output.export:
         return None
     items = VariableTracker.build(tx, list).call_function(tx, [container], {}).items
     experts, sources = tuple(map(_module_of, items)), tuple(map(_source_of, items))
@@ -99,10 +102,11 @@ def _source_of(item: VariableTracker) -> Source | None:
 
 
 def _has_pending_writes(side_effects: Any, experts: tuple[nn.Module, ...]) -> bool:
-    """Whether the trace wrote to an expert, which its module doesn't show yet."""
-    modules = {id(module) for expert in experts for module in expert.modules()}
-    written = {id(getattr(owner, "value", None)) for owner in side_effects.store_attr_mutations}
-    return not modules.isdisjoint(written)
+    """Whether the trace wrote to an expert, or to a container in it, which the module itself doesn't show yet."""
+    modules = [module for expert in experts for module in expert.modules()]
+    parts = {id(part) for module in modules for part in (module, vars(module), *vars(module).values())}
+    known = side_effects.id_to_variable.items()
+    return any(number in parts and side_effects.is_modified(variable) for number, variable in known)
 
 
 def replace_parameters(tx: Any, stand_in: StandIn, expert: fx.Node) -> bool:
