@@ -1,4 +1,4 @@
-"""The near misses themselves run in eager, forward and backward, twice on unequal inputs."""
+"""The near misses themselves run in eager, forward and (where they have gradients) backward, on two unequal inputs."""
 
 import pytest
 import torch
@@ -20,4 +20,5 @@ def test_near_miss_runs_in_eager(miss):
         torch.manual_seed(seed)
         out = pytree.tree_leaves(module(hidden_states(seed=seed)))[0]
         assert out.isfinite().all()
-        out.backward(torch.randn_like(out))
+        if out.requires_grad:
+            out.backward(torch.randn_like(out))

@@ -16,8 +16,11 @@ def test_block_runs_in_eager(case):
     torch.manual_seed(0)
     module, x = case.make(), hidden_states()
     out = pytree.tree_leaves(module(x))[0]
-    assert out.shape == x.shape
+    assert out.shape in (x.shape, x.flatten(0, -2).shape)
     assert 0.05 < out.detach().pow(2).mean().sqrt() < 20
+    assert out.requires_grad == case.differentiable
+    if not case.differentiable:
+        return
     out.backward(torch.randn_like(out))
     assert x.grad is not None
     assert x.grad.isfinite().all()
