@@ -21,11 +21,12 @@ import torch
 from torch import fx
 
 from fx_passes.aliasing import allocates, inplace_users, is_read_before
-from fx_passes.facts import Mask, Rows, counts_behind, fact
+from fx_passes.facts import counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
 from fx_passes.ops import arg, casts_nothing, fake_tensor, known_tensor, op_name, varargs
+from fx_passes.statements import Mask, Rows
 
 
 @dataclass(frozen=True, eq=False)

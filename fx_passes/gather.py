@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts import Counts, Mask, Rows, chosen, fact
+from fx_passes.facts import chosen, fact
 from fx_passes.markers import expert_of, expert_segment, index_with_expert
 from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size
 from fx_passes.slots import Order, Tokens, order_of, slot_fact
+from fx_passes.statements import Counts, Mask, Rows
 
 MAX_STEPS = 4
 

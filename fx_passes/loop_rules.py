@@ -10,10 +10,11 @@ from torch import fx
 
 from fx_passes.aliasing import allocates, storage_of, writers_of
 from fx_passes.capture import Guard, guards_of
-from fx_passes.facts import Mask, chosen
+from fx_passes.facts import chosen
 from fx_passes.ids import ids_are_distinct, is_single_choice
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, is_inplace, op_name, same_size
 from fx_passes.region import Accumulation, LoopRegion, Rejected
+from fx_passes.statements import Mask
 
 
 def assignments_overwrite_nothing(region: LoopRegion) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fx_passes.body import Body
-from fx_passes.facts import Mask
+from fx_passes.statements import Mask
 
 
 class Rejected(Exception):

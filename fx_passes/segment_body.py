@@ -6,10 +6,11 @@ expert_segment(rows, counts, e)     Gathered: all of `rows`
 from torch import fx
 
 from fx_passes.body import Body, Gathered, NotIsomorphic, SlotGathered, Unifier, UnknownOperation
-from fx_passes.facts import Counts, fact
+from fx_passes.facts import fact
 from fx_passes.markers import expert_cat, expert_segment
 from fx_passes.ops import known_tensor
 from fx_passes.region import Rejected
+from fx_passes.statements import Counts
 
 
 def segment_body(parts: tuple[fx.Node, ...], counts: Counts) -> Body:

@@ -31,7 +31,7 @@ from fx_passes.body import (
     nested_values,
     rank,
 )
-from fx_passes.facts import Counts, fact
+from fx_passes.facts import fact
 from fx_passes.markers import expert_cat
 from fx_passes.ops import (
     POINTWISE,
@@ -47,6 +47,7 @@ from fx_passes.ops import (
 from fx_passes.region import Rejected
 from fx_passes.segment_body import segment_body
 from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, slot_fact
+from fx_passes.statements import Counts
 
 
 @dataclass(frozen=True)

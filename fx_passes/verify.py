@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fx_passes import autocast
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Gathered, PerExpert, SlotGathered, has_rows
-from fx_passes.facts import Counts, Hit, Listed, fact, selected
+from fx_passes.facts import fact, selected
 from fx_passes.ids import ids_are_distinct
 from fx_passes.loop_rules import LOOP_RULES
 from fx_passes.ops import draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, same_size, written
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected
 from fx_passes.row_wise import check_rows
+from fx_passes.statements import Counts, Hit, Listed
 
 
 def verify(region: MoERegion) -> None:

@@ -18,10 +18,11 @@ from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.capture.events import Event, Scope, tag
-from fx_passes.facts import Counts, Mask, fact
+from fx_passes.facts import fact
 from fx_passes.ids import ids_are_below, ids_are_distinct
 from fx_passes.markers import expert_count
 from fx_passes.ops import known_tensor
+from fx_passes.statements import Counts, Mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
-from fx_passes.facts import Mask, Occupied, fact
+from fx_passes.facts import fact
 from fx_passes.ops import arg, op_name
+from fx_passes.statements import Mask, Occupied
 
 _SAMPLES = (1, 2, 3, 1000, 10**9)
 _SIZE = sympy.Symbol("size", integer=True)

@@ -14,8 +14,9 @@ from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture.events import tag
 from fx_passes.capture.variables import call_in_graph
-from fx_passes.facts import Rows, fact
+from fx_passes.facts import fact
 from fx_passes.markers import index_list
+from fx_passes.statements import Rows
 
 
 class IndexListVariable(ListVariable):

@@ -13,8 +13,9 @@ from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.stand_in import replace_parameters
 from fx_passes.capture.variables import expert_of_variable, has_open_length
-from fx_passes.facts import Hit, fact
+from fx_passes.facts import fact
 from fx_passes.markers import current_expert, mark_expert
+from fx_passes.statements import Hit
 
 
 def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:

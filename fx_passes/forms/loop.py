@@ -8,12 +8,13 @@ from torch import fx
 from fx_passes.accumulation import accumulations, closure
 from fx_passes.body import Body, NotIsomorphic, UnknownOperation, unify
 from fx_passes.capture import guards_of
-from fx_passes.facts import Counts, Hit, Listed, Mask, Occupied, Selection, chosen, counts_behind, fact
+from fx_passes.facts import chosen, counts_behind, fact
 from fx_passes.markers import Expert, current_expert, expert_segment
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
 from fx_passes.slot_sum import SlotSum
+from fx_passes.statements import Counts, Hit, Listed, Mask, Occupied, Selection
 
 
 @dataclass(frozen=True)

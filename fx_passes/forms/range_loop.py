@@ -31,10 +31,10 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.facts import Mask
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
 from fx_passes.markers import experts_of_each
 from fx_passes.region import LoopRegion, Rejected
+from fx_passes.statements import Mask
 
 NAME = "range_loop"
 

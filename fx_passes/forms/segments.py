@@ -14,12 +14,13 @@ from torch import fx
 
 from fx_passes.accumulation import closure
 from fx_passes.capture import guards_of
-from fx_passes.facts import Counts, counts_behind, fact
+from fx_passes.facts import counts_behind, fact
 from fx_passes.markers import expert_cat, expert_segment
 from fx_passes.ops import known_tensor
 from fx_passes.region import GroupedRegion
 from fx_passes.report import GRADIENTS
 from fx_passes.segment_body import segment_body
+from fx_passes.statements import Counts
 
 NAME = "segments"
 

@@ -21,7 +21,7 @@ from torch import fx
 from fx_passes.accumulation import closure, have_one_width, repeated
 from fx_passes.aliasing import inplace_users, is_read_before, storage_of, writers_of
 from fx_passes.capture import guards_of
-from fx_passes.facts import Counts, counts_behind, fact
+from fx_passes.facts import counts_behind, fact
 from fx_passes.loop_rules import is_contiguous_matrix
 from fx_passes.markers import expert_cat
 from fx_passes.ops import EMPTY, ZEROS, arg, fake_tensor, is_inplace, known_tensor, op_name
@@ -30,6 +30,7 @@ from fx_passes.report import GRADIENTS
 from fx_passes.slot_body import SlotBody, is_tokens, translate
 from fx_passes.slot_sum import sum_over_slots
 from fx_passes.slots import Flat, Inverse, Order, Tokens, slot_fact
+from fx_passes.statements import Counts
 
 NAME = "sorted_segments"
 
