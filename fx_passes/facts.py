@@ -32,8 +32,10 @@ from fx_passes.ops import (
     keeps_last_dim,
     known_tensor,
     normalized_dim,
+    only_pick,
     op_name,
     same_size,
+    start_of_one,
     varargs,
 )
 from fx_passes.slots import Order, Tokens, order_of, slot_fact
@@ -180,19 +182,14 @@ def _divide(node: fx.Node) -> Fact | None:
 def _index_one_hot(one_hot: OneHot, index: Any) -> Fact | None:
     """`mask[e]`, `mask[..., e]`, `mask[:, :, e]`, `mask[e:e+1]` with a Python int e."""
     items = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in items:
-        missing = len(one_hot.dims) - (len(items) - 1)
-        at = items.index(Ellipsis)
-        items = items[:at] + (slice(None),) * missing + items[at + 1 :]
-    chosen = [(dim, item) for dim, item in enumerate(items) if item != slice(None)]
-    if len(chosen) != 1:
+    pick = only_pick(items, len(one_hot.dims))
+    if pick is None:
         return None
-    dim, item = chosen[0]
+    dim, item = pick
     if type(item) is int:
         return _select(one_hot, dim, item, keepdim=False)
-    if isinstance(item, slice) and type(item.start) is int and item.stop == item.start + 1 and item.step in (None, 1):
-        return _select(one_hot, dim, item.start, keepdim=True)
-    return None
+    start = start_of_one(item)
+    return _select(one_hot, dim, start, keepdim=True) if start is not None else None
 
 
 def _select(inner: Fact | None, dim: Any, expert: Expert | None, keepdim: Any) -> Fact | None:

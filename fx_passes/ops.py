@@ -8,7 +8,7 @@ be called `silu` has no name.
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -149,6 +149,33 @@ def known_tensor(node: fx.Node) -> torch.Tensor:
 def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     """Whether two sizes are equal for every length that the graph is compiled for."""
     return statically_known_true(left == right)
+
+
+def sizes_of(node: Any) -> tuple[int | torch.SymInt, ...]:
+    """The shape of the tensor that `node` is; empty where it is none."""
+    tensor = fake_tensor(node)
+    return tuple(tensor.shape) if tensor is not None else ()
+
+
+def same_sizes(left: Sequence[int | torch.SymInt], right: Sequence[int | torch.SymInt]) -> bool:
+    """Whether two shapes are equal for every length that the graph is compiled for."""
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def only_pick(items: Sequence[Any], dims: int) -> tuple[int, Any] | None:
+    """(dim, item) where `items` index a tensor of so many dims along one of them and take all others whole."""
+    items = list(items)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (dims - (len(items) - 1))
+    picks = [(dim, item) for dim, item in enumerate(items) if item != slice(None)]
+    return picks[0] if len(picks) == 1 else None
+
+
+def start_of_one(item: Any) -> int | None:
+    """e where `item` is the slice e : e + 1."""
+    is_one = isinstance(item, slice) and type(item.start) is int and item.stop == item.start + 1
+    return item.start if is_one and item.step in (None, 1) else None
 
 
 def casts_nothing(node: fx.Node) -> bool:

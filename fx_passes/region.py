@@ -3,12 +3,14 @@
 T tokens, K experts per token, E experts, D model width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from fx_passes.body import Body
+from fx_passes.body import Body, NotIsomorphic, UnknownOperation
 from fx_passes.statements import Mask
 
 
@@ -20,6 +22,17 @@ class Rejected(Exception):
         self.rule = rule
         self.node = node
         self.detail = detail
+
+
+@contextmanager
+def mismatches_rejected() -> Iterator[None]:
+    """What a walk over the experts' bodies raises, as the rule that it breaks."""
+    try:
+        yield
+    except NotIsomorphic as reason:
+        raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
+    except UnknownOperation as reason:
+        raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ expert_segment(rows, counts, e)     Gathered: all of `rows`
 
 from torch import fx
 
-from fx_passes.body import Body, Gathered, NotIsomorphic, SlotGathered, Unifier, UnknownOperation
+from fx_passes.body import Body, Gathered, NotIsomorphic, SlotGathered, Unifier
 from fx_passes.facts import fact
 from fx_passes.markers import expert_cat, expert_segment
 from fx_passes.ops import known_tensor
-from fx_passes.region import Rejected
+from fx_passes.region import mismatches_rejected
 from fx_passes.statements import Counts
 
 
@@ -20,12 +20,8 @@ def segment_body(parts: tuple[fx.Node, ...], counts: Counts) -> Body:
         Rejected: where the experts compute different things, or something that no rule speaks of.
     """
     walk = _SegmentUnifier(counts)
-    try:
+    with mismatches_rejected():
         root = walk.value(parts)
-    except NotIsomorphic as reason:
-        raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
-    except UnknownOperation as reason:
-        raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
     return Body(root, tuple(walk.values), walk.nodes(), frozenset(walk.writes))
 
 

@@ -19,7 +19,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, casts_nothing, fake_tensor, is_inplace, normalized_dim, op_name, same_size, varargs
+from fx_passes.ops import (
+    arg,
+    casts_nothing,
+    fake_tensor,
+    is_inplace,
+    normalized_dim,
+    op_name,
+    same_size,
+    sizes_of,
+    varargs,
+)
 
 Dim = tuple[Any, ...]
 
@@ -48,11 +58,6 @@ def step(node: fx.Node, inner: View) -> View | None:
     rule = _RULES.get(op_name(node) or "")
     dims = rule(node, inner) if rule is not None and not is_inplace(node) else None
     return View(inner.start, dims, (*inner.steps, node)) if dims is not None else None
-
-
-def _shape(node: Any) -> torch.Size:
-    tensor = fake_tensor(node)
-    return tensor.shape if tensor is not None else torch.Size(())
 
 
 def _unsqueeze(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
@@ -92,7 +97,7 @@ def _getattr(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 
 def _expand(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
-    before, after = _shape(node.args[0]), _shape(node)
+    before, after = sizes_of(node.args[0]), sizes_of(node)
     new = len(after) - len(before)
     kept = [dim if same_size(old, size) else () for dim, old, size in zip(inner.dims, before, after[new:], strict=True)]
     return ((),) * new + tuple(kept)
@@ -114,7 +119,7 @@ def _repeat(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 def _reshape(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
     """Dims of size one come and go, the first two are flattened, a repeated dim falls into its two."""
-    before, after = list(_shape(node.args[0])), list(_shape(node))
+    before, after = list(sizes_of(node.args[0])), list(sizes_of(node))
     if fake_tensor(node) is None or _dtype(node) != _dtype(node.args[0]):
         return None
     dims: list[Dim] = []
@@ -134,7 +139,7 @@ def _reshape(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
             repeated, kind, source = old[0][0], old[0][1][0], old[0][1][1]
             rest = after[len(dims) + 1] if len(dims) + 1 < len(after) else 1
             length = rest if kind == "t" else size
-            if not same_size(length, _shape(inner.start)[source]) or not same_size(size * rest, repeated):
+            if not same_size(length, sizes_of(inner.start)[source]) or not same_size(size * rest, repeated):
                 return None
             first, second = ((), (source,)) if kind == "t" else ((source,), ())
             dims.append(first)

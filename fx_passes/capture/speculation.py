@@ -170,16 +170,8 @@ class Capture:
         """Loops traced as one iteration that the rewrite did not dissolve, or whose stand-in is still read."""
         kept = [event for stand_in, event in self.stand_ins if is_left_in(self.output.root_tracer.graph, stand_in)]
         open_loops = [scope.event for scope in self.scopes]
-        events = [event for event in self.events if event.can_be_unrolled and not self.is_denied(event)]
-        return [
-            event
-            for event in events
-            if event.failed
-            or event.number not in erased
-            or event.number in remaining
-            or event in kept
-            or event in open_loops
-        ]
+        left = [event for event in self.events if not self._is_dissolved(event, erased, remaining)]
+        return [event for event in (*left, *kept, *open_loops) if event.can_be_unrolled and not self.is_denied(event)]
 
     def leftover(self, erased: set[int], remaining: set[int]) -> list[Event]:
         """Events that the rewrite did not dissolve, and those of loops that were left before their end."""
@@ -187,7 +179,10 @@ class Capture:
             scope.event.failed = True
             self.reject(scope.tx, "loop_runs_to_its_end", "the loop is left by break, return or an error")
         live = [event for event in self.events if not self.is_denied(event)]
-        return [event for event in live if event.failed or event.number not in erased or event.number in remaining]
+        return [event for event in live if not self._is_dissolved(event, erased, remaining)]
+
+    def _is_dissolved(self, event: Event, erased: set[int], remaining: set[int]) -> bool:
+        return not event.failed and event.number in erased and event.number not in remaining
 
     def guard_every_expert(self) -> None:
         """At the end of the trace: what was read from a stand-in is guarded in all experts."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, example, fake_tensor, is_last_dim, normalized_dim, op_name
+from fx_passes.ops import arg, example, fake_tensor, is_last_dim, normalized_dim, only_pick, op_name, start_of_one
 from fx_passes.views import Dim, views_of
 
 CASTS = frozenset("to float half bfloat16 double type_as".split())
@@ -83,15 +83,12 @@ def _indexed(source: fx.Node, index: Any) -> tuple[fx.Node, int, int] | None:
         return None
     while items[-1:] == [None]:
         items.pop()
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items[at : at + 1] = [slice(None)] * (tensor.dim() - len(items) + 1)
-    picks = [(dim, item) for dim, item in enumerate(items) if item != slice(None)]
-    if len(picks) != 1:
+    pick = only_pick(items, tensor.dim())
+    if pick is None:
         return None
-    dim, item = picks[0]
-    if isinstance(item, slice) and type(item.start) is int and item.stop == item.start + 1 and item.step in (None, 1):
-        item = item.start
+    dim, item = pick
+    start = start_of_one(item)
+    item = item if start is None else start
     return (source, dim, item) if type(item) is int and item >= 0 else None
 
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from fx_passes.dense.columns import CASTS, Weights
 from fx_passes.dense.sums import Mixture, is_product, stacked
-from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, op_name, same_size, varargs
+from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size, varargs
 from fx_passes.views import Dim, View, views_of
 
 Labels = tuple[str, ...]
@@ -227,13 +227,8 @@ def _selects_only(node: fx.Node, source: fx.Node, dim: int) -> bool:
     """`source[..., 0, :]`."""
     if op_name(node) != "getitem" or node.args[0] is not source or not isinstance(node.args[1], tuple):
         return False
-    items = list(node.args[1])
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items[at : at + 1] = [slice(None)] * (_rank(source) - len(items) + 1)
-    items += [slice(None)] * (_rank(source) - len(items))
-    picks = [(place, item) for place, item in enumerate(items) if item != slice(None)]
-    return len(picks) == 1 and picks[0][0] == dim and type(picks[0][1]) is int and picks[0][1] == 0
+    pick = only_pick(node.args[1], _rank(source))
+    return pick is not None and pick[0] == dim and type(pick[1]) is int and pick[1] == 0
 
 
 def _permuted(node: fx.Node, state: _State) -> _State | None:

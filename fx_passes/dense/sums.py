@@ -13,7 +13,7 @@ from torch import fx
 
 from fx_passes.aliasing import allocates
 from fx_passes.dense.columns import CASTS, Column, Weights, column_of
-from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, normalized_dim, op_name, same_size
+from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, normalized_dim, op_name, same_sizes, sizes_of
 
 _SUMS = frozenset(("add", "iadd", "add_"))
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"))
@@ -131,7 +131,7 @@ def _summed_stack(node: fx.Node) -> _Chain | None:
     parts = stacked(stack) if op_name(node) == "sum" and not set(node.kwargs) - {"input", "dim"} else None
     if parts is None or not isinstance(dim, int) or len(node.args) > 2:
         return None
-    rank = len(_shape(stack))
+    rank = len(sizes_of(stack))
     terms = [_term(part) for part in parts[0]]
     if normalized_dim(dim, rank) != parts[1] or any(term is None for term in terms):
         return None
@@ -146,7 +146,7 @@ def stacked(node: Any) -> tuple[tuple[fx.Node, ...], int] | None:
     parts, dim = arg(node, 0, "tensors"), arg(node, 1, "dim", 0)
     if name not in ("stack", "cat", "concat") or not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
         return None
-    rank = len(_shape(node))
+    rank = len(sizes_of(node))
     dim = normalized_dim(dim, rank)
     if name != "stack":
         if any(op_name(part) != "unsqueeze" or normalized_dim(arg(part, 1, "dim"), rank) != dim for part in parts):
@@ -164,10 +164,12 @@ def _term(node: Any) -> Term | None:
         node = arg(node, 0, "input")
     if fake_tensor(node) is None or op_name(node) not in ("mul", "multiply") or len(node.args) != 2:
         return None
+    dims = len(sizes_of(node))
     for output, factor in (node.args, node.args[::-1]):
-        if not _have_one_shape(output, node) or _shape(factor)[-1:] != (1,) or len(_shape(factor)) != len(_shape(node)):
+        sizes = sizes_of(factor)
+        if not _have_one_shape(output, node) or sizes[-1:] != (1,) or len(sizes) != dims:
             continue
-        column = column_of(factor, len(_shape(node)) - 1)
+        column = column_of(factor, dims - 1)
         if column is not None:
             return Term(output, column, (node, *casts))
     return None
@@ -178,11 +180,6 @@ def _operands(node: fx.Node) -> tuple[Any, Any] | None:
     return (node.args[0], node.args[1]) if plain else None
 
 
-def _shape(node: Any) -> tuple[Any, ...]:
-    tensor = fake_tensor(node)
-    return tuple(tensor.shape) if tensor is not None else ()
-
-
 def _have_one_shape(node: Any, other: Any) -> bool:
-    own, wanted = _shape(node), _shape(other)
-    return len(own) == len(wanted) > 0 and all(map(same_size, own, wanted))
+    own = sizes_of(node)
+    return len(own) > 0 and same_sizes(own, sizes_of(other))

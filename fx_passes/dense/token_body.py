@@ -13,18 +13,16 @@ from fx_passes.batched.row_graph import RowGraph
 from fx_passes.body import (
     Body,
     Gathered,
-    NotIsomorphic,
     Op,
     SlotGathered,
     Unifier,
-    UnknownOperation,
     Value,
     map_values,
     nested_values,
     rank,
 )
 from fx_passes.ops import fake_tensor, known_tensor, normalized_dim, same_size
-from fx_passes.region import Rejected
+from fx_passes.region import Rejected, mismatches_rejected
 from fx_passes.row_wise import ALONG_DIM, DIM_ARGUMENT, MATMUL, NORMS, POINTWISE, REDUCTIONS, RESHAPES
 
 
@@ -35,12 +33,8 @@ def token_body(outputs: tuple[fx.Node, ...], experts: tuple[int, ...]) -> tuple[
         Rejected: where the experts compute different things, or something that no rule speaks of.
     """
     walk = _TokenUnifier(tuple(known_tensor(outputs[0]).shape[:-1]), experts)
-    try:
+    with mismatches_rejected():
         root = walk.value(outputs)
-    except NotIsomorphic as reason:
-        raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
-    except UnknownOperation as reason:
-        raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
     body = Body(root, tuple(walk.values), frozenset(walk.computed()))
     return (_Flattened(body, walk.tokens).body if len(walk.tokens) > 1 else body), body.nodes
 

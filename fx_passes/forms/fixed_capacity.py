@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size
+from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_sizes, sizes_of
 from fx_passes.region import Rejected
 
 NAME = "fixed_capacity"
@@ -58,8 +58,8 @@ def _is_combine(node: fx.Node, dispatch: fx.Node) -> bool:
     letters = _letters(node)
     if letters is None or len((letters[0] & letters[1]) - letters[2]) != 2:
         return False
-    sizes = [_sizes(source) for source in node.all_input_nodes]
-    return any(_alike(_sizes(table), own) for table in dispatch.all_input_nodes for own in sizes if len(own) >= 3)
+    sizes = [sizes_of(source) for source in node.all_input_nodes]
+    return any(same_sizes(sizes_of(table), own) for table in dispatch.all_input_nodes for own in sizes if len(own) >= 3)
 
 
 def _letters(node: fx.Node) -> tuple[set[str], set[str], set[str]] | None:
@@ -70,15 +70,6 @@ def _letters(node: fx.Node) -> tuple[set[str], set[str], set[str]] | None:
     inputs, out = equation.replace(" ", "").split("->")
     left, right = inputs.split(",")
     return set(left), set(right), set(out)
-
-
-def _sizes(node: fx.Node) -> tuple[Any, ...]:
-    tensor = fake_tensor(node)
-    return tuple(tensor.shape) if tensor is not None else ()
-
-
-def _alike(sizes: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return len(sizes) == len(others) and all(map(same_size, sizes, others))
 
 
 def _takes_chosen_tokens(node: fx.Node) -> bool:
@@ -97,7 +88,7 @@ def _experts_that_choose(node: Any) -> int | None:
         if not isinstance(source, fx.Node):
             return None
         if op_name(node) == "getitem" and op_name(source) == "topk":
-            sizes, dim = _sizes(arg(source, 0, "input")), arg(source, 2, "dim", -1)
+            sizes, dim = sizes_of(arg(source, 0, "input")), arg(source, 2, "dim", -1)
             others = [size for at, size in enumerate(sizes) if at != normalized_dim(dim, len(sizes))]
             return others[0] if node.args[1] == 1 and len(others) == 1 and type(others[0]) is int else None
         if op_name(node) not in _VIEWS:

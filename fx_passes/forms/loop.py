@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from fx_passes.accumulation import accumulations, closure
-from fx_passes.body import Body, NotIsomorphic, UnknownOperation, unify
+from fx_passes.body import Body, unify
 from fx_passes.capture import guards_of
 from fx_passes.facts import chosen, counts_behind, fact
 from fx_passes.markers import Expert, current_expert, expert_segment
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
-from fx_passes.region import Accumulation, LoopRegion, Rejected
+from fx_passes.region import Accumulation, LoopRegion, Rejected, mismatches_rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
 from fx_passes.slot_sum import SlotSum
 from fx_passes.statements import Counts, Hit, Listed, Mask, Occupied, Selection
@@ -83,12 +83,8 @@ def region_of(
     """
     found = loop.found
     order = sorted(range(len(found)), key=lambda place: (_number(masks[place]), masks[place].slot or 0))
-    try:
+    with mismatches_rejected():
         body = unify([found[place].value for place in order], [masks[place] for place in order])
-    except NotIsomorphic as reason:
-        raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
-    except UnknownOperation as reason:
-        raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
     result = total.result if total is not None else found[-1].result
     output = fake_tensor(total.result if total is not None else loop.accumulator)
     if output is None:
