@@ -236,7 +236,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         if arguments.scale == 1 and not arguments.dry:
             benchmark = "exchange_crossover" if arguments.crossover else "expert_parallel"
-            report.append(benchmark, rows, rounds=arguments.rounds, gpus=mesh.size())
+            nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+            report.append(benchmark, rows, rounds=arguments.rounds, gpus=mesh.size(), nccl=nccl)
         title = (
             "the exchanges alone, forward and backward" if arguments.crossover else "one expert layer, training step"
         )

@@ -283,7 +283,9 @@ def _models_caption(record: dict) -> str:
 def _caption(record: dict) -> str:
     environment = record["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "transformers"))
-    return f"{environment['device']}, {versions}, commit {environment['commit']}, `{record['command']}`.\n"
+    nccl = [f"{name}={value}" for name, value in record["settings"].get("nccl", {}).items()]
+    command = " ".join([*nccl, record["command"]])
+    return f"{environment['device']}, {versions}, commit {environment['commit']}, `{command}`.\n"
 
 
 def _cell(value: object) -> str:

@@ -44,7 +44,8 @@ def exchange_all_gather(
             raise ValueError(f"x: got {num_tokens} tokens, accepted are at most max_tokens = {max_tokens}")
         x_TD, topk_weights_TK = (F.pad(rows, (0, 0, 0, missing)) for rows in (x_TD, topk_weights_TK))
         topk_ids_TK = F.pad(topk_ids_TK, (0, 0, 0, missing), value=-1)
-    gathered = collectives.all_gather((x_TD, topk_weights_TK, topk_ids_TK), group)
-    x_RPD, weights_RPK, ids_RPK = gathered
+    # The ids first: they are routed while x is on its way.
+    ids_RPK, weights_RPK, x_RPD = collectives.all_gather((topk_ids_TK, topk_weights_TK, x_TD), group)
     y_RPD = experts(x_RPD, partition.local(ids_RPK), weights_RPK)
-    return collectives.reduce_scatter(y_RPD, group)[:num_tokens]
+    y_PD = collectives.reduce_scatter(y_RPD, group)
+    return y_PD if max_tokens is None else y_PD[:num_tokens]  # the gradient of a slice is a copy
