@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fx_passes.body import Body, NotIsomorphic, UnknownOperation
+from fx_passes.body import Body
 from fx_passes.statements import Mask
+from fx_passes.unify import NotIsomorphic, UnknownOperation
 
 
 class Rejected(Exception):

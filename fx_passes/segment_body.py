@@ -5,12 +5,13 @@ expert_segment(rows, counts, e)     Gathered: all of `rows`
 
 from torch import fx
 
-from fx_passes.body import Body, Gathered, NotIsomorphic, SlotGathered, Unifier
+from fx_passes.body import Body, Gathered, SlotGathered
 from fx_passes.facts import fact
 from fx_passes.markers import expert_cat, expert_segment
 from fx_passes.ops import known_tensor
 from fx_passes.region import mismatches_rejected
 from fx_passes.statements import Counts
+from fx_passes.unify import NotIsomorphic, Unifier
 
 
 def segment_body(parts: tuple[fx.Node, ...], counts: Counts) -> Body:

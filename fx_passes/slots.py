@@ -9,7 +9,7 @@ each expert, and is None where nothing is known:
     Order       value[i] is the i-th slot in sorted order
     Tokens      value[i] is the token of that slot: order // K
     Inverse     value[s] is the place of slot s in sorted order
-    Counts      value[e] is how many slots expert e has
+    Lengths     value[e] is how many slots expert e has
     Offsets     value[e] is where the slots of expert e end in sorted order
     Absent      value[i] is true where the i-th slot's expert is num_experts or more
 
@@ -61,7 +61,7 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class Counts:
+class Lengths:
     order: Order
     num_experts: int
 
@@ -78,7 +78,7 @@ class Absent:
     num_experts: int
 
 
-SlotFact = Flat | Sorted | Experts | Order | Tokens | Inverse | Counts | Offsets | Absent
+SlotFact = Flat | Sorted | Experts | Order | Tokens | Inverse | Lengths | Offsets | Absent
 
 
 def order_of(known: Order | Tokens) -> Order:
@@ -162,12 +162,12 @@ def _histc(node: fx.Node) -> SlotFact | None:
     bins, low, high = arg(node, 1, "bins", 100), arg(node, 2, "min", 0), arg(node, 3, "max", 0)
     if type(bins) is not int or bins < 2 or low != 0 or high != bins - 1:
         return None
-    return Counts(inner.order, bins) if isinstance(inner, Experts) else None
+    return Lengths(inner.order, bins) if isinstance(inner, Experts) else None
 
 
 def _cumsum(node: fx.Node) -> SlotFact | None:
     inner, tensor = slot_fact(arg(node, 0, "input")), fake_tensor(node)
-    if not isinstance(inner, Counts) or arg(node, 1, "dim") not in (0, -1):
+    if not isinstance(inner, Lengths) or arg(node, 1, "dim") not in (0, -1):
         return None
     return Offsets(inner.order, inner.num_experts) if tensor is not None and tensor.dtype == torch.int32 else None
 

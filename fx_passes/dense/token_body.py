@@ -15,7 +15,6 @@ from fx_passes.body import (
     Gathered,
     Op,
     SlotGathered,
-    Unifier,
     Value,
     map_values,
     nested_values,
@@ -24,6 +23,7 @@ from fx_passes.body import (
 from fx_passes.ops import fake_tensor, known_tensor, normalized_dim, same_size
 from fx_passes.region import Rejected, mismatches_rejected
 from fx_passes.row_wise import ALONG_DIM, DIM_ARGUMENT, MATMUL, NORMS, POINTWISE, REDUCTIONS, RESHAPES
+from fx_passes.unify import Unifier
 
 
 def token_body(outputs: tuple[fx.Node, ...], experts: tuple[int, ...]) -> tuple[Body, frozenset[fx.Node]]:

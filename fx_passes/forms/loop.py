@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fx_passes.accumulation import accumulations, closure
-from fx_passes.body import Body, unify
+from fx_passes.body import Body
 from fx_passes.capture import guards_of
 from fx_passes.facts import chosen, counts_behind, fact
 from fx_passes.markers import Expert, current_expert, expert_segment
@@ -15,6 +15,7 @@ from fx_passes.region import Accumulation, LoopRegion, Rejected, mismatches_reje
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
 from fx_passes.slot_sum import SlotSum
 from fx_passes.statements import Counts, Hit, Listed, Mask, Occupied, Selection
+from fx_passes.unify import unify
 
 
 @dataclass(frozen=True)

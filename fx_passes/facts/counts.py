@@ -1,0 +1,130 @@
+"""How many slots each expert has, and what a mask or a count says once it is cast or compared with zero.
+
+T tokens, K experts per token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.facts.masks import flat_ids
+from fx_passes.ids import ids_dims, num_columns
+from fx_passes.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
+from fx_passes.statements import Counts, Fact, Mask, Occupied, OneHot
+
+_EXACT_BYTES = 4
+"""Numbers of this size hold every count."""
+
+
+def _cast(node: fx.Node, inner: Fact | None) -> Fact | None:
+    """`.to(...)` of zeros and ones, or of bools, keeps their meaning; so does a move to another device."""
+    value = fake_tensor(node)
+    if isinstance(inner, Counts) and not inner.positive and value is not None:
+        exact = known_tensor(arg(node, 0, "input")).dtype.itemsize >= _EXACT_BYTES
+        return inner if exact and value.dtype in (torch.int32, torch.int64) else None
+    return inner if isinstance(inner, (OneHot, Mask)) else None
+
+
+def _reduce(node: fx.Node, inner: Fact | None) -> Fact | None:
+    """`sum` or `any` over tokens and slots.
+
+    Of a one-hot tensor it counts the tokens of each class; of a mask, those of one expert.
+    """
+    if not node.kwargs.keys() <= {"input", "dim", "keepdim"}:
+        return None
+    dims = _reduced_dims(node)
+    if inner is None and op_name(node) == "sum":
+        return _counted_table(node)
+    if isinstance(inner, Mask) and dims is None:
+        return Occupied(inner)
+    if not isinstance(inner, (OneHot, Mask)) or dims is None or arg(node, 2, "keepdim", False):
+        return None
+    kept = tuple(label for at, label in enumerate(inner.dims) if at not in dims and at - len(inner.dims) not in dims)
+    if [label for label in inner.dims if label not in kept] == ["K"]:
+        return replace(inner, dims=kept, reduced=True)
+    if kept != ("E",) or isinstance(inner, Mask):
+        return None
+    return Counts(inner.ids, inner.num_classes, positive=op_name(node) == "any", reduced=inner.reduced)
+
+
+def _bincount(node: fx.Node, _inner: Fact | None) -> Fact | None:
+    ids, classes = arg(node, 0, "input"), arg(node, 2, "minlength", 0)
+    if arg(node, 1, "weights") is not None or type(classes) is not int or ids_dims(ids) != ("T",):
+        return None
+    flat = flat_ids(ids) or ids
+    if classes > 0:
+        return Counts(flat, classes)
+    columns = num_columns(flat)
+    return Counts(flat, columns, open_ended=True) if columns is not None else None
+
+
+def _histc(node: fx.Node, _inner: Fact | None) -> Fact | None:
+    """With E bins from 0 to E - 1 the bin of expert e is [e, e + 1) (E - 1) / E: it holds the integer e alone."""
+    bins, low, high = arg(node, 1, "bins", 100), arg(node, 2, "min", 0), arg(node, 3, "max", 0)
+    values = arg(node, 0, "input")
+    if op_name(values) in ("float", "to", "double") and known_tensor(values).dtype.itemsize >= _EXACT_BYTES:
+        values = values.args[0]
+    if type(bins) is not int or bins < 2 or low != 0 or high != bins - 1 or ids_dims(values) is None:
+        return None
+    return Counts(flat_ids(values) or values, bins)
+
+
+def _cumsum(node: fx.Node, inner: Fact | None) -> Fact | None:
+    if not isinstance(inner, Counts) or inner.positive or inner.cumulative or arg(node, 1, "dim") not in (0, -1):
+        return None
+    return replace(inner, cumulative=True) if known_tensor(node).dtype in (torch.int32, torch.int64) else None
+
+
+def _counted_table(total: fx.Node) -> Counts | None:
+    """`table.sum(0)` of `table = zeros(T, E).scatter(1, ids, 1)`, or of zeros that were filled so in place."""
+    table = arg(total, 0, "input")
+    while op_name(table) in ("to", "long", "int") and len(table.args) > 0:
+        table = table.args[0]
+    if not isinstance(table, fx.Node) or _reduced_dims(total) not in ((0,), (-2,)):
+        return None
+    writers = [writer for writer in writers_of(storage_of(table)) if writer < total]
+    marked = writers[0] if op_name(table) in ZEROS and len(writers) == 1 else table
+    if op_name(marked) not in ("scatter", "scatter_") or (marked is table and writers):
+        return None
+    zeros, dim, ids, one = (arg(marked, at, name) for at, name in enumerate(("input", "dim", "index", "value")))
+    size = known_tensor(zeros).shape
+    if any(writer < marked for writer in writers_of(storage_of(zeros))):
+        return None
+    is_table = op_name(zeros) in ZEROS and len(size) == 2 and type(size[1]) is int and ids_dims(ids) == ("T", "K")
+    if not is_table or dim not in (1, -1) or one != 1 or "reduce" in marked.kwargs or len(marked.args) > 4:
+        return None
+    return Counts(ids, size[1], reduced=True) if same_size(size[0], known_tensor(ids).shape[0]) else None
+
+
+def _reduced_dims(node: fx.Node) -> Sequence[int] | None:
+    dim = arg(node, 1, "dim")
+    if dim is None:
+        return None
+    return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+def _greater(node: fx.Node, inner: Fact | None) -> Fact | None:
+    if isinstance(inner, Counts) and inner.may_be_hits and arg(node, 1, "other") == 0:
+        return replace(inner, positive=True)
+    if isinstance(inner, (OneHot, Mask)) and arg(node, 1, "other") == 0:
+        return inner
+    return None
+
+
+def _view_as(node: fx.Node, inner: Fact | None) -> Fact | None:
+    """`x.view_as(x)` is what Dynamo makes of `x.numpy()`."""
+    return inner if isinstance(inner, Counts) and node.args[0] is node.args[1] else None
+
+
+RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
+    **dict.fromkeys(("to", "bool", "int", "long", "float", "cpu"), _cast),
+    **dict.fromkeys(("sum", "any", "count_nonzero"), _reduce),
+    **dict.fromkeys(("gt", "greater", "ne"), _greater),
+    "bincount": _bincount,
+    "histc": _histc,
+    "cumsum": _cumsum,
+    "view_as": _view_as,
+}

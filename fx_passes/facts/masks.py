@@ -1,0 +1,183 @@
+"""One-hot tensors and masks: what is equal to an expert's number, and what moves the dims of that.
+
+T tokens, K experts per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_passes.ids import ids_dims, is_single_choice, rows_as_ids
+from fx_passes.markers import Expert, expert_of, experts_of_each
+from fx_passes.ops import (
+    arg,
+    fake_tensor,
+    keeps_last_dim,
+    normalized_dim,
+    only_pick,
+    op_name,
+    same_size,
+    start_of_one,
+    varargs,
+)
+from fx_passes.statements import Fact, Kept, Listed, ListedMask, Mask, OneHot
+
+
+def _one_hot(node: fx.Node, _inner: Fact | None) -> Fact | None:
+    ids, classes = arg(node, 0, "input"), arg(node, 1, "num_classes", -1)
+    dims = ids_dims(ids) if isinstance(ids, fx.Node) else None
+    if dims is None or not isinstance(classes, int) or classes <= 0:
+        return None
+    return OneHot(ids, classes, (*dims, "E"))
+
+
+def _same(_node: fx.Node, inner: Fact | None) -> Fact | None:
+    return inner
+
+
+def _permute(node: fx.Node, inner: Fact | None) -> Fact | None:
+    order = varargs(node, 1, "dims")
+    if not isinstance(inner, (OneHot, Mask)) or len(order) != len(inner.dims):
+        return None
+    return replace(inner, dims=tuple(inner.dims[dim] for dim in order))
+
+
+def _transpose(node: fx.Node, inner: Fact | None) -> Fact | None:
+    name = op_name(node)
+    if not isinstance(inner, (OneHot, Mask)) or (name == "getattr" and (node.args[1] != "T" or len(inner.dims) != 2)):
+        return None
+    dims = list(inner.dims)
+    first, second = (arg(node, 1, "dim0"), arg(node, 2, "dim1")) if name in ("transpose", "swapaxes") else (0, 1)
+    dims[first], dims[second] = dims[second], dims[first]
+    return replace(inner, dims=tuple(dims))
+
+
+def index_one_hot(one_hot: OneHot, index: Any) -> Fact | None:
+    """`mask[e]`, `mask[..., e]`, `mask[:, :, e]`, `mask[e:e+1]` with a Python int e."""
+    items = index if isinstance(index, tuple) else (index,)
+    pick = only_pick(items, len(one_hot.dims))
+    if pick is None:
+        return None
+    dim, item = pick
+    if type(item) is int:
+        return select(one_hot, dim, item, keepdim=False)
+    start = start_of_one(item)
+    return select(one_hot, dim, start, keepdim=True) if start is not None else None
+
+
+def select(inner: Fact | None, dim: Any, expert: Expert | None, keepdim: Any) -> Fact | None:
+    if not isinstance(inner, OneHot) or expert is None or inner.dims[dim] != "E":
+        return None
+    if type(expert) is int and not 0 <= expert < inner.num_classes:
+        return None
+    if (experts_of_each(expert) or 0) > inner.num_classes:
+        return None
+    dims = (*inner.dims[:dim], *(("1",) if keepdim else ()), *inner.dims[dim + 1 :])
+    return Mask(inner.ids, expert, dims, reduced=inner.reduced)
+
+
+def squeeze(node: fx.Node, inner: Fact | None) -> Fact | None:
+    dim = arg(node, 1, "dim")
+    if not isinstance(inner, Mask) or not isinstance(dim, int):
+        return None
+    dim = normalized_dim(dim, len(inner.dims))
+    if inner.dims[dim] != "1":
+        return None
+    return replace(inner, dims=inner.dims[:dim] + inner.dims[dim + 1 :])
+
+
+def _unsqueeze(node: fx.Node, inner: Fact | None) -> Fact | None:
+    dim = arg(node, 1, "dim")
+    if not isinstance(inner, Mask) or not isinstance(dim, int):
+        return None
+    dim = normalized_dim(dim, len(inner.dims) + 1)
+    return replace(inner, dims=(*inner.dims[:dim], "1", *inner.dims[dim:]))
+
+
+def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
+    """`ids == e`, and `one_hot[...] == 1`."""
+    left, right = arg(node, 0, "input"), arg(node, 1, "other")
+    if isinstance(inner, (OneHot, Mask)) and right == 1:
+        return inner
+    expert = expert_of(right)
+    if expert is None and type(right) is int:
+        expert = right
+    if not isinstance(left, fx.Node) or expert is None or op_name(left) == "one_hot":
+        return None
+    if isinstance(inner, Listed):
+        return ListedMask(inner.one_hot, expert) if inner.axis == "E" else None
+    column = _column_of_ids(left)
+    if column is not None:
+        return Mask(column[0], expert, ("T",), slot=column[1])
+    flat = flat_ids(left)
+    if flat is not None:
+        return Mask(flat, expert, ("N",))
+    dims = ids_dims(left)
+    return Mask(left, expert, dims) if dims else None
+
+
+def flat_ids(node: fx.Node) -> fx.Node | None:
+    """ids where `node` is `ids.view(-1)`, with more than one slot a token."""
+    source = arg(node, 0, "input")
+    if op_name(node) not in ("view", "reshape", "flatten", "ravel") or not isinstance(source, fx.Node):
+        return None
+    is_flat = ids_dims(source) == ("T", "K") and ids_dims(node) == ("T",)
+    return source if is_flat and not is_single_choice(source) else None
+
+
+def _column_of_ids(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(ids, k) where `node` is `ids[:, k]`."""
+    source = arg(node, 0, "input")
+    if not isinstance(source, fx.Node) or ids_dims(source) != ("T", "K"):
+        return None
+    if op_name(node) == "getitem" and isinstance(node.args[1], tuple) and len(node.args[1]) == 2:
+        rows, slot = node.args[1]
+    elif op_name(node) == "select" and arg(node, 1, "dim") in (1, -1):
+        rows, slot = slice(None), arg(node, 2, "index")
+    else:
+        return None
+    return (source, slot) if type(slot) is int and slot >= 0 and rows in (slice(None), Ellipsis) else None
+
+
+def _is_zero_or_one(node: Any) -> bool:
+    tensor = fake_tensor(node)
+    if tensor is None or tensor.dtype == torch.bool:
+        return tensor is not None
+    return op_name(node) in ("to", "int", "long", "float") and _is_zero_or_one(arg(node, 0, "input"))
+
+
+def product(node: fx.Node, one_hot: Any, inner: OneHot | Kept, mask: Any) -> Fact | None:
+    """`one_hot(ids, E) * mask`: the classes of what is kept."""
+    after, before = fake_tensor(node), fake_tensor(one_hot)
+    if isinstance(inner, OneHot) and (inner.dims[-1] != "E" or inner.reduced):
+        return None
+    same = before is not None and after is not None and after.shape == before.shape
+    return Kept(inner.num_classes) if same and _is_zero_or_one(mask) else None
+
+
+def by_token(node: fx.Node, inner: Kept) -> Fact | None:
+    """`kept.view(-1, 1, E)`, `kept.view(-1, E)`."""
+    tensor = fake_tensor(node)
+    if tensor is None or tensor.dim() not in (2, 3) or not keeps_last_dim(node):
+        return None
+    if tensor.dim() == 3 and not same_size(tensor.shape[1], 1):
+        return None
+    dims = ("T", "K")[: tensor.dim() - 1]
+    return OneHot(rows_as_ids(node.args[0], len(dims)), inner.num_classes, (*dims, "E"))
+
+
+RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
+    "one_hot": _one_hot,
+    "permute": _permute,
+    "transpose": _transpose,
+    "t": _transpose,
+    "getattr": _transpose,
+    "swapaxes": _transpose,
+    "unsqueeze": _unsqueeze,
+    "eq": _eq,
+    "contiguous": _same,
+    "clone": _same,
+}

@@ -1,0 +1,115 @@
+"""`fact(node)`, and questions that are answered by it."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_passes.facts import counts, masks, positions
+from fx_passes.markers import expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
+from fx_passes.ops import arg, fake_tensor, op_name
+from fx_passes.slots import Order, Tokens, order_of, slot_fact
+from fx_passes.statements import Counts, Fact, Hit, Kept, Listed, Mask, OneHot, Rows, Selection, SlotOf
+
+_RULES = {**masks.RULES, **counts.RULES, **positions.RULES}
+
+
+def fact(node: Any) -> Fact | None:
+    """What `node` says about the routing; None where nothing is known. Results are kept on the node."""
+    if not isinstance(node, fx.Node):
+        return None
+    if "scatter_moe_fact" not in node.meta:
+        node.meta["scatter_moe_fact"] = _derive(node)
+    return node.meta["scatter_moe_fact"]
+
+
+def _derive(node: fx.Node) -> Fact | None:
+    name = op_name(node) or ""
+    if node.target is expert_segment:
+        return _segment(node)
+    if node.target is select_expert:
+        return masks.select(fact(node.args[0]), node.args[2], expert_of(node.args[1]), keepdim=node.args[3])
+    if node.target is index_list:
+        return fact(node.args[0])
+    if name == "getitem":
+        return _getitem(node)
+    if name in ("mul", "multiply"):
+        return _product(node)
+    rule = _RULES.get(name)
+    return rule(node, fact(arg(node, 0, "condition" if name == "where" else "input"))) if rule else None
+
+
+def _segment(node: fx.Node) -> Fact | None:
+    """An expert's segment of the slots, or of their tokens, that were sorted by expert."""
+    rows, counted, expert = node.args
+    order, known = slot_fact(rows), fact(counted)
+    if not isinstance(order, (Order, Tokens)) or not isinstance(known, Counts) or order_of(order).ids is not known.ids:
+        return None
+    mask = Mask(known.ids, expert, ("N",), sort=order_of(order).sort)
+    return Rows(mask, "T" if isinstance(order, Tokens) else "N")
+
+
+def _getitem(node: fx.Node) -> Fact | None:
+    if len(node.args) != 2:
+        return None
+    source, index = node.args
+    inner = fact(source)
+    if isinstance(inner, Selection):
+        return positions.column(inner, index)
+    if isinstance(inner, OneHot):
+        return masks.index_one_hot(inner, index)
+    if isinstance(inner, Listed):
+        return positions.index_listed(inner, index, fact(index))
+    if isinstance(inner, SlotOf):
+        rows = chosen_tokens(index)
+        return Rows(rows, "K") if rows is not None and inner.mask.key == rows.key and rows.reduced else None
+    return inner if isinstance(inner, Hit) and index == slice(None) else None
+
+
+def _product(node: fx.Node) -> Fact | None:
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    for factor, other in (node.args, node.args[::-1]):
+        known = fact(factor)
+        kept = masks.product(node, factor, known, other) if isinstance(known, (OneHot, Kept)) else None
+        if kept is not None:
+            return kept
+    return None
+
+
+def chosen(index: Any) -> tuple[Mask, str] | None:
+    """The mask behind an index that picks the tokens ("T") or slots ("N") of one expert: positions, or the mask."""
+    known, value = fact(index), fake_tensor(index)
+    if isinstance(known, Rows):
+        return (known.mask, known.axis) if known.axis in ("T", "N") else None
+    if not isinstance(known, Mask) or value is None or value.dtype != torch.bool:
+        return None
+    return (known, known.dims[0]) if known.dims in (("T",), ("N",)) else None
+
+
+def selected(node: Any) -> Mask | None:
+    """The mask of whose slots `node` holds the positions, or something of each."""
+    known = fact(node)
+    if isinstance(known, (Rows, Selection)):
+        return known.mask
+    if not isinstance(node, fx.Node) or op_name(node) != "getitem":
+        return None
+    source = fact(node.args[0])
+    if isinstance(source, Selection) and fake_tensor(node) is not None:
+        return source.mask
+    index, value = fact(node.args[1]), fake_tensor(node.args[1])
+    if isinstance(index, Mask):
+        return index if value is not None and value.dtype == torch.bool else None
+    return index.mask if isinstance(index, Rows) else None
+
+
+def chosen_tokens(index: Any) -> Mask | None:
+    """The mask behind an index that picks the tokens of one expert."""
+    found = chosen(index)
+    return found[0] if found is not None and found[1] == "T" else None
+
+
+def counts_behind(node: fx.Node) -> Counts | None:
+    """The counts of which `node` is one, as a Python number, or how many there are."""
+    known = fact(node.args[0]) if node.target in (expert_count, experts_hit, torch.ops.aten.sym_size.int) else None
+    return known if isinstance(known, Counts) else None

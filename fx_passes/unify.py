@@ -1,0 +1,237 @@
+"""The one body of all experts.
+
+A loop over E experts that Dynamo unrolled holds E copies of the same computation. `unify` walks all of them at once and
+keeps one: constants must be equal, operations the same, and where the copies differ it must be in an expert's own
+parameter. A loop that was captured as one iteration over a symbolic expert is the case of a single copy.
+
+E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from fx_passes.aliasing import allocates, inplace_users, is_read_before
+from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, Value, has_rows, nested_values
+from fx_passes.facts import counts_behind, fact
+from fx_passes.gather import Taking, chain, takings
+from fx_passes.ids import is_single_choice
+from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
+from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.simplify import simplified
+from fx_passes.statements import Mask, Rows
+
+
+class NotIsomorphic(Exception):
+    """Two experts compute different things."""
+
+    def __init__(self, node: fx.Node | None, detail: str) -> None:
+        super().__init__(detail)
+        self.node = node
+        self.detail = detail
+
+
+class UnknownOperation(Exception):
+    """An expert does something that no rule speaks of: a higher-order op, a custom op, a hook."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(str(node.target))
+        self.node = node
+
+
+def unify(copies: Sequence[fx.Node], masks: Sequence[Mask]) -> Body:
+    """The one body that all `copies` are instances of; copy i is computed on the slots of `masks[i]`.
+
+    Raises:
+        NotIsomorphic: if two copies compute different things.
+        UnknownOperation: at an operation without a name.
+    """
+    walk = Unifier(tuple(masks))
+    root = walk.value(tuple(copies))
+    return Body(root, tuple(walk.values), walk.nodes(), frozenset(walk.writes))
+
+
+class Unifier:
+    """Walks all copies at once; copy i is computed by `experts[i]`, on the slots of `masks[i]` where it has any."""
+
+    def __init__(self, masks: tuple[Mask, ...], experts: tuple[Expert, ...] = ()) -> None:
+        self.masks = masks
+        self.experts = experts or tuple(mask.expert for mask in masks)
+        self.values: list[Value] = []
+        self.writes: set[fx.Node] = set()
+        self.memo: dict[tuple[fx.Node, ...], Value] = {}
+        self._inner: dict[fx.Node, bool] = {}
+        self._taken: set[fx.Node] = set()
+
+    def value(self, nodes: tuple[fx.Node, ...]) -> Value:
+        if nodes not in self.memo:
+            value = self._derive(nodes)
+            self.memo[nodes] = value
+            self.values.append(value)
+            self.memo[nodes] = self._written(nodes, value)
+        return self.memo[nodes]
+
+    def nodes(self) -> frozenset[fx.Node]:
+        """All nodes of all copies, save what comes from outside the loop."""
+        own = (nodes for nodes, value in self.memo.items() if not isinstance(value, Shared))
+        return frozenset(self._taken.union(self.writes, *own))
+
+    def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
+        first = nodes[0]
+        if first.target is expert_parameter and len(nodes) == 1:
+            return PerExpert(first, tensors=tuple(first.args[0]))
+        if all(op_name(node) == "mul_" and isinstance(node.args[0], fx.Node) for node in nodes):
+            product = self.value(tuple(node.all_input_nodes[0] for node in nodes))
+            if self.writes.issuperset(nodes):
+                return product
+        gathered = self._gathered(nodes)
+        if gathered is not None:
+            return gathered
+        parameter = self._parameter(nodes)
+        if parameter is not None:
+            return parameter
+        if not self._is_inner(first) and all(node is first for node in nodes):
+            return Shared(first)
+        if all(node.op in ("placeholder", "get_attr") for node in nodes):
+            return PerExpert(first, tensors=self._one_an_expert(nodes))
+        if isinstance(fact(first), Mask) and len(nodes) > 1:
+            raise NotIsomorphic(
+                first, "a mask of an expert does more than to pick the rows and the weights of its tokens"
+            )
+        return self._operation(nodes)
+
+    def _written(self, nodes: tuple[fx.Node, ...], value: Value) -> Value:
+        """`value` once each of the experts has multiplied it in place, before anybody reads it."""
+        writes = [inplace_users(node) for node in nodes]
+        products = tuple(own[0] for own in writes if len(own) == 1 and op_name(own[0]) == "mul_")
+        fresh = isinstance(value, Op) and len(products) == len(nodes) and all(map(allocates, nodes))
+        if not fresh or any(is_read_before(node, own) for node, own in zip(nodes, writes, strict=True)):
+            return value
+        factor = self._structure(tuple(product.args[1] for product in products), products[0])
+        written = Op("mul", products[0], (value, factor), {}, has_rows=True)
+        self.writes.update(products)
+        self.values.append(written)
+        return written
+
+    def _one_an_expert(self, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """Parameters by expert; an expert that has a copy for each slot must use the same one in all of them."""
+        parameters: dict[Expert, fx.Node] = {}
+        for node, expert in zip(nodes, self.experts, strict=True):
+            if parameters.setdefault(expert, node) is not node:
+                raise NotIsomorphic(node, "an expert uses another parameter in another slot")
+        if len(set(parameters.values())) != len(parameters):
+            raise NotIsomorphic(nodes[0], "some experts share a parameter and others do not")
+        return tuple(parameters.values())
+
+    def _operation(self, nodes: tuple[fx.Node, ...]) -> Value:
+        first = nodes[0]
+        for node in nodes:
+            if node.op != first.op or node.target != first.target:
+                raise NotIsomorphic(node, f"one expert computes `{_show(first)}`, another `{_show(node)}`")
+        if counts_behind(first) is not None:
+            raise NotIsomorphic(first, "an expert's number of tokens is used as a value")
+        if op_name(first) is None:
+            raise UnknownOperation(first)
+        args = self._structure(tuple(node.args for node in nodes), first)
+        kwargs = self._structure(tuple(dict(node.kwargs) for node in nodes), first)
+        rows = any(has_rows(value) for value in nested_values((args, kwargs)))
+        return simplified(Op(op_name(first) or "", first, args, kwargs, rows))
+
+    def _structure(self, items: tuple[Any, ...], at: fx.Node) -> Any:
+        """The same place of an argument list in all copies."""
+        first = items[0]
+        if any(type(item) is not type(first) for item in items):
+            raise NotIsomorphic(at, f"an argument of `{_show(at)}` differs in kind between experts")
+        if isinstance(first, fx.Node):
+            return self.value(items)
+        if isinstance(first, slice):
+            return slice(*self._structure(tuple((item.start, item.stop, item.step) for item in items), at))
+        if isinstance(first, (tuple, list)):
+            if any(len(item) != len(first) for item in items):
+                raise NotIsomorphic(at, f"an argument of `{_show(at)}` differs in length between experts")
+            return type(first)(self._structure(tuple(item[place] for item in items), at) for place in range(len(first)))
+        if isinstance(first, dict):
+            if any(item.keys() != first.keys() for item in items):
+                raise NotIsomorphic(at, f"the keyword arguments of `{_show(at)}` differ between experts")
+            return {key: self._structure(tuple(item[key] for item in items), at) for key in first}
+        if any(item != first for item in items):
+            raise NotIsomorphic(
+                at, f"a constant of `{_show(at)}` differs between experts: {sorted(set(map(str, items)))}"
+            )
+        return first
+
+    def _gathered(self, nodes: tuple[fx.Node, ...]) -> Gathered | SlotGathered | None:
+        """The same rows of one tensor from outside in all copies: of those that fit, the tensor farthest back."""
+        first = nodes[0]
+        ways = [takings(node, mask) for node, mask in zip(nodes, self.masks, strict=True)]
+        for steps in sorted(ways[0], reverse=True):
+            taking = ways[0][steps]
+            if self._is_inner(taking.source) or any(way.get(steps) != taking for way in ways):
+                continue
+            value = _taken(taking, first, is_single_choice(self.masks[0].ids))
+            if value is not None:
+                self._taken.update(step for node in nodes for step in chain(node, steps))
+                return value
+        return None
+
+    def _parameter(self, nodes: tuple[fx.Node, ...]) -> PerExpert | None:
+        """`stacked[e]`, with `stacked` from outside the loop."""
+        first = nodes[0]
+        source = first.args[0] if first.args else None
+        if not isinstance(source, fx.Node) or self._is_inner(source) or fact(source) is not None:
+            return None
+        if any(not _is_slice_of(node, source, expert) for node, expert in zip(nodes, self.experts, strict=True)):
+            return None
+        if fake_tensor(source) is None:
+            return None
+        keepdim = first.target is select_expert and bool(first.args[3])
+        adds_dim = op_name(first) == "getitem" and isinstance(first.args[1], tuple) and None in first.args[1]
+        return PerExpert(first, stacked=source, leading=int(keepdim or adds_dim))
+
+    def _is_inner(self, node: fx.Node) -> bool:
+        """Whether `node` depends on an expert or on its rows."""
+        if node not in self._inner:
+            self._inner[node] = False
+            by_expert = expert_of(node) is not None or node.target in (select_expert, expert_parameter)
+            inner = isinstance(fact(node), (Rows, Mask)) or by_expert
+            self._inner[node] = inner or any(self._is_inner(source) for source in node.all_input_nodes)
+        return self._inner[node]
+
+
+def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
+    if arg(node, 0, "input") is not source:
+        return False
+    if node.target is select_expert:
+        return expert_of(node.args[1]) is expert and arg(node, 2, "dim") == 0
+    if op_name(node) == "getitem":
+        dim, index = 0, _first_item(node.args[1])
+    elif op_name(node) == "select":
+        dim, index = arg(node, 1, "dim"), arg(node, 2, "index")
+    else:
+        return False
+    return type(index) is int and index == expert and dim == 0
+
+
+def _first_item(index: Any) -> Any:
+    """e of `stacked[e]`, of `stacked[e, :, :]`, `stacked[e, ...]` and of `stacked[e, None]`."""
+    if not isinstance(index, tuple):
+        return index
+    rest = index[2:] if index[1:2] == (None,) else index[1:]
+    return index[0] if all(item is Ellipsis or item == slice(None) for item in rest) else None
+
+
+def _taken(taking: Taking, node: fx.Node, is_single: bool) -> Gathered | SlotGathered | None:
+    leading, rest = taking.dims.index("R"), taking.dims[taking.dims.index("R") + 1 :]
+    tensor = known_tensor(taking.source)
+    if taking.column:
+        is_value = not leading and set(rest) <= {"1"}
+        return SlotGathered(taking.source, node, len(rest), table=taking.column == "E") if is_value else None
+    is_vector = tensor.dim() == 1 or (tensor.dim() == 2 and tensor.shape[1] == 1)
+    if is_single and is_vector and not leading:
+        return SlotGathered(taking.source, node, len(rest))
+    return Gathered(taking.source, node, leading) if leading <= 1 and "1" not in rest else None
+
+
+def _show(node: fx.Node) -> str:
+    return op_name(node) or str(node.target)
