@@ -41,7 +41,7 @@ def set_dropout(model: nn.Module, *, expert: float | None = None, dense: float |
     """Sets the rates of a model's `nn.Dropout` modules: those inside experts apart from all others.
 
     Experts overfit sooner than dense layers on small tasks and want more dropout: expert dropout of the Switch
-    Transformer (arXiv 2101.03961, section 2.4). Set before compiling.
+    Transformer (arXiv 2101.03961). Set before compiling.
 
     Args:
         expert: the rate inside experts, 0..1; None leaves it.

@@ -18,7 +18,7 @@ Priority = Literal["choice", "token", "weight"]
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int = 1, capacity_factor: float = 1.0) -> int:
     """C = ceil(capacity_factor * top_k * num_tokens / num_experts), computed without rounding errors.
 
-    Switch Transformer (arXiv 2101.03961, equation 3).
+    The expert capacity of Switch Transformer (arXiv 2101.03961), for any K.
 
     Raises:
         ValueError: capacity_factor is not positive.
@@ -42,11 +42,10 @@ def limit_capacity(
         num_experts: E.
         capacity: C, slots that an expert takes in each group.
         priority: who comes first.
-            "choice": all first choices in order of tokens, then all second choices (GShard, arXiv 2006.16668,
-            algorithm 1).
+            "choice": all first choices in order of tokens, then all second choices (GShard, arXiv 2006.16668).
             "token": all choices of the first token, then of the second.
-            "weight": as "choice", with the tokens in order of their largest weight (batch prioritized routing, V-MoE,
-            arXiv 2106.05974, section 4).
+            "weight": as "choice", with the tokens in order of their largest weight (batch prioritized routing of V-MoE,
+            arXiv 2106.05974).
         groups: G; consecutive groups of T / G tokens (sequences, say) have a capacity each.
 
     Raises:
@@ -74,8 +73,7 @@ class CapacityRouter(nn.Module):
 
     Args:
         router: decides as without capacity.
-        capacity_factor: 1.0 leaves room for a perfectly even load alone (Switch Transformer, arXiv 2101.03961,
-            equation 3).
+        capacity_factor: 1.0 leaves room for a perfectly even load alone (Switch Transformer, arXiv 2101.03961).
         eval_capacity_factor: the one in evaluation; None is the same.
         priority: see `limit_capacity`.
 

@@ -14,7 +14,7 @@ from scatter_moe.routers.router import Router
 class GShardRouter(Router):
     """The two most probable experts; in training the second is used with probability 2 g2.
 
-    GShard (arXiv 2006.16668, section 2.2 and algorithm 1): weights g1, g2 are the two largest probabilities divided by
+    The top-2 gating of GShard (arXiv 2006.16668): weights g1, g2 are the two largest probabilities divided by
     their sum; where the second expert isn't used its slot is a sentinel and the first keeps the weight g1. In
     evaluation both are used. The paper's auxiliary loss counts first choices, `load_balancing_loss(logits,
     topk_ids[:, :1])`, and its capacity is `CapacityRouter(router, capacity_factor, priority="choice")`.

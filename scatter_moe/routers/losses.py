@@ -32,9 +32,9 @@ def load_balancing_loss(
 ) -> Tensor:
     """E * sum_i f_i P_i: f_i the share of slots that want expert i, P_i its mean probability. One if all is even.
 
-    Switch Transformer (arXiv 2101.03961, equations 4 to 6), for any K; `load_balancing_loss_func` of transformers'
+    The auxiliary loss of Switch Transformer (arXiv 2101.03961), for any K; `load_balancing_loss_func` of transformers'
     Mixtral doesn't divide by K and is K times this. score="sigmoid" with `sequences` is the sequence-wise loss of
-    DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20). Slots that a capacity dropped count for the expert they wanted.
+    DeepSeek-V3 (arXiv 2412.19437). Slots that a capacity dropped count for the expert they wanted.
 
     Args:
         logits: [T, E]; gradients go through P alone.
@@ -71,7 +71,7 @@ def load_balancing_loss(
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(logits) squared: keeps logits small.
 
-    ST-MoE (arXiv 2202.08906, equation 5).
+    ST-MoE (arXiv 2202.08906).
 
     Args:
         logits: [T, E].
@@ -87,7 +87,7 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 def importance_loss(routing: Routing) -> Tensor:
     """Squared coefficient of variation of the sum of weights that each expert gets.
 
-    Shazeer et al. (arXiv 1701.06538, equations 6 and 7).
+    Shazeer et al. (arXiv 1701.06538).
     """
     num_tokens, num_experts = routing.logits.shape
     # Ids of a token are distinct, so nothing is added up in the scatter and the sum repeats bitwise.
@@ -99,7 +99,7 @@ def importance_loss(routing: Routing) -> Tensor:
 def cv_squared(load: Tensor) -> Tensor:
     """Squared coefficient of variation, var / mean ** 2, of [E] loads: zero if all are equal.
 
-    Shazeer et al. (arXiv 1701.06538, equations 7 and 11). The variance is the population's.
+    Shazeer et al. (arXiv 1701.06538). The variance is the population's.
     """
     load = load.to(torch.promote_types(load.dtype, torch.float32))
     mean = load.mean()

@@ -15,14 +15,14 @@ from scatter_moe.routers.router import Router, Routing, at_least_float32
 class NoisyTopKRouter(Router):
     """H = x W^T + normal noise * softplus(x W_noise^T); the K largest of H, softmax over them.
 
-    Shazeer et al. (arXiv 1701.06538, equations 3 to 5). The noise is drawn in training alone. Balance is kept by
-    `importance_loss(routing)` and `cv_squared(router.expected_load(x, routing))` (equations 6, 7 and 11).
+    The noisy top-k gating of Shazeer et al. (arXiv 1701.06538). Noise is drawn in training alone. Balance is kept by
+    `importance_loss(routing)` and by the load loss of that paper, `cv_squared(router.expected_load(x, routing))`.
 
     Args:
         d_model, num_experts, top_k (below num_experts) and keyword arguments: see `Router`.
 
-    Parameters: `weight` and `noise_weight`, both [E, D] and zero at first, so that training starts with equal loads
-    (appendix A of the paper). The `logits` of a `Routing` are H, noise included.
+    Parameters: `weight` and `noise_weight`, both [E, D] and zero at first, so that training starts with equal loads,
+    as in the paper. The `logits` of a `Routing` are H, noise included.
 
     Raises:
         ValueError: top_k is num_experts: noise could change nothing.
@@ -59,8 +59,8 @@ class NoisyTopKRouter(Router):
     def expected_load(self, x: Tensor, routing: Routing) -> Tensor:
         """A differentiable estimate [E] of how many tokens each expert gets.
 
-        The sum over tokens of the probability that expert i is among the K largest if its noise alone were drawn again
-        (equations 8 to 10).
+        The sum over tokens of the probability that expert i is among the K largest if its noise alone were drawn again:
+        the load estimator of the paper.
 
         Args:
             x: [..., D], what the router was called with (without jitter).

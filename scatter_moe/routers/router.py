@@ -36,9 +36,9 @@ class Router(nn.Module):
         top_k: K, experts per token, 1..E.
         bias: adds a bias to the logits (as GPT-OSS does).
         jitter: in training x is multiplied by uniform noise within 1 - jitter and 1 + jitter, for the
-            router alone (Switch Transformer, arXiv 2101.03961, appendix C).
+            router alone (Switch Transformer, arXiv 2101.03961).
         logits_dtype: the dtype that logits are computed in. None: that of the weight, so that a router whose parameters
-            are float32 in a bfloat16 model computes in float32 (selective precision, section 2.4 there).
+            are float32 in a bfloat16 model computes in float32 (selective precision in that paper).
         device, dtype: of the parameters.
 
     Parameters: `weight` [E, D] and `bias` [E] or None. `statistics` is None or a module that is called with each

@@ -15,7 +15,7 @@ from scatter_moe.routers.router import Router
 class SigmoidRouter(Router):
     """s = sigmoid(logits); the K experts of largest s + correction_bias among the best groups, weighted by s.
 
-    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 16). The bias decides which experts are chosen and
+    DeepSeek-V3 (arXiv 2412.19437). The bias decides which experts are chosen and
     never enters a weight or a gradient. A group's score is the sum of its two largest s + correction_bias; experts
     outside the `topk_groups` best groups are not chosen (node-limited routing).
 
@@ -75,7 +75,7 @@ class SigmoidRouter(Router):
     def update_correction_bias(self, tokens_per_expert: Tensor, rate: float = 0.001) -> None:
         """One step of the auxiliary-loss-free balancing: + rate for experts below the mean load, - rate above it.
 
-        Wang et al. (arXiv 2408.15664, algorithm 1). Call it once after each optimizer step.
+        Wang et al. (arXiv 2408.15664). Call it once after each optimizer step.
 
         Args:
             tokens_per_expert: [E], any dtype, on the router's device, summed over the batch and over all ranks

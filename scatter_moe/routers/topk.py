@@ -57,7 +57,7 @@ class TopKRouter(Router):
 class SwitchRouter(TopKRouter):
     """The most probable expert alone, weighted by its probability.
 
-    Switch Transformer (arXiv 2101.03961, equations 1 and 2). Not renormalised: the weight is what trains the router.
+    Switch Transformer (arXiv 2101.03961). Not renormalised: the weight is what trains the router.
 
     Args:
         d_model, num_experts and keyword arguments: see `Router`.
