@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scatter_moe.arguments import chooses_among
 from scatter_moe.dispatch import Dispatch
 from scatter_moe.parallel_linear import ParallelLinear
 from scatter_moe.rotary import rotate
@@ -54,7 +55,7 @@ class MixtureOfAttention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: for an odd head_dim with rope_theta.
+        ValueError: for an odd head_dim with rope_theta; for a router of another number of experts, or no experts.
 
     Source: the Mixture of Multi-head Attention of ScatterMoE (arXiv 2403.08245), after Mixture of Attention Heads
     (arXiv 2210.05144).
@@ -77,6 +78,7 @@ class MixtureOfAttention(nn.Module):
         super().__init__()
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"head_dim: got {head_dim} with rope_theta, accepted are even numbers")
+        chooses_among(router, num_experts)
         self.num_experts, self.num_heads, self.head_dim = num_experts, num_heads, head_dim
         self.causal, self.rope_theta = causal, rope_theta
         width = num_heads * head_dim
@@ -99,8 +101,11 @@ class MixtureOfAttention(nn.Module):
             `[B, S, D]`.
 
         Raises:
-            ValueError: for an attention_mask of another shape.
+            ValueError: for x or an attention_mask of another shape.
         """
+        if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
+            accepted = f"[B, S, {self.q_proj.in_features}]"
+            raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is {accepted}")
         past = 0 if cache is None else cache.length
         shape = x.shape[0], past + x.shape[1]
         if attention_mask is not None and attention_mask.shape != shape:

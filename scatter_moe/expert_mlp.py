@@ -6,6 +6,7 @@ T tokens, K experts per token, E experts, D model width, F expert width.
 import torch
 from torch import Tensor, nn
 
+from scatter_moe.arguments import at_least_one_expert
 from scatter_moe.dispatch import Dispatch
 from scatter_moe.distributed.columns import on_columns
 from scatter_moe.distributed.exchange import Exchange, local_experts, zeros_of
@@ -49,7 +50,7 @@ class ExpertMLP(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: for an activation, a layout or a weight_on that isn't one of these.
+        ValueError: for no experts; for an activation, a layout or a weight_on that isn't one of these.
 
     Source: ScatterMoE (arXiv 2403.08245); what is kept for backward follows SonicMoE (arXiv 2512.14080).
     """
@@ -70,6 +71,7 @@ class ExpertMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        at_least_one_expert(num_experts)
         mlp_options(activation, layout, weight_on)
         self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
         self.activation, self.layout, self.weight_on = activation, layout, weight_on
@@ -114,11 +116,15 @@ class ExpertMLP(nn.Module):
 
         Args:
             x: `[M, D]`, rows sorted by expert.
-            num_tokens_per_expert: integers `[E]`; rows past their sum are padding and give zeros. Where the parameters
-                are DTensors that are sharded by experts: of this rank's experts.
+            num_tokens_per_expert: int32 or int64 `[E]`, none negative and not more than M in sum, which isn't checked
+                since that would wait for the device. Rows past their sum are padding and give zeros. Where the
+                parameters are DTensors that are sharded by experts: of this rank's experts.
 
         Returns:
             `[M, D]` in the order of x.
+
+        Raises:
+            TypeError, ValueError: naming the argument that isn't as above.
         """
         weights = x.new_ones(x.shape[0], 1)
         order, offsets, _ = Dispatch.of_counts(num_tokens_per_expert, x.shape[0])

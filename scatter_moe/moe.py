@@ -5,6 +5,7 @@ T tokens, K experts per token, E experts, D model width.
 
 from torch import Tensor, nn
 
+from scatter_moe.arguments import chooses_among
 from scatter_moe.routers import Routing
 
 
@@ -17,11 +18,16 @@ class MoE(nn.Module):
         experts: a module whose `experts(x_TD, topk_ids, topk_weights)` gives `[T, D]`, as `ExpertMLP` does.
         shared_expert: a module for all tokens, `[T, D]` to `[T, D]`, whose result is added.
 
+    Raises:
+        ValueError: for a router of another number of experts, where both have `num_experts`.
+
     Source: Shazeer et al. (arXiv 1701.06538); the shared expert is DeepSeekMoE's (arXiv 2401.06066).
     """
 
     def __init__(self, router: nn.Module, experts: nn.Module, shared_expert: nn.Module | None = None) -> None:
         super().__init__()
+        if isinstance(num_experts := getattr(experts, "num_experts", None), int):
+            chooses_among(router, num_experts)
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from scatter_moe.arguments import at_least_one_expert
 from scatter_moe.dispatch import Dispatch
 
 
@@ -29,6 +30,9 @@ class ParallelLinear(nn.Module):
         bias: whether each expert has one.
         device, dtype: of the parameters.
 
+    Raises:
+        ValueError: for no experts.
+
     Source: ParallelLinear of ScatterMoE (arXiv 2403.08245).
     """
 
@@ -42,6 +46,7 @@ class ParallelLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        at_least_one_expert(num_experts)
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
@@ -78,6 +83,10 @@ class ParallelLinear(nn.Module):
             raise ValueError(f"rows_in: got {rows_in!r}, accepted are 'tokens', 'slots' and 'grouped'")
         if rows_out not in ("slots", "grouped"):
             raise ValueError(f"rows_out: got {rows_out!r}, accepted are 'slots' and 'grouped'")
+        if not isinstance(dispatch, Dispatch):
+            raise TypeError(
+                f"dispatch: got {type(dispatch).__name__}, accepted is what Dispatch.of_ids(topk_ids, E) returns"
+            )
         return torch.ops.scatter_moe.parallel_linear(
             x,
             [self.weight],

@@ -86,3 +86,5 @@ def test_errors():
     layer, x = layer_and_tokens()
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 8\), accepted is \(2, 9\)"):
         layer(x, torch.ones(2, 8))
+    with pytest.raises(ValueError, match=r"x: got shape \(9, 64\), accepted is \[B, S, 64\]"):
+        layer(x[0])

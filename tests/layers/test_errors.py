@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scatter_moe import Dispatch, ExpertMLP, ParallelLinear
+from scatter_moe import Dispatch, ExpertMLP, MixtureOfAttention, MoE, ParallelLinear
+from scatter_moe.routers import CapacityRouter, TopKRouter
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,21 @@ def test_expert_mlp_inputs():
         layer(torch.ones(3, 8), weights, weights)
     with pytest.raises(ValueError, match="gate_up: got 4 experts, accepted is 5"):
         layer.forward_grouped(torch.ones(3, 8), torch.ones(5, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"num_tokens_per_expert: got torch.float32, accepted are torch.int32"):
+        layer.forward_grouped(torch.ones(3, 8), torch.ones(4))
+
+
+@pytest.mark.parametrize("layer", [ExpertMLP, ParallelLinear])
+def test_no_experts(layer):
+    with pytest.raises(ValueError, match="num_experts: got 0, accepted is at least 1"):
+        layer(0, 8, 8)
+
+
+@pytest.mark.parametrize("router", [TopKRouter(8, 5, 2), CapacityRouter(TopKRouter(8, 5, 2))])
+def test_router_of_another_number_of_experts(router):
+    for make in (lambda: MoE(router, ExpertMLP(4, 8, 8)), lambda: MixtureOfAttention(router, 8, 4, 2, 4)):
+        with pytest.raises(ValueError, match="router: got one of 5 experts, accepted is one of 4"):
+            make()
 
 
 def test_parallel_linear_inputs():
@@ -41,6 +57,8 @@ def test_parallel_linear_inputs():
         layer(torch.ones(3, 8), dispatch, rows_out="tokens")
     with pytest.raises(ValueError, match="x: got 3 rows, accepted is 6"):
         layer(torch.ones(3, 8), dispatch, rows_in="slots")
+    with pytest.raises(TypeError, match="dispatch: got Tensor, accepted is what Dispatch"):
+        layer(torch.ones(3, 8), torch.zeros(3, 2, dtype=torch.long))
 
 
 def test_initialised_as_a_stack_of_linear_layers():
