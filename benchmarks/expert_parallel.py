@@ -17,6 +17,7 @@ T tokens of a rank, M rows that it receives, K experts per token, E experts, D m
 import argparse
 import dataclasses
 import os
+import random
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -156,10 +157,15 @@ def layer_of(shape: Shape, mesh: DeviceMesh) -> Inputs:
 
 
 def alternate(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run in each round, the ranks' mean, of several calls that are queued as in training."""
+    """Milliseconds of each run in each round, the ranks' mean, of several calls that are queued as in training.
+
+    A round's order is drawn, the same on every rank: a run that draws less power leaves the next one a higher clock.
+    """
     times: dict[str, list[float]] = {key: [] for key in runs}
+    draw = random.Random(0)
     for _ in range(rounds):
-        for key, run in runs.items():
+        for key in draw.sample(list(runs), len(runs)):
+            run = runs[key]
             dist.barrier()
             times[key].append(1e3 / CALLS * seconds(lambda run=run: [run() for _ in range(CALLS)]))
     for values in times.values():
