@@ -10,7 +10,8 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SLOW = {"quickstart.py"}  # compiles a whole model twice
 MODULES = {"modulelist_moe.py"}  # imported by the quickstart: `--model modulelist`
-LAUNCHERS = {"train_expert_parallel.py": "-m torch.distributed.run --standalone --nproc-per-node 2".split()}
+TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+LAUNCHERS = {"train_expert_parallel.py": TWO_PROCESSES, "trainer_dispatch.py": TWO_PROCESSES}
 # What an example prints only if it came to its end, and what it leaves behind.
 EXPECTED = {
     "custom_expert.py": ("step    5  loss", []),
@@ -20,6 +21,7 @@ EXPECTED = {
     "quickstart.py": ("Curves and times", ["runs/quickstart-qwen3-cpu.png"]),
     "research_loop.py": ("largest difference of the loss", []),
     "train_expert_parallel.py": ("loss", []),
+    "trainer_dispatch.py": ("largest difference of the loss", []),
     "routers.py": ("deepseek_v3", ["runs/routers-top2.png", "runs/routers-deepseek_v3.png"]),
 }
 
