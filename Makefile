@@ -1,4 +1,4 @@
-# make run | test | test-full | check | test-gpu | bench | goldens | matrix | releases | docs | documented | clean
+# make run | test | test-full | check | test-gpu | bench | tune | goldens | matrix | releases | docs | documented | clean
 #
 # By default everything happens in .venv, made from constraints.txt on first use.
 # With PYTHON=... on the command line nothing is installed: that interpreter is used as it is, with this checkout on its path.
@@ -26,7 +26,7 @@ PIP_INSTALL = -m pip install --quiet --constraint constraints.txt $(if $(TORCH_I
 run bench: export OMP_WAIT_POLICY = passive
 test test-full test-gpu goldens matrix releases: export OMP_NUM_THREADS = 1
 
-.PHONY: run test test-full check format lint types layers spelling generated test-gpu bench goldens matrix releases docs documented clean
+.PHONY: run test test-full check format lint types layers spelling generated test-gpu bench tune goldens matrix releases docs documented clean
 
 run: $(TO_RUN)
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -65,6 +65,10 @@ bench: $(TO_TEST)
 	$(RUN) -m benchmarks.training_step $(ARGS)
 	$(RUN) -m benchmarks.decode
 	$(RUN) -m benchmarks.models $(ARGS)
+
+# Rewrites the configurations of the kernels for the GPU that is here; ARGS="D E2" takes these shapes alone.
+tune: $(TO_TEST)
+	$(RUN) -m benchmarks.tune --write $(ARGS)
 
 # Rewrites the expected graphs inside the tests; read the diff before committing it.
 goldens: $(TO_TEST)

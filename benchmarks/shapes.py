@@ -41,12 +41,14 @@ SHAPES = {
 }
 
 
-def shape_names(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+def shape_names(
+    parser: argparse.ArgumentParser, given: Sequence[str], default: Sequence[str] = ("B", "C", "D")
+) -> list[str]:
     """The shapes named on a command line. (argparse checks the choices of nargs="*" against its default as a whole.)"""
     for name in given:
         if name not in SHAPES:
             parser.error(f"shape {name}: accepted are {', '.join(SHAPES)}")
-    return list(given) or ["B", "C", "D"]
+    return list(given or default)
 
 
 @dataclass(frozen=True)

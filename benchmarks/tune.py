@@ -1,8 +1,8 @@
-"""Time candidate configs of each GEMM phase of a layer and print the fastest: python -m benchmarks.tune C D.
+"""Time candidate configs of each GEMM phase of a layer and print the fastest: python -m benchmarks.tune C D --write.
 
-Every candidate's result is compared with that of the portable default before it is timed. Kernels are compiled
-beforehand, several at a time, without touching the GPU. The winners are what rows of
-scatter_ops/tuning/configs/sm_XY.json are made of.
+Every candidate's result is compared with that of the configuration in use before it is timed. Kernels are compiled
+beforehand, several at a time, without touching the GPU. With --write the winners become rows of the device's file
+scatter_ops/tuning/configs/sm_XY.json.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from unittest import mock
 import torch
 from triton.runtime.errors import TritonError
 
-from benchmarks import offline, report
-from benchmarks.shapes import SHAPES, Shape, inputs, placeholders
+from benchmarks import offline, report, tuned_rows
+from benchmarks.shapes import SHAPES, Shape, inputs, placeholders, shape_names
 from benchmarks.timing import graph_ms, queued_ms
 from scatter_ops import cuda, tuning
 from scatter_ops.cuda import grouped_gemm as gemm
@@ -30,7 +30,7 @@ from scatter_ops.cuda.glu_forward import glu_forward
 from scatter_ops.cuda.grouped_gemm import NO_BIAS, Routing, Rows
 from scatter_ops.cuda.parameters import expert_weight
 from scatter_ops.cuda.weight_grad import weight_grad
-from scatter_ops.tuning import Config
+from scatter_ops.tuning import Config, ShapeClass
 
 PHASE_OPS = {
     "gate_up": "glu_forward",
@@ -39,6 +39,14 @@ PHASE_OPS = {
     "d_x": "grouped_gemm",
     "d_down": "weight_grad",
     "d_gate_up": "weight_grad",
+}
+SHARES = {  # of a phase in the products of a forward pass
+    "gate_up": 2 / 3,
+    "down": 1 / 3,
+    "d_activation": 1 / 3,
+    "d_x": 2 / 3,
+    "d_down": 1 / 3,
+    "d_gate_up": 2 / 3,
 }
 FEW_ROWS = 128  # for each expert: fewer make kernels so short that only a CUDA graph times them
 TOLERANCE = 2e-2  # relative RMS difference of two bf16 results of one product
@@ -129,37 +137,54 @@ def phases(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callable[
 
 
 def tune(name: str, dtype: torch.dtype, only: Collection[str], rounds: int) -> list[dict[str, Any]]:
-    """One row per phase and candidate: its time and TFLOP/s, or why it was dropped. Candidates take turns."""
-    shape, rows = SHAPES[name], []
-    flops = {"gate_up": 2 / 3, "down": 1 / 3, "d_activation": 1 / 3, "d_x": 2 / 3, "d_down": 1 / 3, "d_gate_up": 2 / 3}
-    for phase, run in phases(shape, "cuda", dtype).items():
-        if phase not in only:
-            continue
-        expected, times = run(), {}
-        for config in candidates(PHASE_OPS[phase], shape.rows_per_expert):
-            row = {"shape": name, "phase": phase, "config": dataclasses.asdict(config)}
-            rows.append(row)
-            try:
-                with _selecting(config):
-                    error = max(_relative_rms(a, b) for a, b in zip(run(), expected, strict=True))
-                if not error <= TOLERANCE:
-                    raise ArithmeticError(f"relative RMS error {error:.2g}")
-                times[config] = row, []
-            except (ArithmeticError, RuntimeError, TritonError) as error:
-                row["dropped"] = f"{type(error).__name__}: {error}"[:200]
-        few = shape.rows_per_expert < FEW_ROWS
-        for _ in range(rounds):
-            for config, (_, measured) in times.items():
-                with _selecting(config):
-                    measured.append(graph_ms(run, repeats=5, warmup=1) if few else queued_ms(run, calls=5))
-        for row, measured in times.values():
-            row["ms"] = statistics.median(measured)
-            row["tflops"] = shape.forward_flops * flops[phase] / row["ms"] / 1e9
-        for row in rows:
-            if row["phase"] == phase:
-                result = row.get("dropped") or f"{row['ms']:.3f} ms {row['tflops']:.0f}"
-                print(name, phase, _short(Config(**row["config"])), result, flush=True)
+    """One row per phase and candidate: its time and TFLOP/s, or why it was dropped."""
+    rows = []
+    for phase, run in phases(SHAPES[name], "cuda", dtype).items():
+        if phase in only:
+            rows += tune_phase(name, phase, run, rounds)
     return rows
+
+
+def tune_phase(name: str, phase: str, run: Callable[[], Any], rounds: int) -> list[dict[str, Any]]:
+    """The candidates take turns, with the configuration in use among them."""
+    shape, op = SHAPES[name], PHASE_OPS[phase]
+    shape_class, in_use = _in_use(op, run)
+    expected, few = run(), shape.rows_per_expert < FEW_ROWS
+    rows = {
+        config: {
+            "shape": name,
+            "phase": phase,
+            "config": dataclasses.asdict(config),
+            "shape_class": shape_class,
+            "in_use": config == in_use,
+        }
+        for config in [in_use, *candidates(op, shape.rows_per_expert)]
+    }
+    for config, row in rows.items():
+        if failure := _failure(config, run, expected):
+            row["dropped"] = failure
+    times: dict[Config, list[float]] = {config: [] for config, row in rows.items() if "dropped" not in row}
+    for _ in range(rounds):
+        for config, measured in times.items():
+            with _selecting(config):
+                measured.append(graph_ms(run, repeats=5, warmup=1) if few else queued_ms(run, calls=5))
+    for config, measured in times.items():
+        rows[config]["ms"] = statistics.median(measured)
+        rows[config]["tflops"] = shape.forward_flops * SHARES[phase] / rows[config]["ms"] / 1e9
+    for config, row in rows.items():
+        result = row.get("dropped") or f"{row['ms']:.3f} ms {row['tflops']:.0f}"
+        print(name, phase, _short(config), result, flush=True)
+    return list(rows.values())
+
+
+def _failure(config: Config, run: Callable[[], Any], expected: Any) -> str | None:
+    """Why a candidate can't be used, or None."""
+    try:
+        with _selecting(config):
+            error = max(_relative_rms(a, b) for a, b in zip(run(), expected, strict=True))
+    except (RuntimeError, TritonError) as exception:
+        return f"{type(exception).__name__}: {exception}"[:200]
+    return None if error <= TOLERANCE else f"relative RMS error {error:.2g}"
 
 
 def precompile(name: str, dtype: torch.dtype, only: Collection[str], workers: int) -> None:
@@ -199,6 +224,22 @@ def _selecting(config: Config):
     )
 
 
+def _in_use(op: str, run: Callable[[], Any]) -> tuple[ShapeClass, Config]:
+    """The shape class of a phase, and the configuration that it runs with today."""
+    asked: list[tuple[ShapeClass, Config]] = []
+
+    def select(op_of_call: str, capability: tuple[int, int], shape: ShapeClass, *rest: Any) -> Config:
+        config = tuning_select(op_of_call, capability, shape, *rest)
+        if op_of_call == op:
+            asked.append((shape, config))
+        return config
+
+    tuning_select = tuning.select
+    with mock.patch.object(tuning, "select", select):
+        run()
+    return asked[0]
+
+
 def _relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
@@ -211,23 +252,30 @@ def _short(config: Config) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--phases", nargs="+", default=list(PHASE_OPS), choices=PHASE_OPS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--write", action="store_true", help="put the winners into the device's file of configurations")
     arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype)
-    for name in arguments.shapes:
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: configurations are timed where they are to be used")
+    dtype, names = getattr(torch, arguments.dtype), shape_names(parser, arguments.shapes, default=list(SHAPES))
+    for name in names:
         precompile(name, dtype, arguments.phases, arguments.workers)
-    rows = [row for name in arguments.shapes for row in tune(name, dtype, arguments.phases, arguments.rounds)]
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        key = row["shape"], row["phase"]
-        if "ms" in row and row["ms"] < best.get(key, {"ms": float("inf")})["ms"]:
-            best[key] = row
+    rows = [row for name in names for row in tune(name, dtype, arguments.phases, arguments.rounds)]
+    best = tuned_rows.winners(rows)
     report.append("tune", rows, dtype=arguments.dtype)
-    report.print_table("fastest", [{**row, "config": json.dumps(row["config"])} for row in best.values()])
+    report.print_table("faster than in use", [{**row, "config": json.dumps(row["config"])} for row in best])
+    if arguments.write and best:
+        path = tuning.config_file(torch.cuda.get_device_capability())
+        known = json.loads(path.read_text()) if path.exists() else []
+        new = [
+            tuned_rows.row_of(PHASE_OPS[row["phase"]], row["shape_class"], dtype, Config(**row["config"]))
+            for row in best
+        ]
+        tuned_rows.write(path, tuned_rows.merged(known, new))
 
 
 if __name__ == "__main__":
