@@ -2,7 +2,7 @@
 
     Gathered        x[tokens]: rows of a [T, ...] tensor
     SlotGathered    weights[tokens, slots]: one value a row of a [T, K] tensor, or table[tokens, e] of a [T, E] tensor
-    PerExpert       an expert's parameter: a slice of one stacked tensor, or one of E tensors
+    PerExpert       an expert's parameter: a view of its entry of one stacked tensor, or of its own of E tensors
     Shared          anything from outside the loop that is the same for all experts
     Op              an operation on these
     Scaled          rows times the weights of their slots
@@ -10,6 +10,8 @@
 `fx_passes.unify` finds the one body that the experts of a loop share. T tokens, K experts per token, E experts.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from torch import fx
 
 from fx_passes.ops import fake_tensor, known_tensor
+from fx_passes.parameter_views import Cut, Index, Item, Permute, Step, shape_after, takes_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +47,61 @@ class SlotGathered:
 
 @dataclass(frozen=True, eq=False)
 class PerExpert:
-    """`stacked` [E, ...], or `tensors`, one an expert. `transposed`: the body sees each with its two dims swapped."""
+    """What an expert has of `stacked`, [E, ...] after `steps`, or of `tensors`, one an expert, after `steps`.
+
+    `leading` dims of size one stand before its own. `transposed`: the body sees it with its two dims swapped.
+    """
 
     node: fx.Node
     stacked: fx.Node | None = None
     tensors: tuple[fx.Node, ...] = ()
     transposed: bool = False
     leading: int = 0
+    steps: tuple[Step, ...] = ()
 
     @property
     def parameters(self) -> tuple[fx.Node, ...]:
         return (self.stacked,) if self.stacked is not None else self.tensors
 
     @property
+    def count(self) -> int | torch.SymInt:
+        """Of how many experts it is."""
+        return self.sizes[0] if self.stacked is not None else len(self.tensors)
+
+    @property
     def shape(self) -> torch.Size:
-        """The shape of one expert's, as it is stored."""
-        shape = known_tensor(self.parameters[0]).shape
-        return shape[1:] if self.stacked is not None else shape
+        """The shape of one expert's, before it is transposed."""
+        return self.sizes[1:] if self.stacked is not None else self.sizes
+
+    @functools.cached_property
+    def sizes(self) -> torch.Size:
+        """Of the whole stack, or of one of the tensors, after `steps`."""
+        return shape_after(known_tensor(self.parameters[0]), self.steps)
+
+    def after(self, step: Step, node: fx.Node) -> "PerExpert | None":
+        """What `step` takes of it, which is `node`; None where no rule says what that is."""
+        if isinstance(step, Permute) and step.dims == (1, 0) and not self.leading:
+            return replace(self, node=node, transposed=not self.transposed)
+        if isinstance(step, Index):
+            return self._indexed(step.items, node)
+        return None if self.leading or self.transposed else self._with(step, node)
+
+    def _indexed(self, items: tuple[Item, ...], node: fx.Node) -> "PerExpert | None":
+        new = len(list(itertools.takewhile(lambda item: item is None, items)))
+        ones, items = items[new : new + self.leading], items[new + self.leading :]
+        if None in ones:
+            return None
+        value = replace(self, node=node, leading=new + sum(isinstance(item, Cut) for item in ones))
+        if takes_all(items, self.shape if not self.transposed else self.shape[::-1]):
+            return value
+        if self.transposed:
+            is_part = len(items) == 2 and all(isinstance(item, Cut) for item in items)
+            return value._with(Index(items[::-1]), node) if is_part else None
+        return value._with(Index(items), node)
+
+    def _with(self, step: Step, node: fx.Node) -> "PerExpert":
+        own = step.on_stack(int(self.count)) if self.stacked is not None else step
+        return replace(self, node=node, steps=(*self.steps, own))
 
 
 @dataclass(frozen=True, eq=False)

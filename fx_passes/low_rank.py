@@ -25,7 +25,7 @@ class LowRank(NamedTuple):
 
 def low_rank(parameter: PerExpert) -> LowRank | None:
     """The parts of a stacked weight; None where it is no such sum, or where its parts may not stand in its place."""
-    node = parameter.stacked
+    node = parameter.stacked if not parameter.steps else None
     if node is None or op_name(node) != "baddbmm" or arg(node, 3, "beta", 1) != 1 or "out" in node.kwargs:
         return None
     base, lhs, rhs = (arg(node, at, name) for at, name in enumerate(("input", "batch1", "batch2")))

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fx_passes.body import Body, Gathered, Op, PerExpert, Scaled, SlotGathered, Value, rank
+from fx_passes.halves import joined
 from fx_passes.low_rank import low_rank
 from fx_passes.ops import fake_tensor
 
@@ -179,7 +180,20 @@ def _halves(gate: Any, up: Any) -> tuple[str, Linear, Linear | None] | None:
     gate_linear, up_linear = as_linear(gate), as_linear(up)
     if gate_linear is None or up_linear is None or (gate_linear.bias is None) != (up_linear.bias is None):
         return None
-    return "separate", gate_linear, up_linear
+    return _joined(gate_linear, up_linear) or ("separate", gate_linear, up_linear)
+
+
+def _joined(gate: Linear, up: Linear) -> tuple[str, Linear, None] | None:
+    """The one product that these are, of the same rows with halves of one parameter."""
+    if not _same_rows(gate.rows, up.rows) or gate.transposed != up.transposed:
+        return None
+    weight, bias = joined(gate.weight, up.weight, dim=int(gate.transposed)), None
+    if gate.bias is not None and up.bias is not None:
+        bias = joined(gate.bias, up.bias, dim=0)
+    if weight is None or (gate.bias is not None and (bias is None or bias[0] != weight[0])):
+        return None
+    layout, whole = weight
+    return layout, Linear(gate.rows, whole, bias[1] if bias is not None else None, gate.transposed), None
 
 
 def _half(value: Any) -> tuple[Any, str]:

@@ -9,20 +9,16 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import fx
 
 from fx_passes.capture import events_of
 from fx_passes.forms import FORMS
-from fx_passes.ops import fake_tensor, op_name
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
 from fx_passes.verify import switches_grad_mode, verify
 
 log = logging.getLogger("scatter_moe")
-
-_VIEWS = frozenset(("view", "reshape", "unflatten", "transpose", "permute"))
 
 
 @dataclass
@@ -51,18 +47,11 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
         for candidate in _candidates(form, gm.graph, outcome):
             changed |= _rewrite_candidate(form, candidate, outcome)
     for node in gm.graph.nodes:
-        if not switches_grad_mode(node) and not _only_feeds_ours(node):
+        if not switches_grad_mode(node):
             outcome.remaining_events.update(events_of(node))
     if changed:
         gm.graph.lint()
         gm.recompile()
-
-
-def _only_feeds_ours(node: fx.Node) -> bool:
-    """A view of weights that was made in a loop, the same for every expert, and that our operators alone read now."""
-    is_view = op_name(node) in _VIEWS and isinstance(fake_tensor(node.args[0]), torch.nn.Parameter)
-    readers = (getattr(user.target, "namespace", "") for user in node.users)
-    return is_view and all(namespace == "scatter_moe" for namespace in readers)
 
 
 def _candidates(form: ModuleType, graph: fx.Graph, outcome: Outcome) -> list[Any]:

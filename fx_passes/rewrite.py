@@ -20,6 +20,7 @@ from fx_passes.ids import rows_of_ids
 from fx_passes.low_rank import low_rank
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
 from fx_passes.ops import draws_random, known_tensor, written
+from fx_passes.parameter_views import Step
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
 
@@ -84,6 +85,7 @@ class _Emitter:
         if self.is_grouped:
             self.order_N, self.top_k = self._as_they_lie(self.order_N), 1
         self._emitted: dict[int, fx.Node] = {}
+        self._views: dict[tuple[fx.Node, tuple[Step, ...]], fx.Node] = {}
 
     def _classes(self, one_hot: fx.Node) -> fx.Node:
         """The class of each token; what has none is nobody's."""
@@ -93,10 +95,8 @@ class _Emitter:
 
     def mlp(self, mlp: Mlp) -> fx.Node:
         linears = (mlp.gate_up, mlp.up, mlp.down)
-        weights = [list(linear.weight.parameters) if linear is not None else [] for linear in linears]
-        biases = [
-            list(linear.bias.parameters) if linear is not None and linear.bias is not None else [] for linear in linears
-        ]
+        weights = [self._parameters(linear.weight if linear is not None else None) for linear in linears]
+        biases = [self._parameters(linear.bias if linear is not None else None) for linear in linears]
         settings = (
             mlp.activation,
             mlp.layout,
@@ -174,10 +174,21 @@ class _Emitter:
         assert not parameter.transposed
         sizes = [int(size) for size in parameter.shape]
         rows = self._method("size", self.order_N, 0)
-        arguments = (list(parameter.parameters), self.offsets_E, rows)
+        arguments = (self._parameters(parameter), self.offsets_E, rows)
         expanded = self._call(ops.expand.default, *arguments, *([] if dtype is None else [dtype]))
         missing = dims - 1 - len(sizes)
         return self._method("reshape", expanded, (-1, *[1] * missing, *sizes)) if missing > 0 else expanded
+
+    def _parameters(self, parameter: PerExpert | None) -> list[fx.Node]:
+        """The stack of an expert's parameter, or a tensor for each; nothing where there is none."""
+        return [self._viewed(tensor, parameter.steps) for tensor in parameter.parameters] if parameter else []
+
+    def _viewed(self, tensor: fx.Node, steps: tuple[Step, ...]) -> fx.Node:
+        if not steps:
+            return tensor
+        if (tensor, steps) not in self._views:
+            self._views[tensor, steps] = steps[-1].apply(self._function, self._viewed(tensor, steps[:-1]))
+        return self._views[tensor, steps]
 
     def _as_they_lie(self, order_N: fx.Node) -> fx.Node:
         """The order of rows that lie expert by expert already."""
@@ -242,7 +253,7 @@ class _Emitter:
         gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading and not self.is_grouped
         source = linear.rows.source if isinstance(linear.rows, Gathered) and gathers else None
         rows = self._by_token(source) if source is not None else self.emit(linear.rows)
-        bias = list(linear.bias.parameters) if linear.bias is not None else []
+        bias = self._parameters(linear.bias)
         layout = (self.top_k if gathers else 1, not gathers)
         return self._parallel_linear(rows, linear.weight, layout, bias, linear.transposed)
 
@@ -250,7 +261,7 @@ class _Emitter:
         self, rows: fx.Node, weight: PerExpert, layout: tuple[int, bool], bias: list[fx.Node], transposed: bool
     ) -> fx.Node:
         """Rows as `layout` = (top_k, grouped_in) says in, grouped rows out."""
-        weights = list(weight.parameters)
+        weights = self._parameters(weight)
         routing = (self.order_N, self.offsets_E)
         return self._call(ops.parallel_linear.default, rows, weights, *routing, *layout, True, bias, transposed)
 

@@ -18,7 +18,8 @@ from fx_passes.facts import counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
-from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.ops import fake_tensor, known_tensor, op_name
+from fx_passes.parameter_views import chosen_by, viewed
 from fx_passes.simplify import simplified
 from fx_passes.statements import Mask, Rows
 
@@ -93,6 +94,9 @@ class Unifier:
             return parameter
         if not self._is_inner(first) and all(node is first for node in nodes):
             return Shared(first)
+        view = self._view_of_parameter(nodes)
+        if view is not None:
+            return view
         if all(node.op in ("placeholder", "get_attr") for node in nodes):
             return PerExpert(first, tensors=self._one_an_expert(nodes))
         if isinstance(fact(first), Mask) and len(nodes) > 1:
@@ -177,17 +181,22 @@ class Unifier:
 
     def _parameter(self, nodes: tuple[fx.Node, ...]) -> PerExpert | None:
         """`stacked[e]`, with `stacked` from outside the loop."""
-        first = nodes[0]
-        source = first.args[0] if first.args else None
-        if not isinstance(source, fx.Node) or self._is_inner(source) or fact(source) is not None:
+        found = chosen_by(nodes, self.experts)
+        if found is None or self._is_inner(found.source) or fact(found.source) is not None:
             return None
-        if any(not _is_slice_of(node, source, expert) for node, expert in zip(nodes, self.experts, strict=True)):
+        self._taken |= found.nodes
+        return PerExpert(nodes[0], stacked=found.source, leading=found.leading, steps=found.steps)
+
+    def _view_of_parameter(self, nodes: tuple[fx.Node, ...]) -> PerExpert | None:
+        """`stacked[e][:F]`, `w.chunk(2)[0]`, `w.t()`."""
+        first, *others = map(viewed, nodes)
+        if first is None or any(other is None or other.step != first.step for other in others):
             return None
-        if fake_tensor(source) is None:
-            return None
-        keepdim = first.target is select_expert and bool(first.args[3])
-        adds_dim = op_name(first) == "getitem" and isinstance(first.args[1], tuple) and None in first.args[1]
-        return PerExpert(first, stacked=source, leading=int(keepdim or adds_dim))
+        operand = self.value((first.operand, *(other.operand for other in others if other is not None)))
+        value = operand.after(first.step, nodes[0]) if isinstance(operand, PerExpert) else None
+        if value is not None:
+            self._taken.update(node.args[0] for node in nodes if fake_tensor(node.args[0]) is None)
+        return value
 
     def _is_inner(self, node: fx.Node) -> bool:
         """Whether `node` depends on an expert or on its rows."""
@@ -197,28 +206,6 @@ class Unifier:
             inner = isinstance(fact(node), (Rows, Mask)) or by_expert
             self._inner[node] = inner or any(self._is_inner(source) for source in node.all_input_nodes)
         return self._inner[node]
-
-
-def _is_slice_of(node: fx.Node, source: fx.Node, expert: Expert) -> bool:
-    if arg(node, 0, "input") is not source:
-        return False
-    if node.target is select_expert:
-        return expert_of(node.args[1]) is expert and arg(node, 2, "dim") == 0
-    if op_name(node) == "getitem":
-        dim, index = 0, _first_item(node.args[1])
-    elif op_name(node) == "select":
-        dim, index = arg(node, 1, "dim"), arg(node, 2, "index")
-    else:
-        return False
-    return type(index) is int and index == expert and dim == 0
-
-
-def _first_item(index: Any) -> Any:
-    """e of `stacked[e]`, of `stacked[e, :, :]`, `stacked[e, ...]` and of `stacked[e, None]`."""
-    if not isinstance(index, tuple):
-        return index
-    rest = index[2:] if index[1:2] == (None,) else index[1:]
-    return index[0] if all(item is Ellipsis or item == slice(None) for item in rest) else None
 
 
 def _taken(taking: Taking, node: fx.Node, is_single: bool) -> Gathered | SlotGathered | None:

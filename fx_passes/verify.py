@@ -88,7 +88,7 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
                 parameter.node,
                 "the experts' parameters differ in shape, dtype, device or layout",
             )
-        if parameter.stacked is not None and not same_size(tensors[0].shape[0], region.num_experts):
+        if parameter.stacked is not None and not same_size(parameter.count, region.num_experts):
             raise Rejected(
                 "every_expert_is_covered",
                 parameter.node,

@@ -7,6 +7,7 @@ The loop must run over as many experts as a router that came before it chooses f
 called on a range or a ModuleList, or where `enumerate` or `zip` is and a loop over the result follows at once.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
@@ -17,10 +18,20 @@ from torch.fx.experimental.symbolic_shapes import constrain_range
 
 from fx_passes.capture.events import Scope
 from fx_passes.capture.stand_in import is_module_list, length_of, stand_in_for
-from fx_passes.capture.variables import call_in_graph
+from fx_passes.capture.variables import call_in_graph, unbound
 from fx_passes.markers import each_expert, mark_expert, select_expert
 
 _FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Zipped:
+    """What `zip(*parts)` runs over."""
+
+    parts: tuple[VariableTracker, ...]
+
+
+Iterable = VariableTracker | Zipped
 
 
 def begin_at_iter(capture: Any, tx: Any) -> bool:
@@ -40,13 +51,13 @@ def call(capture: Any, tx: Any, instruction: Any) -> bool:
     if kind is enumerate:
         length = _length(arguments[0])
         arguments = [*([RangeVariable([ConstantVariable.create(length)])] if length else []), *arguments]
-    if not _begin(capture, tx, TupleVariable(arguments), taken=instruction.arg + 2):
+    if not _begin(capture, tx, Zipped(tuple(arguments)), taken=instruction.arg + 2):
         return False
     tx.instruction_pointer += 1
     return True
 
 
-def _begin(capture: Any, tx: Any, iterable: VariableTracker, taken: int) -> bool:
+def _begin(capture: Any, tx: Any, iterable: Iterable, taken: int) -> bool:
     """Puts a list of one element in place of the upper `taken` values of the stack; False where it is no such loop."""
     length, header = _length(iterable), _after_iter(tx)
     if length is None or length < _FEWEST or length not in capture.router_widths or header is None:
@@ -73,14 +84,14 @@ def _begin(capture: Any, tx: Any, iterable: VariableTracker, taken: int) -> bool
     return True
 
 
-def _parts(iterable: VariableTracker) -> list[VariableTracker]:
-    return iterable.items if isinstance(iterable, TupleVariable) else [iterable]
+def _parts(iterable: Iterable) -> tuple[VariableTracker, ...]:
+    return iterable.parts if isinstance(iterable, Zipped) else (iterable,)
 
 
-def _length(iterable: VariableTracker) -> int | None:
-    """How many iterations there are, where that and each element are known; for a tuple, of a zip of its items."""
-    if isinstance(iterable, TupleVariable):
-        lengths = {_length(part) for part in iterable.items}
+def _length(iterable: Iterable) -> int | None:
+    """How many iterations there are, where that and each element are known."""
+    if isinstance(iterable, Zipped):
+        lengths = {_length(part) for part in iterable.parts}
         return lengths.pop() if len(lengths) == 1 else None
     if type(iterable) is RangeVariable:
         first, stop, step = (
@@ -90,16 +101,20 @@ def _length(iterable: VariableTracker) -> int | None:
     if isinstance(iterable, TensorVariable):
         value = iterable.as_proxy().node.meta["example_value"]
         return value.shape[0] if value.dim() and type(value.shape[0]) is int else None
+    parts = unbound(iterable)
+    if parts is not None:
+        return len(iterable.items)
     return length_of(iterable) if is_module_list(iterable) else None
 
 
-def _element(
-    tx: Any, iterable: VariableTracker, number: VariableTracker, modules: list[VariableTracker]
-) -> VariableTracker:
-    if isinstance(iterable, TupleVariable):
-        return TupleVariable([_element(tx, part, number, modules) for part in iterable.items])
+def _element(tx: Any, iterable: Iterable, number: VariableTracker, modules: list[VariableTracker]) -> VariableTracker:
+    if isinstance(iterable, Zipped):
+        return TupleVariable([_element(tx, part, number, modules) for part in iterable.parts])
     if isinstance(iterable, TensorVariable):
         return call_in_graph(tx, select_expert, iterable.as_proxy(), number.as_proxy(), 0, False)
+    parts = unbound(iterable)
+    if parts is not None:
+        return call_in_graph(tx, select_expert, parts[0], number.as_proxy(), parts[1], False)
     return number if type(iterable) is RangeVariable else modules.pop(0)
 
 

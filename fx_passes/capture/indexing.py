@@ -11,7 +11,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 from fx_passes.capture.events import Scope
 from fx_passes.capture.index_list import index_by_tensors
 from fx_passes.capture.stand_in import is_module_list, length_of, stand_in_for
-from fx_passes.capture.variables import call_in_graph, expert_of_variable, is_full_slice, rank_of
+from fx_passes.capture.variables import call_in_graph, expert_of_variable, is_full_slice, rank_of, unbound
 from fx_passes.markers import Expert, experts_of_each, index_with_expert, mark_expert, select_expert
 
 
@@ -40,6 +40,9 @@ def _by_expert(capture: Any, tx: Any, container: Any, index: Any, expert: Expert
         is_slice = keepdim and isinstance(container, TensorVariable)
         tx.stack[-1] = _constant_slice(expert) if is_slice else ConstantVariable.create(expert)
         return False
+    parts = unbound(container)
+    if parts is not None:
+        return _finish(tx, call_in_graph(tx, select_expert, parts[0], index.as_proxy(), parts[1], keepdim))
     if not isinstance(container, TensorVariable):
         loop = next(scope for scope in capture.scopes if scope.symbol is expert)
         return _finish(tx, _module_of(capture, tx, container, loop))

@@ -6,11 +6,12 @@ import torch
 from torch import fx
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
-from torch._dynamo.variables.lists import SliceVariable
+from torch._dynamo.variables.lists import ListVariable, SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fx_passes.markers import Expert, expert_of
+from fx_passes.ops import arg, example, op_name
 
 
 def expert_of_variable(variable: Any) -> Expert | None:
@@ -40,6 +41,18 @@ def is_open(number: Any) -> bool:
 def call_in_graph(tx: Any, target: Any, *args: Any) -> VariableTracker:
     """The result of a new node that calls `target`."""
     return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", target, args, {}))
+
+
+def unbound(variable: Any) -> tuple[fx.Proxy, int] | None:
+    """(tensor, dim) where `variable` is the tuple `tensor.unbind(dim)`."""
+    items = variable.items if isinstance(variable, (TupleVariable, ListVariable)) else []
+    nodes = [item.as_proxy().node for item in items if isinstance(item, TensorVariable)]
+    whole = nodes[0].args[0] if nodes and op_name(nodes[0]) == "getitem" else None
+    if len(nodes) != len(items) or not isinstance(whole, fx.Node) or op_name(whole) != "unbind":
+        return None
+    is_whole = [node.args for node in nodes] == [(whole, place) for place in range(len(example(whole)))]
+    source = fx.Proxy(arg(whole, 0, "input"), items[0].proxy.tracer)
+    return (source, arg(whole, 1, "dim", 0)) if is_whole else None
 
 
 def is_full_slice(variable: Any) -> bool:

@@ -17,6 +17,9 @@ its own by `experts == e`. The mask may also hold where any slot of a token is t
     m = (ids == e).any(-1)
     out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]
 
+An expert's weights may be modules of its own or any views of what all experts have: `W[e, :F]`, `W[e].chunk(2)`,
+`W.unbind(0)[e]`, `W[e * F : (e + 1) * F]`.
+
 Or the sorted slots, of which each expert has a segment:
 
     order = ids.flatten().argsort()

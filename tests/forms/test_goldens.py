@@ -221,6 +221,53 @@ v18 = .reshape(v17, (2, 12, 16))
 return (v18)""",
         )
 
+    def test_range_loop_over_halves_of_weights(self):
+        self.assertExpectedInline(
+            self.golden("views_halves_in_one_index"),
+            """\
+v4 = .reshape(hidden_states, -1, 16)
+v5 = .reshape(v4, -1, 16)
+v6 = linear(v5, gate_weight)
+v7 = softmax(v6, dtype=torch.float32, dim=-1)
+v8 = topk(v7, 2, dim=-1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = .sum(v9, dim=-1, keepdim=True)
+v12 = itruediv(v9, v11)
+v13 = .to(v12, torch.float32)
+v14 = scatter_moe.route(v10, 4)
+v15 = getitem(v14, 0)
+v16 = getitem(v14, 1)
+v17 = scatter_moe.mlp(v4, v13, v15, v16, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, False, output, 1.702, 7.0, torch.float32)
+v18 = .view_as(v17, hidden_states)
+return (v18)""",
+        )
+
+    def test_range_loop_over_parts_of_weights(self):
+        self.assertExpectedInline(
+            self.golden("views_thirds"),
+            """\
+v4 = .reshape(hidden_states, -1, 16)
+v5 = .reshape(v4, -1, 16)
+v6 = linear(v5, gate_weight)
+v7 = softmax(v6, dtype=torch.float32, dim=-1)
+v8 = topk(v7, 2, dim=-1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = .sum(v9, dim=-1, keepdim=True)
+v12 = itruediv(v9, v11)
+v13 = .to(v12, torch.float32)
+v14 = scatter_moe.route(v10, 4)
+v15 = getitem(v14, 0)
+v16 = getitem(v14, 1)
+v17 = getitem(experts_gate_up_proj, (slice(0, 4, 1), slice(0, 20, 1), slice(0, 16, 1)))
+v18 = getitem(experts_gate_up_proj, (slice(0, 4, 1), slice(12, 32, 1), slice(0, 16, 1)))
+v19 = getitem(experts_down_proj, (slice(0, 4, 1), slice(0, 16, 1), slice(4, 24, 1)))
+v20 = scatter_moe.mlp(v4, v13, v15, v16, [v17], [v18], [v19], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v21 = .view_as(v20, hidden_states)
+return (v21)""",
+        )
+
     def test_range_loop_plus_equals(self):
         self.assertExpectedInline(
             self.golden("plus_equals"),
@@ -1012,16 +1059,16 @@ v6 = .softmax(v5, dim=-1)
 v7 = .topk(v6, 2, dim=-1)
 v8 = getitem(v7, 0)
 v9 = getitem(v7, 1)
-v10 = .view(up, -1, 24, 16)
-v11 = .view(down, -1, 24, 16)
-v12 = scatter_moe.route(v9, 4)
-v13 = getitem(v12, 0)
-v14 = getitem(v12, 1)
-v15 = scatter_moe.parallel_linear(v4, [v10], v13, v14, 2, False, True, [], False)
-v16 = silu(v15)
-v17 = scatter_moe.parallel_linear(v16, [v11], v13, v14, 1, True, True, [], True)
+v10 = scatter_moe.route(v9, 4)
+v11 = getitem(v10, 0)
+v12 = getitem(v10, 1)
+v13 = reshape(up, (4, 24, 16))
+v14 = scatter_moe.parallel_linear(v4, [v13], v11, v12, 2, False, True, [], False)
+v15 = silu(v14)
+v16 = reshape(down, (4, 24, 16))
+v17 = scatter_moe.parallel_linear(v15, [v16], v11, v12, 1, True, True, [], True)
 v18 = .reshape(v17, (-1, 16))
-v19 = scatter_moe.combine(v18, v8, v13, v14, 2, True, torch.float32)
+v19 = scatter_moe.combine(v18, v8, v11, v12, 2, True, torch.float32)
 v20 = .view_as(v19, hidden_states)
 return (v20)""",
         )

@@ -19,6 +19,7 @@ from tests.zoo import (
     segments,
     sorted_slots,
     stacked,
+    views,
 )
 from tests.zoo.case import Case
 from tests.zoo.common import hidden_states
@@ -37,6 +38,7 @@ ZOO: tuple[Case, ...] = (
     *flat.CASES,
     *bodies.CASES,
     *parameters.CASES,
+    *views.CASES,
     *segments.CASES,
     *sorted_slots.CASES,
     *gathered.CASES,
