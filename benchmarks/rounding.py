@@ -1,8 +1,8 @@
 """What rounding makes of one layer of experts under autocast: python -m benchmarks.rounding [--seeds 16].
 
-Qwen3-MoE's experts with fp32 weights under bf16 autocast, as Trainer's bf16=True runs them, in three ways. Of the output
-and of each gradient: `error` is the distance to the same layer in float64, `to eager` that to transformers' loop, both
-relative and in the root mean square. What a fine-tune's curves make of such differences is in
+Qwen3-MoE's experts with fp32 weights under bf16 autocast, as with Trainer's bf16=True, in three ways. Of the output and
+of each gradient: `error` is the distance to the same layer in float64, `to eager` that to transformers' loop, both
+relative and in the root mean square. What the steps of a fine-tune make of such differences is in
 `benchmarks/fine_tune.py`.
 """
 
