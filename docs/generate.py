@@ -25,7 +25,7 @@ import torch
 import registrations
 from benchmarks import exchange_model
 from benchmarks.shapes import SHAPES
-from docs import gallery, parts, pictures
+from docs import closeness, gallery, parts, pictures
 from fx_passes.forms import FORMS
 from scatter_ops import reference
 
@@ -83,6 +83,7 @@ def pages() -> list[Page]:
         readme(),
         limits_page(),
         performance_page(),
+        training_page(),
         exchange_page(),
         kernels_page(),
         *written_whole,
@@ -134,6 +135,12 @@ def performance_page() -> Page:
     runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
     text = between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs)
     return Page(path, between_markers(text, "mixture_of_attention", attention_table()))
+
+
+def training_page() -> Page:
+    path = ROOT / "docs" / "training.md"
+    text = between_markers(path.read_text(), "rounding", closeness.rounding_table())
+    return Page(path, between_markers(text, "fine_tune", closeness.fine_tune_table()))
 
 
 def attention_table() -> str:

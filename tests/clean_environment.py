@@ -47,11 +47,13 @@ def checkout_without_packages(folder: Path) -> None:
 
 
 def run(command: list, folder: Path, environment: dict[str, str]) -> None:
-    shown, start = shlex.join(map(str, command)), time.perf_counter()
-    result = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
-    print(f"{time.perf_counter() - start:5.0f} s  exit code {result.returncode}  {shown}", flush=True)
+    """What it prints is shown as it comes."""
+    print(f"$ {shlex.join(map(str, command))}", flush=True)
+    start = time.perf_counter()
+    result = subprocess.run(command, cwd=folder, env=os.environ | environment)
+    print(f"{time.perf_counter() - start:.0f} s, exit code {result.returncode}\n", flush=True)
     if result.returncode != 0:
-        sys.exit(f"{result.stdout}\n{result.stderr}")
+        sys.exit(result.returncode)
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
         for program, *arguments in commands():
             run([programs / program, *arguments], folder, environment)
         chosen = ["-k", f"(code_blocks or example) and ({options.only or 'test'})"]
-        tests = ["-m", "pytest", "-q", "tests/test_docs.py", "tests/test_examples.py", *chosen]
+        tests = ["-m", "pytest", "-v", "tests/test_docs.py", "tests/test_examples.py", *chosen]
         run([programs / "python", *tests], folder, environment)
 
 
