@@ -12,6 +12,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 import scatter_moe
@@ -66,7 +67,7 @@ def main() -> None:
 
     forward = torch.compile(model, fullgraph=True)  # one graph under any backend
     optimizer, target = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.roll(x, 1, dims=-1).sin()
-    for step in range(options.steps):
+    for step in track(range(options.steps), "training", console=console):
         loss = F.mse_loss(forward(x), target)
         loss.backward()
         optimizer.step()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def main() -> None:
 
     expected = step(with_a_loop, arguments)
     table = Table("", "largest difference to the loop", "step, ms", title="One training step of the layer")
-    for layer in (with_a_loop, with_parts, fused):
+    for layer in track((with_a_loop, with_parts, fused), "measuring"):
         results = step(layer, arguments)
         differences = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, expected, strict=True)]
         ms = median_ms(layer, arguments, options.steps)

@@ -16,9 +16,17 @@ import warnings
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import scatter_moe
 
@@ -48,9 +56,19 @@ def new_model(experts: str = "eager") -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
 
 
+class Advance(TrainerCallback):
+    """One step of a progress bar for each of Trainer's."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.task = progress, progress.add_task("training", total=steps)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.progress.advance(self.task)
+
+
 def train(model: nn.Module, options: argparse.Namespace, rate: float) -> list[float]:
     """Trains what requires a gradient; the loss of each step."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=options.steps,
@@ -63,7 +81,8 @@ def train(model: nn.Module, options: argparse.Namespace, rate: float) -> list[fl
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = Trainer(model, arguments, train_dataset=Song())
+        callbacks = [Advance(progress, options.steps)]
+        trainer = Trainer(model, arguments, train_dataset=Song(), callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class Layer(nn.Module):
         return x + out
 
 
-def train(make: Callable[[nn.Module], Callable], steps: int, device: str) -> tuple[list[float], list[float]]:
+def train(name: str, make: Callable[[nn.Module], Callable], steps: int, device: str) -> tuple[list[float], list[float]]:
     """Losses and milliseconds of each step, from the same weights and data each time."""
     torch.manual_seed(0)
     model = Layer().to(device)
@@ -64,7 +65,7 @@ def train(make: Callable[[nn.Module], Callable], steps: int, device: str) -> tup
     x = torch.randn(TOKENS, WIDTH, device=device)
     target = torch.roll(x, 1, dims=-1).sin()
     losses, times = [], []
-    for _ in range(steps):
+    for _ in track(range(steps), name):
         start = time.perf_counter()
         loss = F.mse_loss(forward(x), target)
         loss.backward()
@@ -83,15 +84,16 @@ def main() -> None:
 
     scatter_moe.explain(Layer().to(options.device), torch.randn(8, WIDTH, device=options.device))
     torch.compiler.reset()
-    eager, eager_ms = train(lambda model: model, options.steps, options.device)
-    ours, ours_ms = train(lambda model: torch.compile(model, backend="scatter_moe"), options.steps, options.device)
+    ways = {"eager": lambda model: model, "scatter_moe": lambda model: torch.compile(model, backend="scatter_moe")}
+    runs = {name: train(name, make, options.steps, options.device) for name, make in ways.items()}
 
     table = Table("", "first step, ms", "median step, ms", "first loss", "last loss", title="Training")
-    for name, losses, times in (("eager", eager, eager_ms), ("scatter_moe", ours, ours_ms)):
+    for name, (losses, times) in runs.items():
         median = sorted(times[1:] or times)[len(times[1:]) // 2]
         table.add_row(name, f"{times[0]:.0f}", f"{median:.1f}", f"{losses[0]:.5f}", f"{losses[-1]:.5f}")
     console = Console()
     console.print(table)
+    (eager, _), (ours, _) = runs.values()
     console.print(f"largest difference of the loss: {max(abs(a - b) for a, b in zip(eager, ours, strict=True)):.1e}")
 
 
