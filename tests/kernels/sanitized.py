@@ -1,30 +1,36 @@
 """One run of every kernel for NVIDIA's compute-sanitizer:
 
+    python -m tests.kernels.sanitized --compile
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.sanitized
 
-And with racecheck and initcheck. Small sizes with tails in every dimension, many and few rows for each expert,
+And with racecheck and initcheck. The first command fills Triton's cache for a Hopper GPU, on all cores: within the
+sanitizer compilation takes many minutes. Small sizes with tails in every dimension, many and few rows for each expert,
 sentinels, every layout. Exits with an error if a result has a NaN.
 """
 
+import concurrent.futures
 import itertools
+import multiprocessing
 import sys
 
 import torch
 
+from benchmarks import offline
 from scatter_ops import cuda
 
 D, F, E, K = 256, 320, 4, 2
+CASES = list(itertools.product((9, 700), ("concatenated", "interleaved", "plain", "separate"), (False, True)))
 
 
-def step(num_tokens: int, layout: str, transposed: bool) -> list[torch.Tensor]:
+def step(num_tokens: int, layout: str, transposed: bool, device: str = "cuda") -> list[torch.Tensor]:
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device="cuda", dtype=torch.bfloat16) * size[-1] ** -0.5
+        return torch.randn(*size, device=device, dtype=torch.bfloat16) * size[-1] ** -0.5
 
     def weight(num_out: int, num_in: int) -> torch.Tensor:
         return normal(E, num_in, num_out) if transposed else normal(E, num_out, num_in)
 
-    x, topk_weights = normal(num_tokens, D), torch.rand(num_tokens, K, device="cuda")
-    topk_ids = torch.rand(num_tokens, E, device="cuda").topk(K).indices
+    x, topk_weights = normal(num_tokens, D), torch.rand(num_tokens, K, device=device)
+    topk_ids = torch.rand(num_tokens, E, device=device).topk(K).indices
     topk_ids[::5, 0] = E
     routing = cuda.route(topk_ids, E)
     separate = layout == "separate"
@@ -43,10 +49,20 @@ def step(num_tokens: int, layout: str, transposed: bool) -> list[torch.Tensor]:
     return [out, *grads, cuda.combine(y, topk_weights, *routing, K, False), grad_weight]
 
 
+def compile_case(case: tuple[int, str, bool]) -> None:
+    with offline.recorded((9, 0)) as launches:
+        step(*case, device="cpu")
+    for launch in launches:
+        offline.compile_launch(launch)
+
+
 def main() -> None:
     torch.manual_seed(0)
-    cases = itertools.product((9, 700), ("concatenated", "interleaved", "plain", "separate"), (False, True))
-    wrong = [case for case in cases if any(result.isnan().any() for result in step(*case))]
+    if "--compile" in sys.argv:
+        with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+            list(pool.map(compile_case, CASES))
+        return
+    wrong = [case for case in CASES if any(result.isnan().any() for result in step(*case))]
     torch.cuda.synchronize()
     sys.exit(f"NaN in {wrong}" if wrong else 0)
 
