@@ -115,7 +115,8 @@ def shared_memory_limit(capability: tuple[int, int]) -> int:
 
 
 def _heuristic(op: str, capability: tuple[int, int], shape: ShapeClass, dtype: torch.dtype, precision: str) -> Config:
-    block_m = 128 if op == "weight_grad" else min(128, max(16, shape.rows))
+    # Twice the average: an expert with more rows than a tile has would have its weights read twice.
+    block_m = 128 if op == "weight_grad" else min(128, max(16, 2 * shape.rows))
     if dtype == torch.float32:
         wide = precision == "tf32" and block_m == 128
         parts = 2 if op == "glu_backward" else 1
