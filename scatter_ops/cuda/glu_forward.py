@@ -10,6 +10,11 @@ from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.parameters import ExpertWeight
 from scatter_ops.kernels.glu_forward import glu_forward_kernel
 
+try:
+    from scatter_ops.cuda import hopper
+except ImportError:
+    hopper = None
+
 
 def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tuple[Tensor, Tensor]:
     """A [N, F] and the pre-activation h [N, H] ([0] unless save_h), both in grouped order."""
@@ -23,11 +28,14 @@ def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tup
     tiles = routing.schedule(config.block_m, with_inverse=True)
     if config.regroup:
         rows = regrouped(rows, routing)
-    x, w, options = product_options(rows, weight, config, config.block_n, n_ways=weight.ways)
     block_f = glu.f_size(config.block_n)
+    results_by_tma = uses_tma(config, a_NF.device) and tma_can_read(a_NF)
+    if hopper is not None and results_by_tma and hopper.launch_glu_forward(config, rows, weight, glu, tiles, a_NF, h):
+        return a_NF, h
+    x, w, options = product_options(rows, weight, config, config.block_n, n_ways=weight.ways)
     # A tile of an interleaved h has twice the columns of the others: shared memory has no room for it on its way out.
     roomy = glu.layout != "interleaved" or not save_h
-    out_tma = config.tma_out and roomy and uses_tma(config, a_NF.device) and tma_can_read(a_NF)
+    out_tma = config.tma_out and roomy and results_by_tma
     glu_forward_kernel[grid_size(config, tiles.max_row_tiles * cdiv(f_size, block_f), a_NF.device)](
         x,
         w,

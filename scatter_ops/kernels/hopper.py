@@ -119,6 +119,18 @@ def quarters(tile):
 
 
 @gluon.jit
+def zero_unrouted_rows(out_ptr, offsets_ptr, num_rows, num_columns, num_experts, LAYOUT: gl.constexpr):
+    """Exact zeros in the rows of sentinel slots of [rows, columns], shared among all programs."""
+    columns = gl.arange(0, 1024, LAYOUT)
+    zeros = gl.zeros([1024], out_ptr.dtype.element_ty, LAYOUT)
+    first = gl.load(offsets_ptr + num_experts - 1)
+    for row in range(first + gl.program_id(0), num_rows, gl.num_programs(0)):
+        for start in range(0, num_columns, 1024):
+            pointers = out_ptr + row.to(gl.int64) * num_columns + start + columns
+            gl.store(pointers, zeros, mask=start + columns < num_columns)
+
+
+@gluon.jit
 def store_part(descriptor, tile, coordinates):
     """Write a tile in shared memory to where its expert's rows end; `coordinates` are those of a ragged descriptor."""
     tma.async_copy_shared_to_global(descriptor, coordinates, tile.reshape(descriptor.block_type.shape))

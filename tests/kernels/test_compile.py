@@ -93,6 +93,16 @@ def test_hopper_takes_its_own_kernel_for_the_gradient_of_the_activation(layout: 
     assert found.stack == 0, found
 
 
+def test_hopper_takes_its_own_kernel_for_the_activation():
+    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+        training_step(torch.bfloat16)
+    launch = next(launch for launch in launches if launch.kernel.__name__ == "glu_forward_kernel")
+    assert launch.kernel.is_gluon()
+    found = offline.resources(offline.compile_launch(launch))
+    assert found.stack == 0, found
+    assert found.shared <= 1024 * tuning.SHARED_MEMORY_KIB[9, 0], found
+
+
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
 @pytest.mark.parametrize("expert_width", [4, 98, 99, 100])
 def test_hopper_takes_any_width(expert_width: int, layout: str):

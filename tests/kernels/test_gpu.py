@@ -3,6 +3,7 @@
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 from unittest import mock
 
@@ -18,8 +19,8 @@ pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError
 
 from triton.runtime.jit import JITFunction
 
-from scatter_ops import cuda
-from scatter_ops.cuda import glu_backward, parameters
+from scatter_ops import cuda, tuning
+from scatter_ops.cuda import glu_backward, glu_forward, parameters
 
 pytestmark = pytest.mark.gpu
 
@@ -176,6 +177,35 @@ def test_hopper_kernels_are_as_exact_as_the_portable_ones(layout: str, transpose
             portable = gradients(inputs, layout, transposed, cuda)
         samples.append(Sample(overlapped, portable, gradients(as_double(inputs), layout, transposed, reference)))
     assert_low_precision(samples, torch.bfloat16)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("save_h", [False, True])
+def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(save_h: bool, grouped: bool, poisoned_memory):
+    """The same sums in the same order, and the same rounding: bitwise, rows of sentinels included."""
+    if torch.cuda.get_device_capability() != (9, 0) or glu_forward.hopper is None:
+        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    inputs = layer(T=3000, E=5, K=2, D=512, F=320)
+    inputs.topk_ids[::7, 0] = 1000
+
+    def forward() -> tuple[Tensor, ...]:
+        routing = cuda.route(inputs.topk_ids, 5)
+        options = ("silu", "concatenated", False, "output", 1.702, 7.0, None)
+        return cuda.mlp_forward(
+            inputs.x, inputs.topk_weights, *routing, inputs.gate_up, [], inputs.down, [], [], [], *options, save_h
+        )
+
+    select = tuning.select
+    with mock.patch.object(tuning, "select", lambda *shape: replace(select(*shape), regroup=grouped)):
+        with mock.patch.object(glu_forward, "hopper", None):
+            expected = forward()
+        launch = glu_forward.hopper.launch_glu_forward
+        with mock.patch.object(glu_forward.hopper, "launch_glu_forward", side_effect=launch) as launched:
+            results = [forward() for _ in range(3)]
+    assert launched.call_count == 3
+    for ours in results:
+        for a, b in zip(ours, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def gradients(inputs: Layer, layout: str, transposed: bool, implementation) -> dict[str, Tensor]:
