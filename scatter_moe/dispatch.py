@@ -43,15 +43,10 @@ class Dispatch(NamedTuple):
         """For rows that are grouped by expert already: row i is slot i of the only choice of token i.
 
         Args:
-            num_tokens_per_expert: int32 or int64 `[E]`, none negative and not more than N in sum, which isn't checked
-                since that would wait for the device. Rows past their sum belong to no expert.
+            num_tokens_per_expert: whole numbers `[E]` of any dtype (`torch.histc` gives floats), none negative and not
+                more than N in sum, which isn't checked since that would wait for the device. Rows past their sum belong
+                to no expert.
             num_rows: N.
-
-        Raises:
-            TypeError: for num_tokens_per_expert of another dtype.
         """
-        if num_tokens_per_expert.dtype not in (torch.int32, torch.int64):
-            given = num_tokens_per_expert.dtype
-            raise TypeError(f"num_tokens_per_expert: got {given}, accepted are torch.int32 and torch.int64")
         offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
         return cls(torch.arange(num_rows, dtype=torch.int32, device=offsets.device), offsets, 1)

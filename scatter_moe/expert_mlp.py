@@ -116,9 +116,10 @@ class ExpertMLP(nn.Module):
 
         Args:
             x: `[M, D]`, rows sorted by expert.
-            num_tokens_per_expert: int32 or int64 `[E]`, none negative and not more than M in sum, which isn't checked
-                since that would wait for the device. Rows past their sum are padding and give zeros. Where the
-                parameters are DTensors that are sharded by experts: of this rank's experts.
+            num_tokens_per_expert: whole numbers `[E]` of any dtype (`torch.histc` gives floats), none negative and not
+                more than M in sum, which isn't checked since that would wait for the device. Rows past their sum are
+                padding and give zeros. Where the parameters are DTensors that are sharded by experts: of this rank's
+                experts.
 
         Returns:
             `[M, D]` in the order of x.
