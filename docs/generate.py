@@ -10,6 +10,7 @@ docs/limits.md      the README's section on limits and deviations
 docs/pictures/      bar charts of benchmarks/results
 docs/performance.md between its markers: where and what the pictures' numbers are from
 docs/kernels.md     between its markers: the counters of the profiled runs
+docs/transformers-survey.md    the rows of docs/transformers_survey.jsonl
 docs/ops.md         between its markers: each operator's schema and what its reference says
 README.md           between its markers: the last run of each model in benchmarks/results/models.jsonl
 """
@@ -25,7 +26,7 @@ import torch
 import registrations
 from benchmarks import exchange_model
 from benchmarks.shapes import SHAPES
-from docs import closeness, gallery, parts, pictures
+from docs import closeness, gallery, parts, pictures, transformers_survey
 from fx_passes.forms import FORMS
 from scatter_ops import reference
 
@@ -76,7 +77,11 @@ class Page:
 
 
 def pages() -> list[Page]:
-    written_whole = [Page(ROOT / "docs" / "gallery.md", gallery.text()), Page(ROOT / "docs" / "parts.md", parts.text())]
+    written_whole = [
+        Page(ROOT / "docs" / "gallery.md", gallery.text()),
+        Page(ROOT / "docs" / "parts.md", parts.text()),
+        Page(transformers_survey.PAGE, transformers_survey.text()),
+    ]
     return [
         forms_page(),
         ops_page(),

@@ -6,6 +6,7 @@ T tokens, K experts per token.
 import torch
 from torch import fx
 
+from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, known_tensor, op_name
 
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
@@ -53,6 +54,12 @@ def _keeps_rows(node: fx.Node) -> bool:
     return keeps_last_dim(node)
 
 
+def classes_that_occur(ids: fx.Node, num_classes: int) -> int:
+    """`one_hot` may have been told of more classes than the router chooses from."""
+    columns = num_columns(ids)
+    return num_classes if columns is None else min(columns, num_classes)
+
+
 def ids_are_below(node: fx.Node, num_experts: int) -> bool:
     """Whether `node` holds indices of one of `num_experts` columns, through value-preserving operations only."""
     return num_columns(node) == num_experts
@@ -61,6 +68,8 @@ def ids_are_below(node: fx.Node, num_experts: int) -> bool:
 def num_columns(node: fx.Node) -> int | None:
     """The number of columns that `node` holds indices of, through value-preserving operations only."""
     name, source = op_name(node), arg(node, 0, "input")
+    if any(writers_of(storage_of(node))):
+        return None
     if name == "getitem" and op_name(source) in ("topk", "sort", "max") and node.args[1] == 1:
         return _size_along(arg(source, 0, "input"), arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1))
     if name in ("argmax", "argsort"):

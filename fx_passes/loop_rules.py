@@ -59,7 +59,7 @@ def is_contiguous_matrix(tensor: torch.Tensor | None) -> bool:
 def accumulator_is_not_read_inside(region: LoopRegion) -> None:
     """Until the last addition only additions touch the output. Shape and dtype may be asked for: they don't change."""
     places = region.places()
-    last, own = places[region.result], region.writes
+    last, own = places[region.result], region.writes | region.earlier
     for output in region.outputs:
         for user in output.users:
             if places[user] < last and user not in own and not _asks_for_metadata(user):

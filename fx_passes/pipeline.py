@@ -13,6 +13,7 @@ from torch import fx
 
 from fx_passes.capture import events_of
 from fx_passes.forms import FORMS
+from fx_passes.loop_invariant import is_left_for_ours
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
@@ -47,7 +48,7 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
         for candidate in _candidates(form, gm.graph, outcome):
             changed |= _rewrite_candidate(form, candidate, outcome)
     for node in gm.graph.nodes:
-        if not switches_grad_mode(node):
+        if not switches_grad_mode(node) and not is_left_for_ours(node):
             outcome.remaining_events.update(events_of(node))
     if changed:
         gm.graph.lint()

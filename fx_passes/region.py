@@ -129,7 +129,8 @@ class LoopRegion(MoERegion):
     """A loop over experts: number i of `accumulations` adds the rows of `masks[i]` to `accumulator`.
 
     `symbol` is there where one iteration over a symbolic expert stands for the loop. `writes` are the additions. `base`
-    is what tokens without an expert keep, where that isn't zero. The loop runs over experts from `first_expert` on.
+    is what tokens without an expert keep, where that isn't zero. The loop runs over experts from `first_expert` on;
+    `earlier` are its additions for experts before that, which belong to another region: their sum is the `addend`.
     """
 
     accumulator: fx.Node
@@ -138,6 +139,7 @@ class LoopRegion(MoERegion):
     symbol: fx.Node | None
     base: fx.Node | None
     first_expert: int
+    earlier: frozenset[fx.Node] = frozenset()
 
     @property
     def anchor(self) -> fx.Node:

@@ -17,10 +17,11 @@ from fx_passes import autocast
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.capture import events_of
 from fx_passes.ids import rows_of_ids
+from fx_passes.loop_invariant import mark_as_ours
 from fx_passes.low_rank import low_rank
 from fx_passes.mlp_body import Linear, Mlp, as_linear, match_mlp, without_router_weight
-from fx_passes.ops import draws_random, known_tensor, written
-from fx_passes.parameter_views import Step
+from fx_passes.ops import draws_random, fake_tensor, known_tensor, same_size, written
+from fx_passes.parameter_views import Cut, Index, Step
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
 
@@ -77,8 +78,8 @@ class _Emitter:
         self._flat: dict[fx.Node, fx.Node] = {}
         one_hot = rows_of_ids(region.ids_TK)
         self.ids_TK = self._by_slot(region.ids_TK) if one_hot is None else self._classes(one_hot)
-        first = region.first_expert if isinstance(region, LoopRegion) else 0
-        self.numbers_TK = self._function(torch.sub, self.ids_TK, first) if first else self.ids_TK
+        self.first = region.first_expert if isinstance(region, LoopRegion) else 0
+        self.numbers_TK = self._function(torch.sub, self.ids_TK, self.first) if self.first else self.ids_TK
         routed = self._call(ops.route.default, self.numbers_TK, region.num_experts)
         self.order_N = self._function(operator.getitem, routed, 0)
         self.offsets_E = self._function(operator.getitem, routed, 1)
@@ -164,7 +165,7 @@ class _Emitter:
     def _replay(self, op: Op) -> fx.Node:
         dims = rank(op) or _NO_TENSOR
         args, kwargs = map_values((op.args, op.kwargs), lambda child: self._operand(child, dims))
-        return self.graph.create_node(op.node.op, op.node.target, args, kwargs, name=op.node.name)
+        return self._located(self.graph.create_node(op.node.op, op.node.target, args, kwargs, name=op.node.name))
 
     def _operand(self, value: Value, dims: int, dtype: torch.dtype | None = None) -> fx.Node:
         return self._expand(value, dims, dtype) if isinstance(value, PerExpert) else self.emit(value)
@@ -181,7 +182,15 @@ class _Emitter:
 
     def _parameters(self, parameter: PerExpert | None) -> list[fx.Node]:
         """The stack of an expert's parameter, or a tensor for each; nothing where there is none."""
-        return [self._viewed(tensor, parameter.steps) for tensor in parameter.parameters] if parameter else []
+        if parameter is None:
+            return []
+        own = () if self._are_all(parameter) else (Index((Cut(self.first, self.first + self.region.num_experts),)),)
+        return [self._viewed(tensor, (*parameter.steps, *own)) for tensor in parameter.parameters]
+
+    def _are_all(self, parameter: PerExpert) -> bool:
+        """Whether a stack holds no expert that the region doesn't have."""
+        is_stack = fake_tensor(parameter.stacked) is not None
+        return not is_stack or same_size(parameter.count, self.region.num_experts)
 
     def _viewed(self, tensor: fx.Node, steps: tuple[Step, ...]) -> fx.Node:
         if not steps:
@@ -238,7 +247,7 @@ class _Emitter:
         return self._flat[node]
 
     def _linear(self, linear: Linear) -> fx.Node:
-        parts = low_rank(linear.weight)
+        parts = low_rank(linear.weight) if self._are_all(linear.weight) else None
         if parts is None:
             return self._product(linear)
         # The thin factors may be strided views, whose copies are small.
@@ -304,6 +313,7 @@ class _Emitter:
         return self._located(self.graph.call_method(name, args))
 
     def _located(self, node: fx.Node) -> fx.Node:
+        mark_as_ours(node)
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in self.region.result.meta:
                 node.meta[key] = self.region.result.meta[key]

@@ -88,7 +88,7 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
                 parameter.node,
                 "the experts' parameters differ in shape, dtype, device or layout",
             )
-        if parameter.stacked is not None and not same_size(parameter.count, region.num_experts):
+        if parameter.stacked is not None and not _has_all_experts(parameter.count, region):
             raise Rejected(
                 "every_expert_is_covered",
                 parameter.node,
@@ -99,6 +99,13 @@ def experts_have_their_own_parameters(region: MoERegion) -> None:
             raise Rejected("every_expert_is_covered", parameter.node, detail)
         if parameter.tensors and len(set(parameter.tensors)) != len(parameter.tensors):
             raise Rejected("experts_have_their_own_parameters", parameter.node, "two experts share a parameter")
+
+
+def _has_all_experts(count: int | torch.SymInt, region: MoERegion) -> bool:
+    """A loop takes each expert's parameter by its number: there may be more of them."""
+    if isinstance(region, LoopRegion):
+        return statically_known_true(count >= region.first_expert + region.num_experts)
+    return same_size(count, region.num_experts)
 
 
 def _is_laid_out_as(tensor: torch.Tensor, other: torch.Tensor) -> bool:

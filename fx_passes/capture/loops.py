@@ -14,6 +14,7 @@ from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.stand_in import replace_parameters
 from fx_passes.capture.variables import expert_of_variable, has_open_length
 from fx_passes.facts import fact
+from fx_passes.ids import classes_that_occur
 from fx_passes.markers import current_expert, mark_expert
 from fx_passes.statements import Hit
 
@@ -37,7 +38,7 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     if capture.is_denied(event):
         return False
     is_unrolled = event.place in capture.memory.unrolled
-    experts = range(classes.num_classes) if is_unrolled else (None,)
+    experts = range(classes_that_occur(classes.ids, classes.num_classes)) if is_unrolled else (None,)
     items = [_iteration_expert(capture, tx, hit, expert) for expert in experts]
     tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
     capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes.ids))

@@ -16,7 +16,7 @@ from torch import fx
 
 from fx_passes.facts import fact
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
-from fx_passes.ids import ids_are_below
+from fx_passes.ids import classes_that_occur
 from fx_passes.region import LoopRegion, Rejected
 from fx_passes.statements import Hit
 
@@ -42,12 +42,7 @@ def match(loop: Loop) -> LoopRegion:
     classes = [c for c in range(hit.num_classes) if not _is_excluded(c, symbol)]
     if classes != list(range(len(classes))):
         raise Rejected("every_expert_is_covered", symbol, "the loop skips an expert that is not the last")
-    return region_of(NAME, loop, masks, _number_of_experts(masks[0].ids, len(classes)))
-
-
-def _number_of_experts(ids: fx.Node, num_classes: int) -> int:
-    """One less where no id is that of the last class."""
-    return num_classes - 1 if num_classes > 1 and ids_are_below(ids, num_classes - 1) else num_classes
+    return region_of(NAME, loop, masks, classes_that_occur(masks[0].ids, len(classes)))
 
 
 def _is_excluded(number: int, symbol: fx.Node) -> bool:

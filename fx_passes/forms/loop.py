@@ -20,15 +20,19 @@ from fx_passes.unify import unify
 
 @dataclass(frozen=True)
 class Loop:
-    """The accumulations, in graph order, that start from one accumulator."""
+    """The accumulations, in graph order, that start from one accumulator.
+
+    `earlier` are those of the same loop that came before and are no part of this: the output goes on from their sum.
+    """
 
     accumulator: fx.Node
     found: tuple[Accumulation, ...]
+    earlier: tuple[Accumulation, ...] = ()
 
     @property
     def symbol(self) -> fx.Node | None:
         """The expert of the first accumulation, where it has no number."""
-        expert = _mask(self.found[0]).expert
+        expert = mask_of(self.found[0]).expert
         return expert if isinstance(expert, fx.Node) else None
 
     @property
@@ -49,7 +53,7 @@ class Loop:
     @property
     def is_by_slot(self) -> bool:
         """Whether it adds the tokens that one slot sends to an expert."""
-        return _mask(self.found[0]).slot is not None
+        return mask_of(self.found[0]).slot is not None
 
 
 def loops(graph: fx.Graph) -> Iterator[Loop]:
@@ -57,7 +61,7 @@ def loops(graph: fx.Graph) -> Iterator[Loop]:
         yield Loop(accumulator, tuple(found))
 
 
-def _mask(accumulation: Accumulation) -> Mask:
+def mask_of(accumulation: Accumulation) -> Mask:
     found = chosen(accumulation.tokens)
     assert found is not None
     return found[0]
@@ -65,7 +69,7 @@ def _mask(accumulation: Accumulation) -> Mask:
 
 def masks_of(loop: Loop) -> tuple[Mask, ...]:
     """The expert mask behind each accumulation. All must be masks of the same ids."""
-    masks = tuple(_mask(accumulation) for accumulation in loop.found)
+    masks = tuple(mask_of(accumulation) for accumulation in loop.found)
     if len({mask.ids for mask in masks}) != 1:
         raise Rejected(
             "one_routing_selects_all_rows", loop.found[0].result, "the experts select their tokens by different ids"
@@ -110,8 +114,10 @@ def region_of(
         output=output,
         writes=additions | body.writes,
         deviations=tuple(_deviations(loop, additions, routing)),
+        addend=loop.accumulator if loop.earlier else None,
         accumulator=loop.accumulator,
         accumulations=found,
+        earlier=frozenset(node for accumulation in loop.earlier for node in accumulation.nodes),
         masks=masks,
         symbol=loop.symbol,
         base=_base(loop),

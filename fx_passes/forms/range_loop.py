@@ -4,6 +4,8 @@
         slots, tokens = torch.where(mask[e])             # mask = one_hot(ids, E).permute(2, 1, 0), or ids == e
         out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
 
+Experts at its end may have no parameters: `x[tokens] * weights[tokens, slots, None]` alone is an identity expert.
+
 It is captured as one iteration over a symbolic expert where it runs over all experts and they are alike, and unrolled
 otherwise. A loop over the experts that were hit becomes the same where the experts are modules that are not alike. It
 may run over `range(first, last)`: the slots of other experts give zeros. Guards that skip an expert without tokens are
@@ -34,16 +36,53 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.forms.loop import Loop, loops, masks_of, region_of
+from fx_passes.body import PerExpert
+from fx_passes.forms.loop import Loop, loops, mask_of, masks_of, region_of
 from fx_passes.markers import experts_of_each
-from fx_passes.region import LoopRegion, Rejected
+from fx_passes.ops import is_inplace
+from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.statements import Mask
+from fx_passes.unify import NotIsomorphic, UnknownOperation, unify
 
 NAME = "range_loop"
 
 
 def candidates(graph: fx.Graph) -> Iterator[Loop]:
-    return (loop for loop in loops(graph) if not (loop.is_over_hits or loop.is_by_slot or loop.is_flat or loop.assigns))
+    for loop in loops(graph):
+        if not (loop.is_over_hits or loop.is_by_slot or loop.is_flat or loop.assigns):
+            yield from _parts(loop)
+
+
+def _parts(loop: Loop) -> Iterator[Loop]:
+    """Experts at the end of a loop that have no parameters are a loop of their own, which goes on from the others' sum.
+
+    That one comes first: once it is rewritten the loop over the others still stands as it was.
+    """
+    number = len(loop.found)
+    while number > 0 and _adds_in_place(loop) and _has_no_parameters(loop.found[number - 1]):
+        number -= 1
+    with_parameters, without = loop.found[:number], loop.found[number:]
+    if with_parameters and without:
+        yield Loop(loop.accumulator, without, earlier=with_parameters)
+        yield Loop(loop.accumulator, with_parameters)
+    else:
+        yield loop
+
+
+def _adds_in_place(loop: Loop) -> bool:
+    """Whether the output has one name alone."""
+    return all(
+        found.accumulator is loop.accumulator and is_inplace(found.result) and not found.result.users
+        for found in loop.found
+    )
+
+
+def _has_no_parameters(accumulation: Accumulation) -> bool:
+    try:
+        body = unify([accumulation.value], [mask_of(accumulation)])
+    except (NotIsomorphic, UnknownOperation):
+        return False
+    return not any(body.of(PerExpert))
 
 
 def match(loop: Loop) -> LoopRegion:

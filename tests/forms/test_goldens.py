@@ -44,6 +44,36 @@ v27 = .reshape(v26, 2, 12, 16)
 return (v27, v15)""",
         )
 
+    def test_experts_without_parameters(self):
+        self.assertExpectedInline(
+            self.golden("hit_identity_experts"),
+            """\
+v4 = .view(hidden_states, -1, 16)
+v5 = .reshape(v4, -1, 16)
+v6 = linear(v5, gate_weight)
+v7 = softmax(v6, dtype=torch.float32, dim=-1)
+v8 = topk(v7, 3, dim=-1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = .sum(v9, dim=-1, keepdim=True)
+v12 = itruediv(v9, v11)
+v13 = .to(v12, torch.float32)
+v14 = scatter_moe.route(v10, 4)
+v15 = getitem(v14, 0)
+v16 = getitem(v14, 1)
+v17 = getitem(experts_gate_up_proj, (slice(0, 4, 1)))
+v18 = scatter_moe.mlp(v4, v13, v15, v16, [v17], [], [experts_down_proj], [], [], [], silu, concatenated, False, output, 1.702, 7.0, torch.float32)
+v19 = sub(v10, 4)
+v20 = scatter_moe.route(v19, 4)
+v21 = getitem(v20, 0)
+v22 = getitem(v20, 1)
+v23 = scatter_moe.dispatch(v4, v21, v22, 3)
+v24 = scatter_moe.combine(v23, v13, v21, v22, 3, True, torch.float32)
+v25 = add(v18, v24)
+v26 = .reshape(v25, (2, 12, 16))
+return (v26)""",
+        )
+
     def test_sorted_segments(self):
         self.assertExpectedInline(
             self.golden("segments_array"),

@@ -28,6 +28,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts", 4),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts|moe_top_k|num_experts_per_token", 2),
     (r"n_group|num_expert_group|topk_group|n_groups_experts", 1),
+    (r"zero_expert_num", 2),
     (r"hidden_size|d_model|embed_dim|n_embd|out_hidden_size|hidden_dim|encoder_hidden_size", 32),
     (r"\w*intermediate_size\w*|ffn_dim|mlp_dim|\w*ffn_dim|\w*ffn_hidden_size|\w*ffn_size", 24),
     (r"max_position_embeddings|original_max_position_embeddings", 128),

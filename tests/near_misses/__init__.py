@@ -25,6 +25,7 @@ from tests.near_misses import (
     segments,
     shapes,
     slots,
+    without_parameters,
     writes,
 )
 from tests.near_misses.common import NearMiss
@@ -55,6 +56,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *dense.MISSES,
     *dense_modules.MISSES,
     *capacity.MISSES,
+    *without_parameters.MISSES,
 )
 
 __all__ = ["NEAR_MISSES", "NearMiss"]

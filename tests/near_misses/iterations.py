@@ -237,8 +237,8 @@ class LoopVariableOfList(Loop):
 STATE, FORM = "loop_changes_no_python_state", "loop_has_a_known_form"
 
 MISSES = (
-    NearMiss("hit_skips_from_two", "every_expert_is_covered", SkipsFromTwo),
-    NearMiss("hit_skips_last", "every_expert_is_covered", SkipsLast),
+    NearMiss("hit_skips_from_two", None, SkipsFromTwo, may_rewrite=True),
+    NearMiss("hit_skips_last", None, SkipsLast, may_rewrite=True),
     NearMiss("hit_only_two", FORM, OnlyTwo),
     NearMiss("hit_all_but_two", "every_expert_is_covered", AllButTwo),
     NearMiss("hit_sentinel_passes_through", FORM, SentinelPassesThrough),

@@ -20,6 +20,7 @@ from tests.zoo import (
     sorted_slots,
     stacked,
     views,
+    without_parameters,
 )
 from tests.zoo.case import Case
 from tests.zoo.common import hidden_states
@@ -44,6 +45,7 @@ ZOO: tuple[Case, ...] = (
     *gathered.CASES,
     *dense.CASES,
     *dense_modules.CASES,
+    *without_parameters.CASES,
 )
 
 __all__ = ["ZOO", "Case", "hidden_states"]

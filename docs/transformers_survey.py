@@ -1,0 +1,92 @@
+"""Keeps the rows of `tests.models.survey` and makes docs/transformers-survey.md of them.
+
+python -m tests.models.survey --json FILE
+python -m docs.transformers_survey FILE
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROWS = Path(__file__).parent / "transformers_survey.jsonl"
+PAGE = Path(__file__).parent / "transformers-survey.md"
+INTRODUCTION = """\
+# Every transformers model with experts
+
+A tiny model of each architecture makes one training step with `backend="scatter_moe"`: with the loop over experts that
+is in its source (`eager`), with what transformers runs unless told otherwise (`default`), or, where its experts have no
+such interface, with the code that it has (`own`). Written by `python -m docs.transformers_survey` from the rows of
+`python -m tests.models.survey --json FILE`.
+
+**rewritten**: regions that became operators of this package, of those that are in the blocks that ran. **graphs**: of
+the whole step, and in brackets of its twin, which has a trivial function or a dense layer for experts. **equal**:
+the dtypes in which outputs and all gradients are those of eager: float32, to 2e-5 of each tensor's largest value, and
+also float64, to 1e-12, where eager's own float32 run is further from the float64 one than that."""
+
+Row = dict[str, Any]
+
+
+def text() -> str:
+    """The page."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    releases = dict.fromkeys((row["transformers"], row["torch"]) for row in rows)
+    sections = [
+        section(
+            f"transformers {name}, torch {torch}", [r for r in rows if (r["transformers"], r["torch"]) == (name, torch)]
+        )
+        for name, torch in releases
+    ]
+    return "\n\n".join([INTRODUCTION, *(sections or ["No survey has been recorded yet."])]) + "\n"
+
+
+def section(title: str, rows: list[Row]) -> str:
+    """One release."""
+    lines = [f"## {title}", ""]
+    for experts in dict.fromkeys(row["experts"] for row in rows):
+        chosen = [row for row in rows if row["experts"] == experts]
+        good = sum(map(is_good, chosen))
+        lines.append(f"- {experts}: {good} of {len(chosen)} architectures rewritten in full, with no graph more, equal")
+    classes = {(row["name"], name) for row in rows for name in row["classes"] if row["experts"] == "eager"}
+    bad = {(row["name"], name) for row in rows for name in row["classes"] if not is_good(row)}
+    if classes:
+        lines.append(f"- of the {len(classes)} decorated classes that ran, {len(classes - bad)} are so both ways")
+    lines += [
+        "",
+        "| architecture | experts | rewritten | graphs | equal | what is left, and why |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(line, rows)])
+
+
+def is_good(row: Row) -> bool:
+    return 0 < row["layers"] == row["rewritten"] and row["graphs"] <= row["twin_graphs"] and row["equal"]
+
+
+def line(row: Row) -> str:
+    cells = (
+        row["name"],
+        row["experts"],
+        f"{row['rewritten']} of {row['layers']}",
+        f"{row['graphs']} ({row['twin_graphs']})",
+        row["compared_in"] if row["equal"] else "no",
+        "" if is_good(row) else row["reason"].replace("|", "\\|"),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def keep(added: list[Row]) -> None:
+    """Writes `added` to the rows that are kept, in the place of older ones of the same run."""
+    old = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = {tuple(row[key] for key in ("transformers", "torch", "name", "experts")): row for row in (*old, *added)}
+    ROWS.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        keep([json.loads(line) for line in Path(name).read_text().splitlines()])
+    PAGE.write_text(text())
+
+
+if __name__ == "__main__":
+    main()
