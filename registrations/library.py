@@ -10,35 +10,43 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from registrations.direct import below_autograd, nobody_watches, once_per_signature
 from scatter_ops import cpu
 
 NAMESPACE = "scatter_moe"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 OPS = getattr(torch.ops, NAMESPACE)
-MAX_SIGNATURES = 1024
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+BELOW_AUTOGRAD: dict[str, Callable] = {}  # the operators without and with their derivatives, as Python functions
+WITH_AUTOGRAD: dict[str, Callable] = {}
 
 
 def define(schema: str) -> None:
     LIBRARY.define(schema)
 
 
-def kernels(name: str, check: Callable[..., None]) -> None:
-    """Register the CPU and the CUDA implementation behind the argument check."""
-    on_cpu, check = getattr(cpu, name), _once_per_signature(check)
+def kernels(
+    name: str, check: Callable[..., None], on_cpu: Callable | None = None, on_cuda: Callable | None = None
+) -> None:
+    """Register the implementations behind the argument check, by default the functions of the operator's name."""
+    cpu_function: Callable = on_cpu or getattr(cpu, name)
+    check_once = once_per_signature(check)
 
-    def cpu_kernel(*args):
-        check(*args)
-        return on_cpu(*args)
+    def checked(function: Callable) -> Callable:
+        def kernel(*args):
+            check_once(*args)
+            return function(*args)
 
-    def cuda_kernel(*args):
-        from scatter_ops import cuda  # Triton is needed only once there is something to run on a GPU
+        return kernel
 
-        check(*args)
-        return getattr(cuda, name)(*args)
+    LIBRARY.impl(name, checked(cpu_function), "CPU")
+    LIBRARY.impl(name, checked(on_cuda or _on_cuda(name)), "CUDA")
+    BELOW_AUTOGRAD[name] = below_autograd(getattr(OPS, name).default, cpu_function, check)
 
-    LIBRARY.impl(name, cpu_kernel, "CPU")
-    LIBRARY.impl(name, cuda_kernel, "CUDA")
+
+def call(name: str, *args) -> Any:
+    """The operator, with its derivative; where nobody watches, without a way through the dispatcher to it."""
+    return WITH_AUTOGRAD[name](*args) if nobody_watches() else getattr(OPS, name).default(*args)
 
 
 def fake(name: str, check: Callable[..., None]) -> Callable[[Callable], Callable]:
@@ -61,15 +69,14 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
     setup_context(ctx, output, *arguments) saves what backward needs; backward(ctx, *grads) returns the gradients of the
     leading arguments, a list of gradients for a tensor list.
     """
-    op = getattr(OPS, name).default
+    below = BELOW_AUTOGRAD[name]
 
     class Derivative(torch.autograd.Function):
         """Sees the tensors that require a gradient alone, by their places among all arguments with lists opened."""
 
         @staticmethod
         def forward(ctx, arguments, places, *differentiable):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*arguments)
+            output = below(*arguments)
             setup_context(ctx, output, *arguments)
             ctx.places = places
             return output
@@ -85,10 +92,10 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
             places = [i for i, value in enumerate(flat) if isinstance(value, Tensor) and value.requires_grad]
             if places:
                 return Derivative.apply(arguments, places, *[flat[i] for i in places])
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+        return below(*arguments)
 
     LIBRARY.impl(name, kernel, "Autograd")
+    WITH_AUTOGRAD[name] = kernel
 
 
 def not_differentiable(name: str, sentence: str) -> None:
@@ -131,6 +138,15 @@ def like_parameter(stacked_grad: Tensor, is_list: bool) -> list[Tensor]:
     return list(stacked_grad.unbind(0)) if is_list else [stacked_grad]
 
 
+def _on_cuda(name: str) -> Callable:
+    def function(*args):
+        from scatter_ops import cuda  # Triton is needed only once there is something to run on a GPU
+
+        return getattr(cuda, name)(*args)
+
+    return function
+
+
 def _autocast_kernel(name: str, device_type: str, cast: Callable[..., tuple]) -> Callable:
     def kernel(*args):
         dtype = torch.get_autocast_dtype(device_type)
@@ -145,27 +161,6 @@ def _autocast_kernel(name: str, device_type: str, cast: Callable[..., tuple]) ->
             return getattr(OPS, name)(*cast(to_autocast_dtype, *args))
 
     return kernel
-
-
-def _once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
-    """The same check, which looks at nothing but metadata, left out for arguments like earlier ones that passed."""
-    passed = set()
-
-    def check_once(*args):
-        signature = tuple([_signature(value) for value in args])
-        if signature not in passed:
-            check(*args)
-            if len(passed) >= MAX_SIGNATURES:
-                passed.clear()
-            passed.add(signature)
-
-    return check_once
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    return tuple([_signature(entry) for entry in value]) if isinstance(value, list) else value
 
 
 def _flatten(values: Sequence[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from registrations.library import LIBRARY, OPS, autocast, define, requires_grad
+from registrations.library import LIBRARY, autocast, call, define, requires_grad
 from registrations.sharding import (
     PARTIAL,
     REPLICATED,
@@ -47,14 +47,11 @@ def mlp(
     limit: float = 7.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The gradient of down_bias alone doesn't read h. Going below autograd at once spares its kernel a call."""
+    """The gradient of down_bias alone doesn't read h."""
     arguments = (x, topk_weights, order, offsets, gate_up, up, down, gate_up_bias, up_bias, down_bias)
     options = (activation, layout, transposed, weight_on, alpha, limit, out_dtype)
-    if not (torch.is_grad_enabled() and any(requires_grad(value) for value in arguments)):
-        with torch._C._AutoDispatchBelowAutograd():
-            return OPS.mlp_forward.default(*arguments, *options, False)[0]
-    save_h = any(requires_grad(value) for value in arguments[:-1])
-    return OPS.mlp_forward.default(*arguments, *options, save_h)[0]
+    save_h = torch.is_grad_enabled() and any(requires_grad(value) for value in arguments[:-1])
+    return call("mlp_forward", *arguments, *options, save_h)[0]
 
 
 LIBRARY.impl("mlp", mlp, "CompositeImplicitAutograd")

@@ -7,7 +7,7 @@ training step's peak memory.
 import torch
 from torch import Tensor
 
-from registrations.library import LIBRARY, define, fake, flops, not_differentiable
+from registrations.library import define, fake, flops, kernels, not_differentiable
 from registrations.mlp_backward import SECOND_DERIVATIVES, SIGNATURE, mlp_backward_fake, mlp_backward_flops
 from scatter_ops import checks, cpu
 
@@ -15,7 +15,6 @@ define(f"mlp_backward_(Tensor grad_out, Tensor(a!) h, {SIGNATURE}")
 
 
 def mlp_backward_cpu(*arguments) -> tuple[Tensor, ...]:
-    checks.mlp_backward(*arguments)
     _mark_as_changed(arguments[1])
     return cpu.mlp_backward(*arguments)
 
@@ -23,7 +22,6 @@ def mlp_backward_cpu(*arguments) -> tuple[Tensor, ...]:
 def mlp_backward_cuda(*arguments) -> tuple[Tensor, ...]:
     from scatter_ops import cuda  # Triton is needed only once there is something to run on a GPU
 
-    checks.mlp_backward(*arguments)
     _mark_as_changed(arguments[1])
     return cuda.mlp_backward(*arguments, overwrite_h=True)
 
@@ -34,8 +32,7 @@ def _mark_as_changed(h: Tensor) -> None:
         torch.autograd.graph.increment_version(h)
 
 
-LIBRARY.impl("mlp_backward_", mlp_backward_cpu, "CPU")
-LIBRARY.impl("mlp_backward_", mlp_backward_cuda, "CUDA")
+kernels("mlp_backward_", checks.mlp_backward, mlp_backward_cpu, mlp_backward_cuda)
 fake("mlp_backward_", checks.mlp_backward)(mlp_backward_fake)
 not_differentiable("mlp_backward_", SECOND_DERIVATIVES)
 flops("mlp_backward_")(mlp_backward_flops)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from registrations.library import OPS, autograd, define, fake, flops, kernels, like_parameter, requires_grad
+from registrations.library import autograd, call, define, fake, flops, kernels, like_parameter, requires_grad
 from registrations.mlp import ARGUMENTS, mlp_division
 from registrations.sharding import PARTIAL, REPLICATED, Division, sharding
 from scatter_ops import checks
@@ -50,8 +50,8 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
         x = grad_out.new_empty(0, ctx.model_width, dtype=ctx.x_dtype)
     remaining = iter(tensors)
     parameters = [[next(remaining) for _ in range(length)] for length in ctx.lengths]
-    mlp_backward = OPS.mlp_backward_ if _read_for_the_last_time(h) else OPS.mlp_backward
-    grads = mlp_backward(grad_out, h, x, topk_weights, order, offsets, *parameters, *ctx.options, ctx.needs)
+    name = "mlp_backward_" if _read_for_the_last_time(h) else "mlp_backward"
+    grads = call(name, grad_out, h, x, topk_weights, order, offsets, *parameters, *ctx.options, ctx.needs)
     grad_x, grad_topk_weights = (grad if need else None for grad, need in zip(grads[:2], ctx.needs[:2], strict=True))
     parameter_grads = [
         like_parameter(grad, is_list) if need else none

@@ -1,6 +1,7 @@
 """Activations of a (gated) expert by PyTorch's fused CPU kernels; the formulas are in `scatter_ops.activations`.
 
-Everything is computed in the accumulation dtype.
+Derivatives are computed in the accumulation dtype, A in the forward pass in the dtype of h: in half precision PyTorch's
+kernels compute in fp32 too, but A = act(gate) * up is rounded twice. Conversions to round it once take as long as both.
 """
 
 from collections.abc import Callable
@@ -30,15 +31,14 @@ _ACTIVATE_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  #
 }
 
 
-def pre_activation(
-    h: Tensor, scale: Tensor | None, bias: Tensor | None, layout: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Gate and up of h, of s h + b where the router weight is on the input; in the accumulation dtype."""
-    pre = h.to(dtype)
+def pre_activation(h: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """h, or s h + b in the accumulation dtype, that of s, where the router weight is on the input."""
     if scale is not None:
-        pre = pre * scale
-    if bias is not None:
-        pre += bias
+        h = h * scale
+    return h if bias is None else h.add_(bias)
+
+
+def gate_and_up(pre: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
     gate, up = split(pre, layout)
     return gate.contiguous() if layout == "interleaved" else gate, up  # every second column takes several times longer
 
@@ -48,14 +48,13 @@ def activated(
     scale_N1: Tensor | None,
     bias_NH: Tensor | None,
     layout: str,
-    dtype: torch.dtype,
     activation: str,
     alpha: float,
     limit: float,
 ) -> Tensor:
-    """A, computed in the accumulation dtype and rounded to that of h. scale, bias: see `pre_activation`."""
+    """A in the dtype of h. scale, bias: see `pre_activation`."""
     values = [
-        activate(*pre_activation(h, scale, bias, layout, dtype), activation, alpha, limit).to(h_NH.dtype)
+        activate(*gate_and_up(pre_activation(h, scale, bias), layout), activation, alpha, limit).to(h_NH.dtype)
         for h, scale, bias in blocks(h_NH, scale_N1, bias_NH)
     ]
     return values[0] if len(values) == 1 else torch.cat(values)
@@ -80,7 +79,7 @@ def activate_backward(
     out_gate: Tensor,
     out_up: Tensor | None,
 ) -> Tensor:
-    """Write the gradients of gate and up, given the gradient of A; returns A."""
+    """Write the gradients of gate and up, which may take their places, given the gradient of A; returns A."""
     if activation == "clamped_swiglu":
         assert up is not None
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)

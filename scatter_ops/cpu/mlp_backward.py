@@ -1,8 +1,9 @@
 """All gradients of the fused expert MLP on the CPU; formulas are those of `scatter_ops.reference.mlp`.
 
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H columns of h (F, gated 2F).
-s router weights, dA' the gradient of A before s: on the output dA = s dA', dS = <dA', A> + <dY, b_down>; on the input
-dA = dA', dS = <dpre, h>.
+s router weights. dA' = dY W_down^T and dpre' = dA' act'(pre) are without s, which multiplies rows of width D instead:
+dW = dpre'^T (s x), dx = sum_k s (dpre' W) either way; with s on the output dW_down = A^T (s dY) and
+dS = <dA', A> + <dY, b_down>; on the input dW_down = A^T dY and dS = <dpre', h>.
 """
 
 from collections.abc import Sequence
@@ -11,15 +12,14 @@ import torch
 from torch import Tensor
 
 from scatter_ops.activations import split
-from scatter_ops.cpu.activations import activate, activate_backward, pre_activation
+from scatter_ops.cpu.activations import activate, activate_backward, gate_and_up, pre_activation
 from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
 from scatter_ops.cpu.mlp_forward import projection_bias, slot_weights
 from scatter_ops.cpu.parts import blocks, parts
 from scatter_ops.cpu.routing import (
-    expand_backward,
+    combine_grouped,
     slot_rows,
     sum_groups,
-    sum_slots,
     token_rows,
     zero_sentinels,
 )
@@ -55,38 +55,43 @@ def mlp_backward(
     parameters = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
     grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs)
     dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
-    scale_N1 = slot_weights(topk_weights_TK, order_N, dtype)
+    scale_N1 = slot_weights(topk_weights_TK, order_N, dtype if on_input else topk_weights_TK.dtype)
+    scaled_dy_ND = dy_ND if on_input or not (needs[4] or needs[7]) else _scaled(dy_ND, scale_N1)
     if needs[7]:
-        grads[7] = expand_backward(dy_ND if on_input else dy_ND * scale_N1, offsets_E).to(x_TD.dtype)
+        sum_groups(scaled_dy_ND, groups, out=grads[7])
     if not any(needs[:7]):
         return tuple(grads)
 
     through_down = any(needs[:4]) or any(needs[5:7])
     biases, weights = ((gate_up_bias, up_bias), (gate_up, up)) if separate else ((gate_up_bias,), (gate_up,))
     bias_NH = projection_bias(biases, x_TD, width, offsets_E, order_N.numel()) if on_input else None
-    x_ND = token_rows(x_TD, order_N, top_k) if needs[2] or needs[3] else None
-    ds_N = scale_N1.new_empty(order_N.numel())
+    x_ND = _scaled(token_rows(x_TD, order_N, top_k), scale_N1) if needs[2] or needs[3] else None
+    ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
     dx_ND = x_TD.new_empty(order_N.numel(), x_TD.shape[1]) if needs[0] else None
-    for part, h, scale, bias, dy, x, ds, dx in parts(groups, width, h_NH, scale_N1, bias_NH, dy_ND, x_ND, ds_N, dx_ND):
+    rows = (h_NH, scale_N1, bias_NH, dy_ND, scaled_dy_ND, x_ND, ds_N, dx_ND)
+    for part, h, scale, bias, dy, scaled_dy, x, ds, dx in parts(groups, width, *rows):
         da = grouped_linear(dy, down, part, [], not transposed) if through_down else None
-        a, dpre, dh = _through_activation(da, ds, h, scale, bias, on_input, activation, layout, alpha, limit)
+        a, dpre = _through_activation(da, ds, h, scale, bias, on_input, activation, layout, alpha, limit)
         if needs[4]:
-            grouped_weight_grad(a, dy, part, transposed, out=grads[4])
-        if needs[1] and down_bias and not on_input:
+            grouped_weight_grad(a, scaled_dy, part, transposed, out=grads[4])
+        if ds is not None and down_bias and not on_input:
             _add_bias_share(ds, dy, down_bias, part)
-        _projection_grads(dh, dpre, x, dx, weights, part, transposed, needs, grads)
-    rows_N = slot_rows(order_N)
-    if needs[1]:
-        ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, rows_N)
+        _projection_grads(dpre, None if on_input else scale, x, dx, weights, part, transposed, needs, grads)
+    if ds_N is not None:
+        ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, slot_rows(order_N))
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
     if dx_ND is not None:
-        grads[0] = sum_slots(dx_ND, None, rows_N, groups.num_valid, top_k, None)
+        grads[0] = combine_grouped(dx_ND, topk_weights_TK, order_N, groups.num_valid, top_k, None)
     return tuple(grads)
 
 
+def _scaled(rows_ND: Tensor, scale_N1: Tensor) -> Tensor:
+    return (rows_ND * scale_N1).to(rows_ND.dtype)
+
+
 def _projection_grads(
-    dh_NH: Tensor,
     dpre_NH: Tensor,
+    scale_N1: Tensor | None,
     x_ND: Tensor | None,
     dx_ND: Tensor | None,
     weights: Sequence[Sequence[Tensor]],
@@ -95,17 +100,19 @@ def _projection_grads(
     needs: Sequence[bool],
     grads: Sequence[Tensor],
 ) -> None:
-    """Write the gradients of x, gate_up, up and their biases; dx is None if it isn't needed, x if no weight's is."""
-    pairs = zip(dh_NH.chunk(len(weights), dim=1), dpre_NH.chunk(len(weights), dim=1), strict=True)
-    for i, (dh, dpre) in enumerate(pairs):
+    """Write the gradients of x, gate_up, up and their biases; dx is None if it isn't needed, x if no weight's is.
+
+    scale: what dpre is still to be multiplied by, and x has been, if any; dx lacks the router weight.
+    """
+    for i, dpre in enumerate(dpre_NH.chunk(len(weights), dim=1)):
         if needs[2 + i]:
             assert x_ND is not None
-            grouped_weight_grad(x_ND, dh, groups, transposed, out=grads[2 + i])
+            grouped_weight_grad(x_ND, dpre, groups, transposed, out=grads[2 + i])
         if needs[5 + i]:
-            sum_groups(dpre, groups, out=grads[5 + i])
+            sum_groups(dpre if scale_N1 is None else _scaled(dpre, scale_N1), groups, out=grads[5 + i])
         if dx_ND is not None:
             out, add_to = (dx_ND, None) if i == 0 else (None, dx_ND)
-            grouped_linear(dh, weights[i], groups, [], not transposed, out, add_to)
+            grouped_linear(dpre, weights[i], groups, [], not transposed, out, add_to)
 
 
 def _new_grads(
@@ -127,7 +134,7 @@ def _new_grads(
 
 def _through_activation(
     da_NF: Tensor | None,
-    ds_N: Tensor,
+    ds_N: Tensor | None,
     h_NH: Tensor,
     scale_N1: Tensor,
     bias_NH: Tensor | None,
@@ -136,33 +143,25 @@ def _through_activation(
     layout: str,
     alpha: float,
     limit: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What dW_down takes for A (with the router weight, where that is on the output), dpre and dH; dS is written.
-
-    da is the gradient of A, before the router weight; without it nothing but A is computed. On the output dpre and dH
-    are the same tensor.
-    """
-    dtype, rounded_a = scale_N1.dtype, []
-    dh_NH = torch.empty_like(h_NH)
-    dpre_NH = torch.empty_like(h_NH) if on_input else dh_NH
-    for h, scale, bias, da, ds, dpre, dh in blocks(h_NH, scale_N1, bias_NH, da_NF, ds_N, dpre_NH, dh_NH):
-        gate, up = pre_activation(h, scale if on_input else None, bias, layout, dtype)
+) -> tuple[Tensor, Tensor]:
+    """A and dpre'; dS is written if it is needed. da is overwritten; without it nothing but A is computed."""
+    dtype, rounded_a, dpre_NH = accumulation_dtype(h_NH.dtype), [], torch.empty_like(h_NH)
+    for h, scale, bias, da, ds, dpre in blocks(h_NH, scale_N1 if on_input else None, bias_NH, da_NF, ds_N, dpre_NH):
+        pre = pre_activation(h.to(dtype), scale, bias)
+        gate, up = gate_and_up(pre, layout)
         if da is None:
             a = activate(gate, up, activation, alpha, limit)
         else:
-            da = da.to(dtype)
-            grad = da if on_input else da * scale
-            wide = dpre if dpre.dtype == dtype else dpre.new_empty(dpre.shape, dtype=dtype)
-            a = activate_backward(grad, gate, up, activation, alpha, limit, *split(wide, layout))
-            if on_input:
+            da, wide = da.to(dtype), dpre if dpre.dtype == dtype else pre
+            a = activate_backward(da, gate, up, activation, alpha, limit, *split(wide, layout))
+            if ds is not None and on_input:
                 torch.linalg.vecdot(wide, h.to(dtype), out=ds)
-                torch.mul(wide, scale, out=dh)
-            else:
+            elif ds is not None:
                 torch.sum(da.mul_(a), 1, out=ds)
             if wide is not dpre:
                 dpre.copy_(wide)
-        rounded_a.append((a if on_input else a.mul_(scale)).to(h.dtype))
-    return rounded_a[0] if len(rounded_a) == 1 else torch.cat(rounded_a), dpre_NH, dh_NH
+        rounded_a.append(a.to(h.dtype))
+    return rounded_a[0] if len(rounded_a) == 1 else torch.cat(rounded_a), dpre_NH
 
 
 def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], groups: Groups) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from scatter_ops.cpu.activations import activated
 from scatter_ops.cpu.linear import grouped_linear
 from scatter_ops.cpu.parts import parts
-from scatter_ops.cpu.routing import expand, slot_rows, sum_slots, token_rows, zero_sentinels
+from scatter_ops.cpu.routing import combine_grouped, expand, token_rows, zero_sentinels
 from scatter_ops.grouping import Groups, accumulation_dtype, experts
 
 
@@ -35,12 +35,12 @@ def mlp_forward(
     out_dtype: torch.dtype | None,
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    top_k, on_input, dtype = topk_weights_TK.shape[1], weight_on == "input", accumulation_dtype(x_TD.dtype)
+    top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
     groups = Groups.read(offsets_E, order_N.numel())
     rows_ND, y_ND = token_rows(x_TD, order_N, top_k), x_TD.new_empty(order_N.numel(), x_TD.shape[1])
     width = gate_up[0].shape[-1 if transposed else -2]
     h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width) if save_h or up else None
-    scale_N1 = slot_weights(topk_weights_TK, order_N, dtype) if on_input else None
+    scale_N1 = slot_weights(topk_weights_TK, order_N, accumulation_dtype(x_TD.dtype)) if on_input else None
     bias_NH, biases = None, (gate_up_bias, up_bias) if up else (gate_up_bias,)
     if on_input:
         bias_NH = projection_bias(biases, x_TD, width, offsets_E, order_N.numel())
@@ -51,10 +51,10 @@ def mlp_forward(
             grouped_linear(rows, up, part, up_bias, transposed, out=h[:, width:])
         else:
             h = grouped_linear(rows, gate_up, part, gate_up_bias, transposed, out=h)
-        a = activated(h, scale, bias, layout, dtype, activation, alpha, limit)
+        a = activated(h, scale, bias, layout, activation, alpha, limit)
         grouped_linear(a, down, part, down_bias, transposed, out=y)
     scale_TK = None if on_input else topk_weights_TK
-    out_TD = sum_slots(y_ND, scale_TK, slot_rows(order_N), groups.num_valid, top_k, out_dtype)
+    out_TD = combine_grouped(y_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype)
     if h_NH is None or not save_h:
         return out_TD, x_TD.new_empty(0)
     return out_TD, zero_sentinels(h_NH, groups.num_valid)

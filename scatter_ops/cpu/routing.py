@@ -3,14 +3,13 @@
 T tokens, K experts per token, N = T * K slots, E experts, D model width.
 """
 
-from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from scatter_ops.cpu.stacked import stacked_grads
-from scatter_ops.grouping import Groups, accumulation_dtype
+from scatter_ops.grouping import Groups, accumulation_dtype, int32_tensor
 
 SUM = 0  # the mode of torch.embedding_bag
 FEW_SLOTS = 256  # up to here one call that sorts takes less time than several that don't
@@ -34,13 +33,7 @@ def _route_lists(ids: list[int], num_experts: int) -> tuple[Tensor, Tensor]:
     for row, slot in enumerate(order):
         ends += [row] * (keys[slot] - len(ends))  # experts before this row's that had no end yet
     ends += [len(keys)] * (num_experts - len(ends))
-    return _int32(order), _int32(ends)
-
-
-def _int32(values: list[int]) -> Tensor:
-    """Half the time of torch.tensor."""
-    buffer = array("i", values)
-    return torch.frombuffer(buffer, dtype=torch.int32) if buffer else torch.empty(0, dtype=torch.int32)
+    return int32_tensor(order), int32_tensor(ends)
 
 
 def dispatch(x_TD: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
@@ -60,7 +53,29 @@ def combine(
     if not grouped_in:
         rows_N = torch.arange(order_N.numel(), dtype=order_N.dtype)
         return sum_slots(y_ND, topk_weights_TK, rows_N, len(rows_N), top_k, out_dtype)
-    return sum_slots(y_ND, topk_weights_TK, slot_rows(order_N), int(offsets_E[-1]), top_k, out_dtype)
+    return combine_grouped(y_ND, topk_weights_TK, order_N, int(offsets_E[-1]), top_k, out_dtype)
+
+
+def combine_grouped(
+    y_ND: Tensor,
+    topk_weights_TK: Tensor | None,
+    order_N: Tensor,
+    num_valid: int,
+    top_k: int,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """The weighted sum of each token's grouped rows of y."""
+    if order_N.numel() == top_k:
+        return _sum_of_one_token(y_ND[:num_valid], topk_weights_TK, order_N[:num_valid], out_dtype or y_ND.dtype)
+    return sum_slots(y_ND, topk_weights_TK, slot_rows(order_N), num_valid, top_k, out_dtype)
+
+
+def _sum_of_one_token(y_ND: Tensor, topk_weights_1K: Tensor | None, order_N: Tensor, out_dtype: torch.dtype) -> Tensor:
+    dtype = accumulation_dtype(y_ND.dtype)
+    if topk_weights_1K is None:
+        return y_ND.sum(0, keepdim=True, dtype=dtype).to(out_dtype)
+    weights_1N = topk_weights_1K.index_select(1, order_N).to(dtype)
+    return torch.mm(weights_1N, y_ND.to(dtype)).to(out_dtype)
 
 
 def sum_slots(
@@ -79,19 +94,10 @@ def sum_slots(
     if num_valid < num_slots:
         padding = num_valid  # the first sentinel's row: embedding_bag doesn't read it
         rows_N = rows_N.clamp(max=num_valid)
-    elif num_slots == top_k:
-        return _sum_rows(y_ND, topk_weights_TK, rows_N, dtype).to(out_dtype)
     scale_N = None if topk_weights_TK is None else topk_weights_TK.to(dtype).reshape(-1)
     first_T = torch.arange(0, num_slots, top_k, dtype=rows_N.dtype)
     out_TD = torch.embedding_bag(y_ND.to(dtype), rows_N, first_T, False, SUM, False, scale_N, False, padding)[0]
     return out_TD.to(out_dtype)
-
-
-def _sum_rows(y_KD: Tensor, topk_weights_1K: Tensor | None, rows_K: Tensor, dtype: torch.dtype) -> Tensor:
-    """`sum_slots` of one token."""
-    if topk_weights_1K is None:
-        return y_KD.sum(0, keepdim=True, dtype=dtype)
-    return torch.mm(topk_weights_1K.to(dtype), y_KD.index_select(0, rows_K).to(dtype))
 
 
 def combine_backward(
@@ -151,9 +157,9 @@ def slot_rows(order_N: Tensor) -> Tensor:
 
 
 def token_rows(rows_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
-    """The token's row for each grouped row; a view of it if there is one token."""
+    """The token's row for each grouped row, one for all if there is one token."""
     if order_N.numel() == top_k:
-        return rows_TD.expand(top_k, -1)
+        return rows_TD
     return rows_TD.index_select(0, order_N if top_k == 1 else order_N // top_k)
 
 

@@ -1,0 +1,75 @@
+"""Calls of the operators from within this package that pass PyTorch's dispatcher by.
+
+From Python into the dispatcher and back takes as long as ten small calls of PyTorch. Where all that it would do is to
+call the CPU kernel, the kernel is called at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_SIGNATURES = 1024
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+USUAL_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def nobody_watches() -> bool:
+    """Whether no dispatch mode, no function transform and no tracer is active: they add keys to the usual ones."""
+    return not (torch._C._dispatch_tls_local_include_set() - USUAL_KEYS).raw_repr()
+
+
+def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None]) -> Callable:
+    """The operator without its derivative: by its CPU function if it is nobody else's business, else by dispatch."""
+    check_once = once_per_signature(check, are_plain)
+
+    def call(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            if nobody_watches() and check_once(*args):
+                return on_cpu(*args)
+            return op(*args)
+
+    return call
+
+
+def once_per_signature(
+    check: Callable[..., None], concerns: Callable[[Sequence[Any]], bool] = lambda args: True
+) -> Callable[..., bool]:
+    """The same check, which looks at nothing but metadata, left out for arguments like earlier ones that passed.
+
+    Returns whether the arguments are of those that the check concerns; nothing is checked otherwise.
+    """
+    passed = set()
+
+    def check_once(*args) -> bool:
+        signature = tuple([_signature(value) for value in args])
+        if signature in passed:
+            return True
+        if not concerns(args):
+            return False
+        check(*args)
+        if len(passed) >= MAX_SIGNATURES:
+            passed.clear()
+        passed.add(signature)
+        return True
+
+    return check_once
+
+
+def are_plain(values: Sequence[Any]) -> bool:
+    """Whether all tensors, those in lists too, are ordinary ones of the CPU."""
+    return all(
+        are_plain(value) if isinstance(value, list) else not isinstance(value, Tensor) or _is_plain(value)
+        for value in values
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN_TYPES and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype, value.device, value.layout
+    return tuple([_signature(entry) for entry in value]) if isinstance(value, list) else value
