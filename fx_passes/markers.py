@@ -69,15 +69,21 @@ def index_list(indices: torch.Tensor) -> torch.Tensor:
     return indices.clone()
 
 
-def expert_count(counts: torch.Tensor, expert: int) -> int:
-    """`counts[expert]` as a number of unknown value; of cumulative counts, that sum."""
-    return int(counts[expert])
+def expert_count(counts: torch.Tensor, first: int, stop: int) -> int:
+    """How many slots the experts from `first` to before `stop` have, as a number of unknown value."""
+    return int(counts[first:stop].sum())
 
 
 def expert_segment(rows: torch.Tensor, counts: torch.Tensor, expert: int) -> torch.Tensor:
     """The rows of one expert, where they lie expert by expert."""
     ends = counts.cumsum(0)
     return rows[ends[expert] - counts[expert] : ends[expert]]
+
+
+def expert_places(counts: torch.Tensor, expert: int) -> torch.Tensor:
+    """Where the rows of one expert are, among rows that lie expert by expert."""
+    stop = int(counts[: expert + 1].sum())
+    return torch.arange(stop - int(counts[expert]), stop)
 
 
 def expert_cat(parts: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from fx_passes.loop_invariant import is_left_for_ours
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
+from fx_passes.segment_writes import put_together, written_by_segment
 from fx_passes.verify import switches_grad_mode, verify
 
 log = logging.getLogger("scatter_moe")
@@ -44,6 +45,8 @@ def run(gm: fx.GraphModule) -> Outcome:
 
 def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     changed = False
+    for rows in written_by_segment(gm.graph):
+        changed |= _put_together(rows, outcome)
     for form in FORMS:
         for candidate in _candidates(form, gm.graph, outcome):
             changed |= _rewrite_candidate(form, candidate, outcome)
@@ -53,6 +56,15 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     if changed:
         gm.graph.lint()
         gm.recompile()
+
+
+def _put_together(rows: fx.Node, outcome: Outcome) -> bool:
+    try:
+        put_together(rows)
+    except Rejected as reason:
+        outcome.rejections.append(rejection(reason))
+        return False
+    return True
 
 
 def _candidates(form: ModuleType, graph: fx.Graph, outcome: Outcome) -> list[Any]:

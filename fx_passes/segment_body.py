@@ -6,11 +6,13 @@ expert_segment(rows, counts, e)     Gathered: all of `rows`
 from torch import fx
 
 from fx_passes.body import Body, Gathered, SlotGathered
-from fx_passes.facts import fact
+from fx_passes.capture import events_of
+from fx_passes.facts import counts_behind, fact
 from fx_passes.markers import expert_cat, expert_segment
 from fx_passes.ops import known_tensor
 from fx_passes.region import mismatches_rejected
 from fx_passes.statements import Counts
+from fx_passes.totals import total_of
 from fx_passes.unify import NotIsomorphic, Unifier
 
 
@@ -24,6 +26,19 @@ def segment_body(parts: tuple[fx.Node, ...], counts: Counts) -> Body:
     with mismatches_rejected():
         root = walk.value(parts)
     return Body(root, tuple(walk.values), walk.nodes(), frozenset(walk.writes))
+
+
+def numbers_of_slots(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
+    """Numbers of slots of experts that Python had, and what was made of such numbers under an assumption."""
+    return [node for node in graph.nodes if _is_number_of_slots(node, ids)]
+
+
+def _is_number_of_slots(node: fx.Node, ids: fx.Node) -> bool:
+    counts = counts_behind(node)
+    if counts is not None:
+        return counts.ids is ids
+    total = total_of(node) if events_of(node) else None
+    return total is not None and total.ids is ids
 
 
 class _SegmentUnifier(Unifier):

@@ -23,7 +23,7 @@ def call(
     if called in _CATS:
         return segments.cat(capture, tx, args, kwargs)
     if called is int:
-        return expert_numbers.as_integer(capture, args, kwargs)
+        return _integer(capture, tx, args, kwargs)
     if called is sum:
         return segments.total(capture, tx, args, kwargs)
     if called is enumerate and len(args) == 1:
@@ -65,9 +65,19 @@ def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: An
     return index_list.read(capture, tx, tensor) or counts.read(capture, tx, tensor)
 
 
+def _integer(capture: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker | None:
+    if len(args) != 1 or kwargs:
+        return None
+    return expert_numbers.number(capture, args[0].realize()) or counts.item(capture, tx, args[0])
+
+
+def _item(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:
+    return _integer(capture, tx, [tensor], {}) if not args and not kwargs else None
+
+
 _METHODS: dict[str, Callable[..., VariableTracker | None]] = {
     "tolist": _tolist,
     "cumsum": counts.cumsum,
     "split": segments.split,
-    "item": expert_numbers.item,
+    "item": _item,
 }

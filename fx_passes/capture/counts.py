@@ -18,25 +18,28 @@ from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.capture.events import Event, Scope, tag
+from fx_passes.capture.variables import rank_of
 from fx_passes.facts import fact
 from fx_passes.ids import ids_are_below, ids_are_distinct
 from fx_passes.markers import expert_count
 from fx_passes.ops import known_tensor
 from fx_passes.statements import Counts, Mask
+from fx_passes.totals import total_of
 
 
 @dataclass(frozen=True, eq=False)
 class Counted:
-    """The numbers of slots by expert that were read from the tensor `node`.
+    """The numbers of slots by expert, as the tensor `node` has them.
 
-    `sizes` are they, `ends` their running sums: the rows of expert e lie from `ends[e]` to `ends[e + 1]` where all lie
-    expert by expert.
+    `sizes` are they, `sums` their running sums, from 0 on. The rows of expert e lie from `ends[e]` to `ends[e + 1]`
+    where all lie expert by expert.
     """
 
     event: Event
     node: fx.Node
     counts: Counts
     sizes: tuple[torch.SymInt, ...]
+    sums: tuple[int | torch.SymInt, ...]
     ends: tuple[Any, ...]
 
     @property
@@ -46,6 +49,12 @@ class Counted:
     @property
     def size_symbols(self) -> frozenset[Any]:
         return frozenset(map(expression, self.sizes))
+
+    def between(self, first: int, stop: int) -> int | torch.SymInt:
+        """How many slots the experts from `first` to before `stop` have."""
+        if first + 1 == stop:
+            return self.sizes[first]
+        return self.sums[stop] if first == 0 else self.sums[stop] - self.sums[first]
 
     def expert_between(self, start: Any, stop: Any) -> int | None:
         """The expert whose rows lie from `start` to `stop`."""
@@ -82,13 +91,13 @@ def iterate(capture: Any, tx: Any, array: VariableTracker, header: Any) -> Varia
     array = array.realize()
     if not isinstance(array, NumpyNdarrayVariable):
         return None
-    known = fact(array.as_proxy().node)
-    numbers = _numbers(capture, tx, array)
-    if numbers is None or not isinstance(known, Counts) or not known.open_ended:
+    node = array.as_proxy().node
+    known, numbers = fact(node), _numbers(capture, tx, array)
+    counted = counted_by(capture, tx, node) if numbers is not None else None
+    if counted is None or not isinstance(known, Counts) or not known.open_ended:
         return numbers
     ids, experts = known.ids, iter(range(known.num_classes))
-    event = capture.counted[-1].event
-    capture.scopes.append(Scope(event, tx, header, len(tx.stack), None, loop_over=ids, experts=experts))
+    capture.scopes.append(Scope(counted.event, tx, header, len(tx.stack), None, loop_over=ids, experts=experts))
     return numbers
 
 
@@ -113,23 +122,62 @@ def _numbers(capture: Any, tx: Any, tensor: TensorVariable) -> ListVariable | No
     known = fact(node)
     if not isinstance(known, Counts) or known.positive or any(writers_of(storage_of(node))):
         return None
-    if node in capture.numbers:
-        return ListVariable(list(capture.numbers[node]), mutation_type=ValueMutationNew())
+    if node not in capture.numbers:
+        counted = counted_by(capture, tx, node)
+        if counted is None:
+            return None
+        ranges = [(0 if known.cumulative else e, e + 1) for e in range(known.num_classes)]
+        capture.numbers[node] = [_as_variable(capture, tx, counted, *experts) for experts in ranges]
+    return ListVariable(list(capture.numbers[node]), mutation_type=ValueMutationNew())
+
+
+def item(capture: Any, tx: Any, tensor: Any) -> VariableTracker | None:
+    """`tensor.item()`, if that is how many slots some experts have."""
+    tensor = tensor.realize()
+    known = total_of(tensor.as_proxy().node) if _is_scalar(tensor) else None
+    counted = counted_by(capture, tx, known.node) if known is not None else None
+    if known is None or counted is None:
+        return None
+    return _as_variable(capture, tx, counted, known.first, known.stop)
+
+
+def build_slice(capture: Any, tx: Any, instruction: Any) -> bool:
+    """`start:end`, where tensors say how many slots some experts have: they become numbers."""
+    tx.stack[-instruction.arg :] = [as_bound(capture, tx, bound) for bound in tx.stack[-instruction.arg :]]
+    return False
+
+
+def as_bound(capture: Any, tx: Any, bound: VariableTracker) -> VariableTracker:
+    """`bound` of a slice, as a number where it is a tensor of which one is known.
+
+    An iteration that stands for all experts has none: each expert's rows begin somewhere else.
+    """
+    number = item(capture, tx, bound)
+    if number is None and _is_scalar(bound.realize()):
+        loops = [scope.event for scope in capture.scopes if scope.event.can_be_unrolled]
+        if loops:
+            capture.trace_again_unrolled(loops)
+    return number or bound
+
+
+def counted_by(capture: Any, tx: Any, node: fx.Node) -> Counted | None:
+    """The numbers that `node` counts, where these are all slots of the experts."""
+    known = fact(node)
+    assert isinstance(known, Counts)
+    for counted in capture.counted:
+        if (counted.counts.ids, counted.counts.num_classes) == (known.ids, known.num_classes):
+            return counted
     if not is_of_experts(known):
         if known_tensor(known.ids).dim() == 2:  # one id a token is counted in much else than a layer of experts
             capture.reject(tx, "ids_are_in_range", "ids are counted that are not known to be those of an expert")
         return None
+    if known.ids in capture.uncounted:
+        return None
     event = capture.event(tx, "counts of tokens")
     if capture.is_denied(event):
+        capture.uncounted.add(known.ids)
         return None
-    counted = _count(capture, event, node, known)
-    values = accumulate(counted.sizes) if known.cumulative else counted.sizes
-    items = [_as_variable(capture, tx, event, tensor, e, value) for e, value in enumerate(values)]
-    capture.counted.append(counted)
-    capture.numbers[node] = items
-    for e, size in enumerate(counted.sizes):
-        capture.masks_of_symbol[expression(size)] = Mask(known.ids, e, ("N",))
-    return ListVariable(list(items), mutation_type=ValueMutationNew())
+    return _count(capture, event, node, known)
 
 
 def is_of_experts(counts: Counts) -> bool:
@@ -147,16 +195,34 @@ def _count(capture: Any, event: Event, node: fx.Node, known: Counts) -> Counted:
             sizes.append(shape_env.create_unbacked_symint())
             _constrain_range_for_size(sizes[-1])
     capture.forget_new_symbols()
-    ends = accumulate(map(expression, sizes), initial=sympy.Integer(0))
-    return Counted(event, node, known, tuple(sizes), tuple(ends))
+    sums = tuple(accumulate(sizes, initial=0))
+    counted = Counted(event, node, known, tuple(sizes), sums, tuple(map(expression, sums)))
+    capture.counted.append(counted)
+    for e, size in enumerate(sizes):
+        capture.masks_of_symbol[expression(size)] = Mask(known.ids, e, ("N",))
+    return counted
 
 
-def _as_variable(
-    capture: Any, tx: Any, event: Event, tensor: TensorVariable, expert: int, value: Any
-) -> VariableTracker:
-    proxy = capture.output.create_proxy("call_function", expert_count, (tensor.as_proxy(), expert), {})
-    tag(proxy.node, (event.number,), ())
-    return SymNodeVariable.create(tx, proxy, value)
+def _as_variable(capture: Any, tx: Any, counted: Counted, first: int, stop: int) -> VariableTracker:
+    arguments = (capture.proxy(counted.node), first, stop)
+    proxy = capture.output.create_proxy("call_function", expert_count, arguments, {})
+    tag(proxy.node, (counted.event.number,), ())
+    return SymNodeVariable.create(tx, proxy, counted.between(first, stop))
+
+
+def _is_scalar(variable: Any) -> bool:
+    return isinstance(variable, TensorVariable) and isinstance(variable.proxy, fx.Proxy) and rank_of(variable) == 0
+
+
+def counted_expression(capture: Any, node: fx.Node) -> Any:
+    """The number that `node`, a tensor, is, in terms of the experts' numbers of slots; None where it isn't known."""
+    known = total_of(node)
+    if known is None:
+        return None
+    for counted in capture.counted:
+        if (counted.counts.ids, counted.counts.num_classes) == (known.ids, known.num_experts):
+            return expression(counted.between(known.first, known.stop))
+    return None
 
 
 def expression(number: Any) -> Any:

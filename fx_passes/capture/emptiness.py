@@ -12,9 +12,11 @@ import torch
 from torch import fx
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
+from fx_passes.capture.counts import is_of_experts
 from fx_passes.facts import fact
 from fx_passes.ops import arg, op_name
 from fx_passes.statements import Mask, Occupied
+from fx_passes.totals import Total, total_of
 
 _SAMPLES = (1, 2, 3, 1000, 10**9)
 _SIZE = sympy.Symbol("size", integer=True)
@@ -36,14 +38,33 @@ def nonempty_question(value: TensorVariable | SymNodeVariable, mask_of_symbol: d
 
 
 def _tensor_question(node: fx.Node) -> Question | None:
-    counted = fact(node)
-    if isinstance(counted, Occupied):
-        return Question(counted.mask, True)
+    mask = _counted_mask(node)
+    if mask is not None:
+        return Question(mask, True)
     name = op_name(node)
-    counted = fact(node.args[0]) if name in ("eq", "gt", "ne", "greater") else None
-    if isinstance(counted, Occupied) and arg(node, 1, "other") == 0:
-        return Question(counted.mask, name != "eq")
-    return None
+    if name not in ("eq", "gt", "ne", "greater"):
+        return None
+    left, right = arg(node, 0, "input"), arg(node, 1, "other")
+    mask = _counted_mask(left) if right == 0 else _mask_of_one(_difference(left, right))
+    return Question(mask, name != "eq") if mask is not None else None
+
+
+def _counted_mask(node: Any) -> Mask | None:
+    """The mask of which `node` says how many slots it has, or whether any."""
+    known = fact(node)
+    return known.mask if isinstance(known, Occupied) else _mask_of_one(total_of(node))
+
+
+def _mask_of_one(total: Total | None) -> Mask | None:
+    """The mask of the one expert whose slots are counted."""
+    if total is None or total.stop != total.first + 1 or not is_of_experts(fact(total.node)):
+        return None
+    return Mask(total.ids, total.first, ("N",))
+
+
+def _difference(left: Any, right: Any) -> Total | None:
+    last, first = total_of(left), total_of(right)
+    return last.minus(first) if last is not None and first is not None else None
 
 
 def _symbol_question(number: Any, mask_of_symbol: dict[Any, Mask]) -> Question | None:

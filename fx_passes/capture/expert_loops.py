@@ -22,6 +22,7 @@ from fx_passes.capture.variables import call_in_graph, unbound
 from fx_passes.markers import each_expert, mark_expert, select_expert
 
 _FEWEST = 2
+_DYNAMO = "torch._dynamo."
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ Iterable = VariableTracker | Zipped
 
 
 def begin_at_iter(capture: Any, tx: Any) -> bool:
-    """`for e in range(E)`, `for expert in experts`: the iterable becomes a list of one symbolic expert."""
+    """`for e in range(E)`, `for expert in experts`: the iterable becomes a list of one symbolic expert.
+
+    A loop of Dynamo's own, as in what it runs for `enumerate`, is part of one that was begun or is to be unrolled.
+    """
+    if str(tx.f_globals.get("__name__")).startswith(_DYNAMO):
+        return False
     return _begin(capture, tx, tx.stack[-1].realize(), taken=1)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture.variables import expert_of_variable, rank_of
 
@@ -17,27 +16,17 @@ _WITH_CONVERSION = 0b111
 """Flags of FORMAT_VALUE: `!r` or the like, and a format."""
 
 
-def item(capture: Any, _tx: Any, expert: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:
-    """`expert.item()`."""
-    return _number(capture, expert) if not args and not kwargs else None
-
-
-def as_integer(capture: Any, args: Any, kwargs: Any) -> VariableTracker | None:
-    """`int(expert)`."""
-    return _number(capture, args[0].realize()) if len(args) == 1 and not kwargs else None
-
-
 def format_value(capture: Any, tx: Any, instruction: Any) -> bool:
     """`f"{expert}"`, where `expert` is a scalar: as its number is written."""
     expert = tx.stack[-1].realize()
     plain = not (instruction.arg or 0) & _WITH_CONVERSION
     if plain and expert_of_variable(expert) is not None and rank_of(expert) == 0:
-        tx.stack[-1] = _number(capture, expert) or tx.stack[-1]
+        tx.stack[-1] = number(capture, expert) or tx.stack[-1]
     return False
 
 
-def _number(capture: Any, variable: Any) -> VariableTracker | None:
-    """The number of an expert, if `variable` stands for one. A hit loop that has but one iteration is unrolled."""
+def number(capture: Any, variable: Any) -> VariableTracker | None:
+    """`expert.item()` or `int(expert)`, if `variable` stands for one. A hit loop of but one iteration is unrolled."""
     expert = expert_of_variable(variable)
     if expert is None or not capture.is_in_iteration_of(expert):
         return None

@@ -68,10 +68,5 @@ def index_by_tensors(tx: Any) -> None:
         tx.stack[-1] = _as_tensor(index)
 
 
-def store_subscript(_capture: Any, tx: Any, _instruction: Any) -> bool:
-    index_by_tensors(tx)
-    return False
-
-
 def _as_tensor(index: VariableTracker) -> VariableTracker:
     return index.tensor if isinstance(index, IndexListVariable) else index

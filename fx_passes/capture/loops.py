@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import fx
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import ListVariable
@@ -16,7 +17,9 @@ from fx_passes.capture.variables import expert_of_variable, has_open_length
 from fx_passes.facts import fact
 from fx_passes.ids import classes_that_occur
 from fx_passes.markers import current_expert, mark_expert
+from fx_passes.ops import fake_tensor
 from fx_passes.statements import Hit
+from fx_passes.totals import total_of
 
 
 def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
@@ -93,11 +96,19 @@ def _end(capture: Any, scope: Scope) -> None:
             capture.trace_again_unrolled([scope.event])
 
 
+def _is_number(node: fx.Node) -> bool:
+    return fake_tensor(node) is None or total_of(node) is not None
+
+
 def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> None:
-    """A tensor that a live local holds may change only to one that was computed in the loop, and so dies with it."""
+    """A tensor that a live local holds may change only to one that was computed in the loop, and so dies with it.
+
+    Numbers of slots stay in the expressions of other numbers.
+    """
     changed = difference(before, now)
     from_outside = [name for name, _, node in changed.carried if scope.event.number not in events_of(node)]
-    unexplained = (*changed.names, *from_outside)
+    numbers = [name for name, old, node in changed.carried if old is not None and _is_number(node)]
+    unexplained = dict.fromkeys((*changed.names, *from_outside, *numbers))
     names = [
         name.removeprefix("local ")
         for name in unexplained

@@ -19,7 +19,7 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size, statically_known_true
 
-from fx_passes.capture.counts import Counted, expression
+from fx_passes.capture.counts import Counted, counted_expression, expression
 from fx_passes.capture.events import Scope, tag
 from fx_passes.markers import experts_hit
 
@@ -69,7 +69,7 @@ def vanishes(capture: Any, scope: Scope, name: str, before: Any, after: Any) -> 
     variable = scope.tx.symbolic_locals.get(name.removeprefix("local ")) if name.startswith("local ") else None
     if not sizes or variable is None:
         return False
-    numbers = _number(before), _number(after)
+    numbers = _number(capture, before), _number(capture, after)
     if numbers[0] is not None and numbers[1] is not None:
         return (numbers[1] - numbers[0]).subs(dict.fromkeys(sizes, 0)) == 0
     return _grew_by_empty_tensors(capture, scope, variable.realize(), before, after, sizes)
@@ -83,12 +83,14 @@ def _sizes_of_guard(capture: Any, scope: Scope) -> list[sympy.Symbol]:
     return [size for size, mask in masks if size.is_Symbol and mask.key == (guard.ids, guard.expert, guard.slot)]
 
 
-def _number(description: Any) -> Any:
+def _number(capture: Any, description: Any) -> Any:
     """The number that a snapshot describes; None where it describes something else."""
     if description[0] == "constant" and description[2].removeprefix("-").isdigit():
         return sympy.Integer(int(description[2]))
-    value = description[1].meta.get("example_value") if description[0] == "node" else None
-    return expression(value) if isinstance(value, torch.SymInt) else None
+    if description[0] != "node":
+        return None
+    value = description[1].meta.get("example_value")
+    return expression(value) if isinstance(value, torch.SymInt) else counted_expression(capture, description[1])
 
 
 def _grew_by_empty_tensors(

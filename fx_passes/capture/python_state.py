@@ -30,8 +30,10 @@ _CONTAINERS = (BaseListVariable, ConstDictVariable, SetVariable)
 _NOT_CONTENT = frozenset(
     """
     question source mutation_type parents_tracker user_code_variable_name source_location should_update_in_place
+    f_globals
     """.split()
 )
+"""Nor the globals of a function's module: Dynamo adds names of its own to them, and what code writes is pending."""
 
 
 def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:

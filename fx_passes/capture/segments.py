@@ -14,12 +14,12 @@ from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
-from fx_passes.capture.counts import Counted, expression
+from fx_passes.capture.counts import Counted, as_bound, expression
 from fx_passes.capture.events import tag
 from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.variables import rank_of
-from fx_passes.markers import expert_cat, expert_segment
-from fx_passes.ops import same_size
+from fx_passes.markers import expert_cat, expert_places, expert_segment
+from fx_passes.ops import known_tensor, same_size
 
 
 def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
@@ -46,9 +46,9 @@ def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
 def binary_slice(capture: Any, tx: Any, _instruction: Any) -> bool:
     """`rows[start:end]` where that is one instruction."""
     container = tx.stack[-3].realize()
-    if not capture.counted or not isinstance(container, TensorVariable):
+    if not isinstance(container, TensorVariable):
         return False
-    segment = _between(capture, tx, container, tx.stack[-2], tx.stack[-1], ConstantVariable.create(None))
+    segment = _between(capture, tx, container, *_ends(capture, tx))
     if segment is None:
         return False
     tx.popn(3)
@@ -57,16 +57,61 @@ def binary_slice(capture: Any, tx: Any, _instruction: Any) -> bool:
     return True
 
 
+def store_slice(capture: Any, tx: Any, _instruction: Any) -> bool:
+    """`rows[start:end] = value` where that is one instruction: as one by an index."""
+    if not isinstance(tx.stack[-3].realize(), TensorVariable):
+        return False
+    ends = _ends(capture, tx)
+    tx.popn(2)
+    tx.push(SliceVariable(ends, tx=tx))
+    index_by_places(capture, tx)
+    value, container, index = tx.popn(3)
+    container.call_method(tx, "__setitem__", [index, value], {})
+    tx.instruction_pointer += 1
+    return True
+
+
+def _ends(capture: Any, tx: Any) -> list[VariableTracker]:
+    """Where the slice on top of the stack begins, where it ends, and its step."""
+    ends = [as_bound(capture, tx, end) for end in tx.stack[-2:]]
+    return [*ends, ConstantVariable.create(None)]
+
+
+def index_by_places(capture: Any, tx: Any) -> None:
+    """`rows[start:end]`, about to be written: the rows of an expert are named one by one."""
+    container, index = tx.stack[-2].realize(), tx.stack[-1].realize()
+    if not isinstance(container, TensorVariable) or not isinstance(index, SliceVariable):
+        return
+    found = _expert_between(capture, container, *index.items)
+    if found is None:
+        return
+    counted, expert = found
+    with tx.fake_mode:
+        places = torch.empty(counted.sizes[expert], dtype=torch.int64, device=known_tensor(counted.node).device)
+    arguments = (capture.proxy(counted.node), expert)
+    proxy = capture.output.create_proxy("call_function", expert_places, arguments, {})
+    tag(proxy.node, (counted.event.number,), ())
+    tx.stack[-1] = wrap_fx_proxy(tx, proxy, example_value=places)
+
+
 def _between(
     capture: Any, tx: Any, rows: TensorVariable, start: VariableTracker, stop: VariableTracker, step: VariableTracker
 ) -> VariableTracker | None:
+    found = _expert_between(capture, rows, start, stop, step)
+    return _segment(capture, tx, rows, *found) if found is not None else None
+
+
+def _expert_between(
+    capture: Any, rows: TensorVariable, start: VariableTracker, stop: VariableTracker, step: VariableTracker
+) -> tuple[Counted, int] | None:
+    """The expert whose rows a slice takes, out of those of all slots."""
     first, last = _number(start, 0), _number(stop, None)
     if first is None or last is None or _number(step, 1) != 1:
         return None
     for counted in capture.counted:
         expert = counted.expert_between(first, last)
         if expert is not None and _has_a_row_for_each_slot(rows, counted):
-            return _segment(capture, tx, rows, counted, expert)
+            return counted, expert
     return None
 
 

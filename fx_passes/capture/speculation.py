@@ -40,13 +40,21 @@ def _subscript(capture: "Capture", tx: Any, instruction: Any) -> bool:
     return any(known.subscript(capture, tx, instruction) for known in (segments, counts, indexing))
 
 
+def _store_subscript(capture: "Capture", tx: Any, _instruction: Any) -> bool:
+    index_list.index_by_tensors(tx)
+    segments.index_by_places(capture, tx)
+    return False
+
+
 _HANDLERS: dict[str, Handler] = {
     "GET_ITER": loops.get_iter,
     "FOR_ITER": loops.for_iter,
     "CALL": expert_loops.call,
     "BINARY_SUBSCR": _subscript,
     "BINARY_SLICE": segments.binary_slice,
-    "STORE_SUBSCR": index_list.store_subscript,
+    "BUILD_SLICE": counts.build_slice,
+    "STORE_SUBSCR": _store_subscript,
+    "STORE_SLICE": segments.store_slice,
     "FORMAT_VALUE": expert_numbers.format_value,
     "FORMAT_SIMPLE": expert_numbers.format_value,
 }
@@ -57,6 +65,7 @@ class Capture:
 
     `_routed`: the trace holds what a router computes. Only then is a place that is left to Dynamo worth a word.
     `router_widths`: of how many experts routers so far have chosen. `stand_ins`: those of loops that have ended.
+    `uncounted`: ids whose counts are left to Dynamo.
     """
 
     def __init__(self, output: Any) -> None:
@@ -66,6 +75,7 @@ class Capture:
         self.scopes: list[Scope] = []
         self.masks_of_symbol: dict[Any, Mask] = {}
         self.counted: list[counts.Counted] = []
+        self.uncounted: set[fx.Node] = set()
         self.numbers: dict[fx.Node, list[Any]] = {}
         self._last_node: dict[fx.Graph, fx.Node | None] = {}
         self._routed = False

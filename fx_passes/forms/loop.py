@@ -8,11 +8,12 @@ from torch import fx
 from fx_passes.accumulation import accumulations, closure
 from fx_passes.body import Body
 from fx_passes.capture import guards_of
-from fx_passes.facts import chosen, counts_behind, fact
+from fx_passes.facts import chosen, fact
 from fx_passes.markers import Expert, current_expert, expert_segment
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected, mismatches_rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
+from fx_passes.segment_body import numbers_of_slots
 from fx_passes.slot_sum import SlotSum
 from fx_passes.statements import Counts, Hit, Listed, Mask, Occupied, Selection
 from fx_passes.unify import unify
@@ -173,7 +174,7 @@ def _number(mask: Mask) -> int:
 
 def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node]:
     """Where the loop begins: what takes the rows of an expert, and the list of hit experts that a loop ran over."""
-    starts: set[fx.Node] = set()
+    starts = set(numbers_of_slots(graph, masks[0].ids))
     keys = {mask.key for mask in masks}
     for node in graph.nodes:
         known = fact(node)
@@ -183,7 +184,7 @@ def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node
             starts.add(node)
         if _is_indexed_by(node, keys) or (node in body.nodes and _is_masked_by(node, keys)):
             starts.add(node)
-        counts = fact(node.args[1]) if node.target is expert_segment else counts_behind(node)
+        counts = fact(node.args[1]) if node.target is expert_segment else None
         if isinstance(counts, Counts) and counts.ids is masks[0].ids:
             starts.add(node)
         if node.target is current_expert:

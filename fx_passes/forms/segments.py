@@ -2,10 +2,11 @@
 
     counts = ids.flatten().bincount(minlength=E).tolist()
     parts = [expert(segment) for expert, segment in zip(experts, rows.split(counts))]       # or rows[start:end]
-    out = torch.cat(parts)
+    out = torch.cat(parts)                               # or: out[start:end] = expert(rows[start:end]), out fresh
 
-How the rows came to lie so, and what becomes of them, is not looked at: row i of `out` is the work of the expert
-to whose segment row i of `rows` belongs. An expert may be a single linear layer.
+The counts, and where segments begin and end, may be numbers or tensors. How the rows came to lie so, and what becomes
+of them, is not looked at: row i of `out` is the work of the expert to whose segment row i of `rows` belongs. An expert
+may be a single linear layer.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,12 @@ from torch import fx
 
 from fx_passes.accumulation import closure
 from fx_passes.capture import guards_of
-from fx_passes.facts import counts_behind, fact
+from fx_passes.facts import fact
 from fx_passes.markers import expert_cat, expert_segment
 from fx_passes.ops import known_tensor
 from fx_passes.region import GroupedRegion
 from fx_passes.report import GRADIENTS
-from fx_passes.segment_body import segment_body
+from fx_passes.segment_body import numbers_of_slots, segment_body
 from fx_passes.statements import Counts
 
 NAME = "segments"
@@ -35,7 +36,7 @@ def match(node: fx.Node) -> GroupedRegion:
     assert isinstance(known, Counts) and isinstance(parts, (list, tuple))
     body = segment_body(tuple(parts), known)
     starts = [segment for segment in body.nodes if segment.target is expert_segment]
-    starts += [number for number in node.graph.nodes if counts_behind(number) == known]
+    starts += numbers_of_slots(node.graph, known.ids)
     return GroupedRegion(
         form=NAME,
         ids_TK=known.ids,

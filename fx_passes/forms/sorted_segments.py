@@ -7,7 +7,7 @@
 or put back into the order of slots, and summed:
 
     slots = torch.empty_like(grouped)
-    slots[order] = grouped
+    slots[order] = grouped                               # or slots.index_copy_(0, order, grouped)
     out = (slots.view(T, K, D) * weights.unsqueeze(-1)).sum(1)
 
 Where the rows are gathered or added up in any other way, the segments alone are rewritten.
@@ -15,18 +15,20 @@ Where the rows are gathered or added up in any other way, the segments alone are
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from fx_passes.accumulation import closure, have_one_width, repeated
 from fx_passes.aliasing import inplace_users, is_read_before, storage_of, writers_of
 from fx_passes.capture import guards_of
-from fx_passes.facts import counts_behind, fact
+from fx_passes.facts import fact
 from fx_passes.loop_rules import is_contiguous_matrix
 from fx_passes.markers import expert_cat
 from fx_passes.ops import EMPTY, ZEROS, arg, fake_tensor, is_inplace, known_tensor, op_name
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.report import GRADIENTS
+from fx_passes.segment_body import numbers_of_slots
 from fx_passes.slot_body import SlotBody, is_tokens, translate
 from fx_passes.slot_sum import sum_over_slots
 from fx_passes.slots import Flat, Inverse, Order, Tokens, slot_fact
@@ -100,18 +102,26 @@ def _summed(node: fx.Node, order: Order) -> Total | None:
         return Total(found.result, rows.args[0], order, frozenset((*own, rows)), found.weights)
     writes = inplace_users(rows)
     put = writes[0] if len(writes) == 1 and op_name(rows) in EMPTY | ZEROS else None
-    if put is None or op_name(put) != "setitem" or slot_fact(put.args[1]) != order or is_read_before(rows, writes):
+    index, source = _put(put) if put is not None else (None, None)
+    if put is None or slot_fact(index) != order or is_read_before(rows, writes):
         return None
-    before, after = fake_tensor(put.args[2]), known_tensor(rows)
-    if before is None or before.dtype != after.dtype or not have_one_width(put.args[2], rows):
+    before, after = fake_tensor(source), known_tensor(rows)
+    if before is None or before.dtype != after.dtype or not have_one_width(source, rows):
         return None
-    return Total(found.result, put.args[2], order, frozenset((*own, rows, put)), found.weights)
+    return Total(found.result, source, order, frozenset((*own, rows, put)), found.weights)
+
+
+def _put(node: fx.Node) -> tuple[Any, Any]:
+    """(index, rows) of `slots[index] = rows` and of `slots.index_copy_(0, index, rows)`."""
+    if op_name(node) == "setitem":
+        return node.args[1], node.args[2]
+    is_copy = op_name(node) == "index_copy_" and arg(node, 1, "dim") == 0
+    return (arg(node, 2, "index"), arg(node, 3, "source")) if is_copy else (None, None)
 
 
 def _region(found: Total) -> MoERegion | None:
     graph, order = found.result.graph, found.order
-    counts = [node for node in graph.nodes if _is_counted(node, order)]
-    inner = closure([order.sort, *counts], stops=frozenset((found.result,))) | found.nodes
+    inner = closure([order.sort, *numbers_of_slots(graph, order.ids)], stops=frozenset((found.result,))) | found.nodes
     try:
         translated = translate(found.rows, order, inner)
     except Rejected:
@@ -134,11 +144,6 @@ def _region(found: Total) -> MoERegion | None:
         deviations=(GRADIENTS,) if guarded else (),
         buffers=(found.buffer,) if found.buffer is not None else (),
     )
-
-
-def _is_counted(node: fx.Node, order: Order) -> bool:
-    counts = counts_behind(node)
-    return counts is not None and counts.ids is order.ids
 
 
 def _routing(order: Order, inner: frozenset[fx.Node], translated: SlotBody) -> Iterator[fx.Node]:

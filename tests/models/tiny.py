@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -36,6 +37,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
 )
 
 SPARSE = ["sparse", "sparse"]
+BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 FOUR_LAYERS = {"num_hidden_layers": 4}  # the smallest with every kind of layer
 
 # What an architecture needs beyond sizes: defaults that are None, or that don't go with small sizes.
@@ -44,7 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": SPARSE},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 24, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}
+        | ({} if BEFORE_5 else {"hidden_size": 32}),
     },
     "deepseek_ocr2": {"num_experts_per_tok": 2, "mlp_layer_types": SPARSE},
     "deepseek_v2": {"num_experts_per_tok": 2},

@@ -124,6 +124,59 @@ class ArrayBlock(SegmentBlock):
         return slots.mul_(weights.unsqueeze(dim=-1)).sum(dim=1).type(grouped.dtype)
 
 
+class TensorBlock(ArrayBlock):
+    """DeepSeek-V2 of transformers 4: counts stay tensors, and so do the places where segments begin and end."""
+
+    def parts(self, rows, counts):
+        outputs, start = [], 0
+        for e, count in enumerate(counts):
+            if count == 0:
+                continue
+            end = start + count
+            outputs.append(self.experts[e](rows[start:end]))
+            start = end
+        return outputs
+
+
+class WrittenBlock(nn.Module):
+    """Aria of transformers 4: each product is a loop of its own, which writes every expert's rows to zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(D, E, bias=False)
+        self.up, self.down = (nn.Parameter(torch.empty(E, *sizes)) for sizes in ((D, 2 * FF), (FF, D)))
+
+    def bounds(self, counts):
+        ends = torch.cumsum(counts, dim=0)
+        return torch.cat((torch.zeros(1, dtype=torch.long, device=ends.device), ends))
+
+    def product(self, rows, weight, counts):
+        out = torch.zeros(rows.shape[0], weight.shape[-1], dtype=rows.dtype, device=rows.device)
+        bounds = self.bounds(counts)
+        for e in range(weight.shape[0]):
+            start, end = bounds[e], bounds[e + 1]
+            self.write(out, start, end, torch.matmul(rows[start:end], weight[e]))
+        return out
+
+    def write(self, out, start, end, y):
+        out[start:end] = y
+
+    def put_back(self, order, y):
+        slots = torch.zeros((order.shape[0], D), dtype=y.dtype, device=y.device)
+        slots.index_copy_(0, order, y)
+        return slots.view(-1, K, D)
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, D)
+        top, ids = torch.topk(self.router(x), k=K, dim=1)
+        counts = torch.histc(ids.flatten().to(torch.float32), bins=E, min=0, max=E - 1).to(ids.dtype)
+        order = torch.argsort(ids.view(-1))
+        gate, up = self.product(x.index_select(0, order // K), self.up, counts.cpu()).chunk(2, dim=-1)
+        y = self.product(F.silu(gate) * up, self.down, counts.cpu())
+        out = self.put_back(order, y) * F.softmax(top, dim=-1).unsqueeze(-1)
+        return out.sum(dim=1).view(hidden_states.shape)
+
+
 class IndexBlock(Block):
     """The sorted slots are cut, not the rows; rows are weighted in place, and added."""
 
@@ -237,6 +290,8 @@ CASES = (
     Case("segments_sliced", SlicedBlock),
     Case("segments_skipped", SkippingBlock),
     Case("segments_array", ArrayBlock),
+    Case("segments_tensors", TensorBlock),
+    Case("segments_written", WrittenBlock),
     Case("segments_of_slots", IndexBlock),
     Case("segments_of_slots_inference", InferenceBlock, differentiable=False),
     Case("segments_of_slots_index_add", IndexAddBlock),
