@@ -82,6 +82,7 @@ class Capture:
         self.router_widths: set[int] = set()
         self.stand_ins: list[tuple[StandIn, Event]] = []
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
+        self._stock_caches = output.fake_mode.cache_enabled
         self._unbacked_seen = output.shape_env.unbacked_symint_counter
 
     def step(self, tx: Any, original: Callable[[Any], bool]) -> bool:
@@ -117,6 +118,7 @@ class Capture:
             self._tag_new_nodes(tx)
             return True
         self._allow_dynamic_op()
+        self._cache_fake_results()
         return False
 
     @own_code
@@ -270,6 +272,10 @@ class Capture:
         shape_env = self.output.shape_env
         if shape_env.allow_dynamic_output_shape_ops != allowed:
             shape_env.settings = dataclasses.replace(shape_env.settings, allow_dynamic_output_shape_ops=allowed)
+
+    def _cache_fake_results(self) -> None:
+        """Not within a loop: an expert has rows without a number, so sizes that never come again."""
+        self.output.fake_mode.cache_enabled = self._stock_caches and not self.scopes
 
     @own_code
     def _tag_new_nodes(self, tx: Any) -> None:
