@@ -16,6 +16,7 @@ from torch import fx
 from fx_passes import autocast
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.capture import events_of
+from fx_passes.example_values import add_where_methods_are_called
 from fx_passes.ids import rows_of_ids
 from fx_passes.loop_invariant import mark_as_ours
 from fx_passes.low_rank import low_rank
@@ -60,6 +61,7 @@ def rewrite(region: MoERegion) -> Rewritten:
             autocast.switched_back(region.graph, entered)
     output.meta["example_value"] = region.output
     _redirect_users(region, output)
+    add_where_methods_are_called(emitter.made, region.result, region.output, cast=product is None)
     erased = _erase(region)
     return Rewritten(
         "mlp" if mlp is not None else "parallel_linear", mlp.activation if mlp is not None else "any", erased
@@ -75,6 +77,7 @@ class _Emitter:
         self.out_dtype = region.output.dtype
         self.is_grouped = isinstance(region, GroupedRegion)
         self.top_k = region.top_k
+        self.made: list[fx.Node] = []
         self._flat: dict[fx.Node, fx.Node] = {}
         one_hot = rows_of_ids(region.ids_TK)
         self.ids_TK = self._by_slot(region.ids_TK) if one_hot is None else self._classes(one_hot)
@@ -317,6 +320,7 @@ class _Emitter:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in self.region.result.meta:
                 node.meta[key] = self.region.result.meta[key]
+        self.made.append(node)
         return node
 
 

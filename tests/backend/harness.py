@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo import register_backend
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
 from torch.utils import _pytree as pytree
 
 import scatter_moe  # noqa: F401  registers the backend
@@ -52,6 +53,15 @@ def compile_ours(target, inner="counting_aot_eager", options=None, **kwargs):
 
 def rewritten() -> int:
     return counters["scatter_moe"]["rewritten"]
+
+
+def can_be_cached(gm: torch.fx.GraphModule) -> bool:
+    """Whether AOTAutograd's cache takes a graph."""
+    try:
+        check_cacheable(gm)
+    except BypassAOTAutogradCache:
+        return False
+    return True
 
 
 @dataclass
