@@ -47,9 +47,9 @@ def backend(
         ValueError: for `mode` or options together with an inner backend other than Inductor.
     """
     inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(hook.current_capture()))
-    if not hook.is_rewritten() and not rewrite_graph(gm):
-        return inner(gm, example_inputs)
-    with caches_keyed_by_sources():
+    if not hook.is_rewritten():
+        rewrite_graph(gm)
+    with caches_keyed_by_sources(gm):
         return inner(gm, example_inputs)
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
 
 _PACKAGES = ("fx_passes", "registrations", "scatter_ops")
 
@@ -29,8 +31,19 @@ def sources_hash() -> str:
 
 
 @contextmanager
-def caches_keyed_by_sources() -> Iterator[None]:
-    """Within it PyTorch's compile caches also tell our versions apart; the user's own tag stays in force."""
+def caches_keyed_by_sources(gm: fx.GraphModule) -> Iterator[None]:
+    """Within it PyTorch's compile caches also tell our versions apart, where `gm` holds an op of ours.
+
+    The user's own tag stays in force.
+    """
+    if not any(_holds_ours(part.graph) for part in gm.modules() if isinstance(part, fx.GraphModule)):
+        yield
+        return
     tag = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{tag} scatter_moe {sources_hash()}"):
         yield
+
+
+def _holds_ours(graph: fx.Graph) -> bool:
+    operators = (node.target for node in graph.nodes if isinstance(node.target, (OpOverload, OpOverloadPacket)))
+    return any(str(operator).startswith("scatter_moe.") for operator in operators)

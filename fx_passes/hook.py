@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._dynamo import output_graph, symbolic_convert
 
+from fx_passes.cache_key import caches_keyed_by_sources
 from fx_passes.capture import Capture
 from fx_passes.prepared import holds_prepared, without_hook
 
@@ -89,10 +90,12 @@ def _extend_call_user_compiler(
 
     @functools.wraps(original)
     def call_user_compiler(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, _CAPTURE, None) is not None and not gets_whole_graphs(self.compiler_fn):
-            rewrite(gm)
-            setattr(self, _REWRITTEN, True)
-        return original(self, gm, *args, **kwargs)
+        if getattr(self, _CAPTURE, None) is None or gets_whole_graphs(self.compiler_fn):
+            return original(self, gm, *args, **kwargs)
+        rewrite(gm)
+        setattr(self, _REWRITTEN, True)
+        with caches_keyed_by_sources(gm):
+            return original(self, gm, *args, **kwargs)
 
     graph.call_user_compiler = call_user_compiler
 
