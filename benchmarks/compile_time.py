@@ -1,9 +1,10 @@
 """What the first training step of a compiled model costs, by the number of experts: python -m benchmarks.compile_time.
 
-    stacked     a hit loop over stacked weights
-    modules     a loop over a ModuleList of experts
-    floor       the same ModuleList, router and residuals; each layer hands all its parameters to one stub operator
-    dense       the same model with one MLP in place of the experts
+    stacked       a hit loop over stacked weights
+    modules       a loop over a ModuleList of experts
+    floor         the same ModuleList, router and residuals; each layer hands all its parameters to one stub operator
+    routed dense  the same model with one MLP in place of the experts, times the sum of the router's weights
+    dense         the same model with one MLP in place of router and experts
 
 The inner compiler is aot_eager unless told otherwise: then the time is that of Dynamo, of the rewrite and of
 AOTAutograd, and no C++ compiler hides it. Each measurement is a process of its own, with PyTorch's compile caches off;
@@ -15,6 +16,7 @@ T tokens, K experts per token, E experts, D model width, F expert width.
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -114,7 +116,17 @@ class Dense(Expert):
         super().__init__()
 
 
-KINDS = {"stacked": Stacked, "modules": Modules, "floor": Floor, "dense": Dense}
+class RoutedDense(Router):
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.mlp = Expert()
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weights, _ = self.route(x_TD)
+        return self.mlp(x_TD) * weights.sum(-1, keepdim=True)
+
+
+KINDS = {"stacked": Stacked, "modules": Modules, "floor": Floor, "dense": Dense, "routed dense": RoutedDense}
 
 
 class Model(nn.Module):
@@ -129,27 +141,28 @@ class Model(nn.Module):
 
 
 def define_stub() -> None:
-    """An operator of all parameters of a layer, with a backward operator, as cheap to register as ours."""
+    """An operator of all parameters of a layer, with a backward operator: all that is trained gets a gradient."""
     library = torch.library.Library("scatter_moe_benchmark", "DEF")
     library.define("stub(Tensor x, Tensor weights, Tensor ids, Tensor[] parameters) -> Tensor")
-    library.define("stub_backward(Tensor grad, Tensor[] parameters) -> (Tensor, Tensor)")
+    library.define("stub_backward(Tensor grad, Tensor weights, Tensor[] parameters) -> (Tensor, Tensor, Tensor)")
 
     def forward(x: Tensor, weights: Tensor, ids: Tensor, parameters: list[Tensor]) -> Tensor:
         return x * weights.sum()
 
-    def backward(grad: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return grad.clone(), grad.new_zeros(len(parameters), *parameters[0].shape)
+    def backward(grad: Tensor, weights: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return grad.clone(), weights.clone(), grad.new_zeros(len(parameters), *parameters[0].shape)
 
     for name, function in (("stub", forward), ("stub_backward", backward)):
         library.impl(name, function, "CPU")
         torch.library.register_fake(f"scatter_moe_benchmark::{name}", function, lib=library)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[3])
+        ctx.save_for_backward(inputs[1], *inputs[3])
 
     def derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        grad_x, grads = torch.ops.scatter_moe_benchmark.stub_backward(grad, list(ctx.saved_tensors))
-        return grad_x, None, None, list(grads.unbind(0))
+        weights, *parameters = ctx.saved_tensors
+        grad_x, grad_weights, grads = torch.ops.scatter_moe_benchmark.stub_backward(grad, weights, parameters)
+        return grad_x, grad_weights, None, list(grads.unbind(0))
 
     torch.library.register_autograd("scatter_moe_benchmark::stub", derivative, setup_context=setup_context, lib=library)
     globals()["_library"] = library  # an operator lives as long as its library
@@ -161,7 +174,8 @@ def measure(kind: str, num_experts: int, num_layers: int, inner: str) -> dict[st
     define_stub()
     model, x = Model(kind, num_experts, num_layers), torch.randn(T, D)
     compiled = torch.compile(model, backend="scatter_moe", options={"inner_backend": inner}, fullgraph=True)
-    torch.compile(nn.Linear(2, 2), backend=inner)(torch.ones(1, 2)).sum().backward()  # PyTorch's own imports
+    compiled_first = torch.compile(nn.Linear(2, 2), backend=inner, dynamic=True)
+    compiled_first(torch.ones(3, 2)).sum().backward()  # PyTorch's own imports
     start, start_cpu = time.perf_counter(), cpu_seconds()
     compiled(x).sum().backward()
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - start_cpu
@@ -227,6 +241,7 @@ def bases(
         found["of floor"] = ("floor", num_experts, num_layers)
     if kind == "stacked":
         found["of fewest experts"] = (kind, min(e for k, e, n in cells if (k, n) == (kind, num_layers)), num_layers)
+        found["of routed dense"] = ("routed dense", num_experts, num_layers)
         found["of dense"] = ("dense", 1, num_layers)
     return {name: cell for name, cell in found.items() if cell in cells}
 
@@ -236,8 +251,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["stacked", "modules", "floor"], choices=KINDS)
     parser.add_argument("--experts", nargs="+", type=int, default=EXPERTS)
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--many-layers", type=int, default=MANY_LAYERS, help="of stacked and dense; 0 for none")
+    parser.add_argument(
+        "--many-layers", type=int, default=MANY_LAYERS, help="of stacked and its dense twins; 0 for none"
+    )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after them no further round begins")
     parser.add_argument("--inner", default="aot_eager", help="the inner compiler")
     parser.add_argument("--one", nargs=3, help="kind, experts and layers: measured in this process")
     arguments = parser.parse_args()
@@ -247,13 +265,18 @@ def main() -> None:
         return
     cells = [(kind, e, arguments.layers) for e in arguments.experts for kind in arguments.kinds]
     if arguments.many_layers:
-        cells += [("stacked", min(arguments.experts), arguments.many_layers), ("dense", 1, arguments.many_layers)]
+        few = min(arguments.experts)
+        cells += [
+            (kind, e, arguments.many_layers) for kind, e in (("stacked", few), ("routed dense", few), ("dense", 1))
+        ]
     measured: dict[Any, list[dict[str, float]]] = {cell: [] for cell in cells}
-    for cell in track(cells * arguments.rounds, "measuring"):
-        measured[cell].append(in_a_process(arguments.inner, *cell))
+    start = time.monotonic()
+    while len(measured[cells[0]]) < arguments.rounds and time.monotonic() - start < 60 * arguments.minutes:
+        for cell in track(cells, f"round {len(measured[cells[0]]) + 1}"):
+            measured[cell].append(in_a_process(arguments.inner, *cell))
     rows = summary(cells, measured)
     sizes = {"T": T, "D": D, "F": FF, "K": K}
-    settings = {"rounds": arguments.rounds, "inner": arguments.inner, "sizes": sizes}
+    settings = {"rounds": len(measured[cells[0]]), "inner": arguments.inner, "sizes": sizes}
     report.append("compile_time", rows, load_average=os.getloadavg()[0], **settings)
     report.print_table("first training step of a compiled model", rows)
 
