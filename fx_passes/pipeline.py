@@ -14,11 +14,12 @@ from torch import fx
 from fx_passes.capture import events_of
 from fx_passes.forms import FORMS
 from fx_passes.loop_invariant import is_left_for_ours
+from fx_passes.mode_rules import switches_grad_mode
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
 from fx_passes.segment_writes import put_together, written_by_segment
-from fx_passes.verify import switches_grad_mode, verify
+from fx_passes.verify import verify
 
 log = logging.getLogger("scatter_moe")
 

@@ -78,7 +78,7 @@ class MoERegion:
     `inner` are the nodes that depend on an expert's rows and die with the region. `result` is the last node, `output` a
     tensor of the output's shape and dtype. `writes` are the nodes that write, all to tensors which the region itself
     made, and what belongs to these writes. Tokens are counted by the first `token_dims` dims. `addend` is what the sum
-    of the experts is added to.
+    of the experts is added to. `symbol` is there where one iteration over a symbolic expert stands for a loop.
     """
 
     form: str
@@ -95,6 +95,7 @@ class MoERegion:
     buffers: tuple[fx.Node, ...] = ()
     token_dims: int = 1
     addend: fx.Node | None = None
+    symbol: fx.Node | None = None
 
     @property
     def anchor(self) -> fx.Node:
@@ -128,15 +129,14 @@ class GroupedRegion(MoERegion):
 class LoopRegion(MoERegion):
     """A loop over experts: number i of `accumulations` adds the rows of `masks[i]` to `accumulator`.
 
-    `symbol` is there where one iteration over a symbolic expert stands for the loop. `writes` are the additions. `base`
-    is what tokens without an expert keep, where that isn't zero. The loop runs over experts from `first_expert` on;
-    `earlier` are its additions for experts before that, which belong to another region: their sum is the `addend`.
+    `writes` are the additions. `base` is what tokens without an expert keep, where that isn't zero. The loop runs over
+    experts from `first_expert` on; `earlier` are its additions for experts before that, which belong to another region:
+    their sum is the `addend`.
     """
 
     accumulator: fx.Node
     accumulations: tuple[Accumulation, ...]
     masks: tuple[Mask, ...]
-    symbol: fx.Node | None
     base: fx.Node | None
     first_expert: int
     earlier: frozenset[fx.Node] = frozenset()

@@ -15,7 +15,7 @@ After the rewrite every event must be *dissolved*: all its nodes were replaced. 
 the event denied, which is to say as Dynamo alone does it. So nothing that was assumed ever runs.
 """
 
-from fx_passes.capture.events import Event, Guard, events_of, guards_of
+from fx_passes.capture.events import Event, Guard, events_of, guards_of, loops_of
 from fx_passes.capture.speculation import Capture
 
-__all__ = ["Capture", "Event", "Guard", "events_of", "guards_of"]
+__all__ = ["Capture", "Event", "Guard", "events_of", "guards_of", "loops_of"]

@@ -50,6 +50,8 @@ def jump(capture: Any, tx: Any, instruction: Any) -> bool:
             detail = "a branch on data does something other than to skip an expert without tokens"
             capture.reject(tx, "guards_only_skip_empty_experts", detail)
         return False
+    if not capture.shows_all(tx):
+        return False
     event = capture.event(tx, "empty branch")
     if capture.is_denied(event):
         return False

@@ -92,7 +92,10 @@ def iterate(capture: Any, tx: Any, array: VariableTracker, header: Any) -> Varia
     if not isinstance(array, NumpyNdarrayVariable):
         return None
     node = array.as_proxy().node
-    known, numbers = fact(node), _numbers(capture, tx, array)
+    known = fact(node)
+    if isinstance(known, Counts) and known.open_ended and not capture.shows_all(tx):
+        return None
+    numbers = _numbers(capture, tx, array)
     counted = counted_by(capture, tx, node) if numbers is not None else None
     if counted is None or not isinstance(known, Counts) or not known.open_ended:
         return numbers

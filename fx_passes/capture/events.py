@@ -11,11 +11,12 @@ from torch._guards import CompileContext
 
 from fx_passes.capture.python_state import Snapshot
 from fx_passes.capture.stand_in import StandIn
-from fx_passes.markers import Expert
+from fx_passes.markers import Expert, expert_parameter
 from fx_passes.region import Rejection
 
 _EVENTS = "scatter_moe_events"
 _GUARDS = "scatter_moe_guards"
+_LOOPS = "scatter_moe_loops"
 
 
 Place = tuple[CodeType, int]
@@ -118,7 +119,15 @@ def guards_of(node: fx.Node) -> tuple[Guard, ...]:
     return node.meta.get(_GUARDS, ())
 
 
-def tag(node: fx.Node, numbers: tuple[int, ...], guards: tuple[Guard, ...]) -> None:
-    """Marks `node` as traced under these events and assumptions."""
+def loops_of(node: fx.Node) -> frozenset[fx.Node]:
+    """The experts without a value in whose iteration `node` was traced: those of its loop and of the loops around."""
+    return frozenset((node.args[1],)) if node.target is expert_parameter else node.meta.get(_LOOPS, frozenset())
+
+
+def tag(
+    node: fx.Node, numbers: tuple[int, ...], guards: tuple[Guard, ...], loops: frozenset[fx.Node] = frozenset()
+) -> None:
+    """Marks `node` as traced under these events and assumptions, in the iteration of these loops."""
     node.meta[_EVENTS] = tuple(dict.fromkeys((*events_of(node), *numbers)))
     node.meta[_GUARDS] = guards
+    node.meta[_LOOPS] = loops

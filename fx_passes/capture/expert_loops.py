@@ -17,6 +17,7 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import constrain_range
 
 from fx_passes.capture.events import Scope
+from fx_passes.capture.python_state import shows_all
 from fx_passes.capture.stand_in import is_module_list, length_of, stand_in_for
 from fx_passes.capture.variables import call_in_graph, unbound
 from fx_passes.markers import each_expert, mark_expert, select_expert
@@ -68,7 +69,9 @@ def _begin(capture: Any, tx: Any, iterable: Iterable, taken: int) -> bool:
     length, header = _length(iterable), _after_iter(tx)
     if length is None or length < _FEWEST or length not in capture.router_widths or header is None:
         return False
-    if capture.place_of(tx) in capture.memory.unrolled or tx.output.current_tracer is not tx.output.root_tracer:
+    if capture.place_of(tx) in capture.memory.unrolled or not shows_all(tx):
+        return False
+    if tx.output.current_tracer is not tx.output.root_tracer:
         return False
     lists = [part for part in _parts(iterable) if is_module_list(part)]
     stand_ins = [stand_in_for(tx, part) for part in lists]

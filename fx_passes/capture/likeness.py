@@ -91,6 +91,16 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.shape, layout, tensor.dtype, tensor.device, tensor.layout, *flags)
 
 
+def parts_of(module: nn.Module) -> Iterator[Any]:
+    """`module`, and the containers in it however deep, of which a copy has its own."""
+    stack: list[Any] = [module, vars(module)]
+    while stack:
+        part = stack.pop()
+        yield part
+        if type(part) in _CONTAINERS:
+            stack.extend(part.values() if isinstance(part, dict) else part)
+
+
 def _copy(module: nn.Module | None, names: tuple[str, ...], paths: dict[int, Path]) -> Any:
     if module is None:
         return None

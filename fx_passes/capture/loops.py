@@ -37,6 +37,8 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
         detail = "the loop runs over a tensor that is not known to list the experts with a token"
         capture.reject(tx, "loop_is_over_the_hit_experts", detail)
         return False
+    if not capture.shows_all(tx):
+        return False
     event = capture.event(tx, "hit loop")
     if capture.is_denied(event):
         return False

@@ -86,6 +86,8 @@ def _may_be_called(operands: list[VariableTracker], symbols: frozenset[Any]) -> 
     """Whether what is called is traced in its turn, or becomes a node of the graph."""
     called = [operand.realize() for operand in operands[:2]]
     function = next((operand for operand in called if type(operand).__name__ != "NullVariable"), None)
+    if getattr(function, "is_constant", False):  # torch.compiler.assume_constant_result
+        return False
     if isinstance(function, BuiltinVariable):
         return function.fn in _HARMLESS_BUILTINS
     if isinstance(function, GetAttrVariable):

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import fx
+from torch._dynamo.symbolic_convert import InliningGeneratorInstructionTranslator
 from torch._dynamo.variables import SetVariable
 from torch._dynamo.variables.base import ValueMutationExisting, VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
@@ -47,13 +48,28 @@ def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
     }
     state["grad mode or autocast"] = _modes()
     state["stack"] = tuple(_describe(value) for value in tx.stack[:stack_size])
+    state["messages"] = len(tx.debug_locals)
     caller = tx.parent
     while caller is not None:
+        state["messages"] += len(caller.debug_locals)
         for name, value in caller.symbolic_locals.items():
             state[f"caller {id(caller)} {name}"] = _describe(value)
         caller = caller.parent
+    state["random numbers"] = len(tx.output.random_calls)
     state.update(_side_effects(tx.output.side_effects))
     return state
+
+
+def shows_all(tx: Any) -> bool:
+    """Whether snapshots in `tx` show all that may change.
+
+    What a generator yields goes to whoever asks for it: another function than the one that called it, or `sum`.
+    """
+    while tx is not None:
+        if isinstance(tx, InliningGeneratorInstructionTranslator):
+            return False
+        tx = tx.parent
+    return True
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,7 @@ def _is_node(value: Any) -> TypeGuard[tuple[str, fx.Node]]:
 
 def _side_effects(side_effects: Any) -> Snapshot:
     """Pending writes: attributes, cells and globals; the content of containers and of objects that hold one."""
-    state: Snapshot = {}
+    state: Snapshot = {"hooks on tensors": tuple(side_effects.tensor_hooks)}
     for owner, attributes in list(side_effects.store_attr_mutations.items()):
         for name, value in list(attributes.items()):
             state[f"attribute {name} of {type(owner).__name__} {id(owner)}"] = _describe(value)

@@ -22,6 +22,7 @@ from fx_passes.capture import (
 )
 from fx_passes.capture.events import Event, Memory, Place, Scope, TraceAgain, tag
 from fx_passes.capture.opaque import tells_apart
+from fx_passes.capture.python_state import shows_all
 from fx_passes.capture.stand_in import StandIn, guard_every_expert, is_left_in
 from fx_passes.facts import selected
 from fx_passes.faults import own_code
@@ -178,6 +179,13 @@ class Capture:
             rejection = Rejection(rule, detail, *source_line(frame.filename, frame.lineno or 0))
             record_rejections([rejection], self.memory.reported)
 
+    def shows_all(self, tx: Any) -> bool:
+        """Whether it would show if a stretch of `tx` changed something in Python."""
+        seen = shows_all(tx)
+        if not seen:
+            self.reject(tx, "loop_changes_no_python_state", "the loop is in a generator, which works for anyone")
+        return seen
+
     def not_to_be_taken_as_one(self, erased: set[int], remaining: set[int]) -> list[Event]:
         """Loops traced as one iteration that the rewrite did not dissolve, or whose stand-in is still read."""
         kept = [event for stand_in, event in self.stand_ins if is_left_in(self.output.root_tracer.graph, stand_in)]
@@ -293,9 +301,10 @@ class Capture:
                 self._note_selection(node)
         if numbers:
             guards = tuple(scope.guard for scope in self.scopes if scope.guard is not None)
+            loops = frozenset(scope.symbol for scope in self.scopes if scope.symbol is not None)
             for node in nodes:
                 if node.op not in ("placeholder", "get_attr"):
-                    tag(node, numbers, guards)
+                    tag(node, numbers, guards, loops)
 
     def _new_nodes(self, graph: fx.Graph) -> list[fx.Node]:
         last = self._last_node.get(graph)

@@ -26,7 +26,7 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._guards import ChainedSource, Guard, Source, dataclass_with_cached_hash
 
-from fx_passes.capture.likeness import Path, are_alike, copy_without_identity, tensor_at
+from fx_passes.capture.likeness import Path, are_alike, copy_without_identity, parts_of, tensor_at
 from fx_passes.hook_guards import HOOKS
 from fx_passes.markers import expert_parameter
 
@@ -103,8 +103,7 @@ def _source_of(item: VariableTracker) -> Source | None:
 
 def _has_pending_writes(side_effects: Any, experts: tuple[nn.Module, ...]) -> bool:
     """Whether the trace wrote to an expert, or to a container in it, which the module itself doesn't show yet."""
-    modules = [module for expert in experts for module in expert.modules()]
-    parts = {id(part) for module in modules for part in (module, vars(module), *vars(module).values())}
+    parts = {id(part) for expert in experts for module in expert.modules() for part in parts_of(module)}
     known = side_effects.id_to_variable.items()
     return any(number in parts and side_effects.is_modified(variable) for number, variable in known)
 

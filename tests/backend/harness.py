@@ -3,6 +3,7 @@
 What a user sees: outputs, gradients of parameters and inputs, buffers, and the Python attributes of every module.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ def observe(call: Callable, module: nn.Module, *args, seed=0, backward=True, gra
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     for leaf in inputs:
         leaf.grad = None
+    random.seed(seed)
     torch.manual_seed(seed)
     outputs = pytree.tree_leaves(call(*args, **kwargs))
     if backward:

@@ -14,6 +14,7 @@ from tests.zoo.common import E, SwiGLU
 from tests.zoo.stacked import StackedBlock, StackedRange
 
 unrolled: list[object] = []
+FACTORS: dict[nn.Module, float] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -253,6 +254,45 @@ class KeepsLast(Loop):
         return out + e + expert(x)
 
 
+@torch.compiler.assume_constant_result
+def factor_of(expert):
+    return FACTORS.get(expert, 1.0)
+
+
+class AsksForConstant(Plain):
+    """What is asked of an expert while it is traced is asked of one expert."""
+
+    def __init__(self):
+        super().__init__()
+        FACTORS.update({expert: 1.0 + e for e, expert in enumerate(self.experts)})
+
+    def run(self, e, rows):
+        return self.experts[e](rows) * factor_of(self.experts[e])
+
+
+class Configured(SwiGLU):
+    def __init__(self):
+        super().__init__()
+        self.config = None
+
+    def forward(self, x):
+        return super().forward(x) * self.config["rows"]["factor"]
+
+
+class SharesConfig(Plain):
+    """All experts read what the block writes before the loop, deep in an object of theirs."""
+
+    def __init__(self):
+        super().__init__(expert=Configured)
+        self.config = {"rows": {"factor": 1.0}}
+        for expert in self.experts:
+            expert.config = self.config
+
+    def begin(self, hidden_states):
+        self.config["rows"]["factor"] = 3.0
+        return super().begin(hidden_states)
+
+
 def with_changed(change, block=Plain):
     def make():
         module = block()
@@ -303,6 +343,7 @@ CASES = {
             *(BranchesOnNumber, LooksNumberUp, ScalesByNumber, NamesAttribute, LooksInDict, FormatsNumber),
             *(ComparesIdentity, SearchesModule, ComparesParameter, AsksForId, AppendsNumber),
             *(CountsCalls, CountsInBuffer, WritesParameter, Penalised, KeepsLast, Iterated),
+            *(AsksForConstant, SharesConfig),
         )
     },
     "AsksForGradient": with_changed(give_gradient, AsksForGradient),

@@ -15,7 +15,8 @@ from tests.zoo.stacked import StackedExperts, TopKRouter
 class NearMiss:
     """A row of the table: the program, and the rule which it breaks (None where no form looks at such a program).
 
-    may_rewrite marks programs which an exact rewrite could serve: those must only stay equal to eager.
+    may_rewrite marks programs which an exact rewrite could serve: those must only stay equal to eager. at_first is the
+    rule that it breaks while one iteration stands for its loop; what is said in the end is said of the unrolled loop.
     """
 
     name: str
@@ -23,6 +24,7 @@ class NearMiss:
     block: Callable[[], nn.Module]
     may_rewrite: bool = False
     train: bool = True
+    at_first: str | None = None
 
     def make(self, seed=0):
         """The program with unit-scale weights; equal seeds give equal programs."""
