@@ -27,8 +27,9 @@ def is_single_choice(ids: fx.Node) -> bool:
 
 def ids_are_distinct(node: fx.Node) -> bool:
     """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only."""
-    name = op_name(node)
-    source = arg(node, 0, "input")
+    if _is_written(node):
+        return False
+    name, source = op_name(node), arg(node, 0, "input")
     if name == "getitem" and op_name(source) in ("topk", "sort") and node.args[1] == 1:
         tensor = fake_tensor(arg(source, 0, "input"))
         dim = arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1)
@@ -67,9 +68,9 @@ def ids_are_below(node: fx.Node, num_experts: int) -> bool:
 
 def num_columns(node: fx.Node) -> int | None:
     """The number of columns that `node` holds indices of, through value-preserving operations only."""
-    name, source = op_name(node), arg(node, 0, "input")
-    if any(writers_of(storage_of(node))):
+    if _is_written(node):
         return None
+    name, source = op_name(node), arg(node, 0, "input")
     if name == "getitem" and op_name(source) in ("topk", "sort", "max") and node.args[1] == 1:
         return _size_along(arg(source, 0, "input"), arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1))
     if name in ("argmax", "argsort"):
@@ -77,6 +78,18 @@ def num_columns(node: fx.Node) -> int | None:
     if name in _PRESERVES_VALUES or (name == "getitem" and fake_tensor(source) is not None):
         return num_columns(source) if isinstance(source, fx.Node) and ids_dims(node) is not None else None
     return None
+
+
+def are_nonnegative(ids: fx.Node) -> bool:
+    """Whether it is known that no id is negative, which would count experts from the end."""
+    if num_columns(ids) is not None:
+        return True
+    lowest = arg(ids, 1, "min") if op_name(ids) in ("clamp", "clip") and not _is_written(ids) else None
+    return type(lowest) is int and lowest >= 0
+
+
+def _is_written(node: fx.Node) -> bool:
+    return any(writers_of(storage_of(node)))
 
 
 def rows_as_ids(one_hot: fx.Node, dims: int) -> fx.Node:

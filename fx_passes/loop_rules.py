@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fx_passes.aliasing import allocates, storage_of, writers_of
+from fx_passes.aliasing import allocates
 from fx_passes.capture import Guard, guards_of
 from fx_passes.facts import chosen
 from fx_passes.ids import ids_are_distinct, is_single_choice
@@ -66,8 +66,11 @@ def accumulator_is_not_read_inside(region: LoopRegion) -> None:
                 raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
 
 
+_METADATA = frozenset("size dim numel stride new_zeros new_empty zeros_like empty_like ones_like full_like".split())
+
+
 def _asks_for_metadata(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.sym_size.int or op_name(node) in ("size", "dim", "numel", "stride")
+    return node.target is torch.ops.aten.sym_size.int or op_name(node) in _METADATA
 
 
 def additions_follow_each_other(region: LoopRegion) -> None:
@@ -98,7 +101,7 @@ def repeated_ids_are_counted(region: LoopRegion) -> None:
         or all(_counts_all(accumulation, mask) for accumulation, mask in pairs)
     ):
         return
-    if not ids_are_distinct(region.ids_TK) or any(writers_of(storage_of(region.ids_TK))):
+    if not ids_are_distinct(region.ids_TK):
         raise Rejected(
             "repeated_ids_are_counted",
             region.anchor,

@@ -79,6 +79,7 @@ class MoERegion:
     tensor of the output's shape and dtype. `writes` are the nodes that write, all to tensors which the region itself
     made, and what belongs to these writes. Tokens are counted by the first `token_dims` dims. `addend` is what the sum
     of the experts is added to. `symbol` is there where one iteration over a symbolic expert stands for a loop.
+    Where it `counts_from_the_end`, id -1 is expert E - 1.
     """
 
     form: str
@@ -96,6 +97,7 @@ class MoERegion:
     token_dims: int = 1
     addend: fx.Node | None = None
     symbol: fx.Node | None = None
+    counts_from_the_end: bool = False
 
     @property
     def anchor(self) -> fx.Node:

@@ -81,6 +81,9 @@ class _Emitter:
         self._flat: dict[fx.Node, fx.Node] = {}
         one_hot = rows_of_ids(region.ids_TK)
         self.ids_TK = self._by_slot(region.ids_TK) if one_hot is None else self._classes(one_hot)
+        if region.counts_from_the_end:
+            from_end = self._function(torch.add, self.ids_TK, region.num_experts)
+            self.ids_TK = self._function(torch.where, self._function(torch.lt, self.ids_TK, 0), from_end, self.ids_TK)
         self.first = region.first_expert if isinstance(region, LoopRegion) else 0
         self.numbers_TK = self._function(torch.sub, self.ids_TK, self.first) if self.first else self.ids_TK
         routed = self._call(ops.route.default, self.numbers_TK, region.num_experts)

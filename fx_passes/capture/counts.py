@@ -186,7 +186,7 @@ def counted_by(capture: Any, tx: Any, node: fx.Node) -> Counted | None:
 def is_of_experts(counts: Counts) -> bool:
     """Whether each slot is counted, once, with an expert below `num_classes`."""
     ids = counts.ids
-    if any(writers_of(storage_of(ids))) or not ids_are_below(ids, counts.num_classes):
+    if not ids_are_below(ids, counts.num_classes):
         return False
     return not counts.reduced or ids_are_distinct(ids)
 

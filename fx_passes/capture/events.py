@@ -121,7 +121,11 @@ def guards_of(node: fx.Node) -> tuple[Guard, ...]:
 
 def loops_of(node: fx.Node) -> frozenset[fx.Node]:
     """The experts without a value in whose iteration `node` was traced: those of its loop and of the loops around."""
-    return frozenset((node.args[1],)) if node.target is expert_parameter else node.meta.get(_LOOPS, frozenset())
+    if node.target is expert_parameter:
+        expert = node.args[1]
+        assert isinstance(expert, fx.Node)
+        return frozenset((expert,))
+    return node.meta.get(_LOOPS, frozenset())
 
 
 def tag(

@@ -51,10 +51,15 @@ def _is_alike(first: nn.Module | None, other: nn.Module | None) -> bool:
     """Whether what is read from `first` would have been read from `other`, but for the values of tensors."""
     if first is None or other is None:
         return first is other
-    if type(first) is not type(other) or list(vars(first)) != list(vars(other)):
+    if type(first) is not type(other) or list(vars(first)) != list(vars(other)) or not _is_what_vars_show(type(first)):
         return False
     compare = {"_modules": _is_alike, "_parameters": _is_tensor_alike, "_buffers": _is_tensor_alike}
     return all(_is_equal(value, vars(other)[name], compare.get(name)) for name, value in vars(first).items())
+
+
+def _is_what_vars_show(kind: type) -> bool:
+    """Whether an instance has nothing that `vars` misses, such as slots, and does nothing when it goes."""
+    return kind.__basicsize__ == nn.Module.__basicsize__ and not hasattr(kind, "__del__")
 
 
 def _is_equal(first: Any, other: Any, compare: Callable[[Any, Any], bool] | None = None) -> bool:
@@ -76,6 +81,8 @@ def _is_tensor_alike(first: Tensor | None, other: Tensor | None) -> bool:
     if first is None or other is None:
         return first is other
     if type(first) is not type(other) or type(first) not in (Tensor, nn.Parameter):
+        return False
+    if first.requires_grad and type(first) is Tensor:  # a copy of it has no gradient function
         return False
     return not _own_attributes(first) and not _own_attributes(other) and _kind_of(first) == _kind_of(other)
 

@@ -76,11 +76,12 @@ def stand_in_for(tx: Any, container: Any) -> tuple[StandIn, VariableTracker] | N
 
 
 def is_module_list(container: Any) -> bool:
-    """Whether `container` is a ModuleList that is indexed and iterated as nn.ModuleList is."""
+    """Whether `container` is a ModuleList that is indexed and iterated as nn.ModuleList is, in the same order."""
     if not isinstance(container, UnspecializedNNModuleVariable) or not isinstance(container.value, nn.ModuleList):
         return False
     names = ("__getitem__", "__iter__", "__len__", "__getattr__", "__getattribute__")
-    return all(getattr(type(container.value), name) is getattr(nn.ModuleList, name) for name in names)
+    is_as_usual = all(getattr(type(container.value), name) is getattr(nn.ModuleList, name) for name in names)
+    return is_as_usual and list(container.value._modules) == [str(place) for place in range(len(container.value))]
 
 
 def length_of(container: Any) -> int:

@@ -16,7 +16,6 @@ import torch
 from torch import fx
 
 from fx_passes.accumulation import closure
-from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.batched.rows import PAIRS, Total
 from fx_passes.batched.walk import Walk
 from fx_passes.body import PerExpert, SlotGathered, Value
@@ -113,7 +112,7 @@ def _chosen(tables: list[SlotGathered], found: Mixture) -> fx.Node:
         raise Rejected(
             "weights_are_zero_outside_the_top_k", found.total, "every expert may count for every token: it stays dense"
         )
-    if not ids_are_distinct(chosen) or any(writers_of(storage_of(chosen))):
+    if not ids_are_distinct(chosen):
         raise Rejected("repeated_ids_are_counted", found.total, "the ids of a token may repeat")
     if any(not same_size(known_tensor(p.parameters[0]).shape[0], found.num_experts) for p in _parameters(found)):
         raise Rejected("every_expert_is_covered", found.total, "weights of another number of experts")

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.dense.columns import Weights
 from fx_passes.dense.stacks import summed_stacks
 from fx_passes.dense.sums import Mixture, weighted_sums
@@ -79,7 +78,7 @@ def _chosen(found: Mixture) -> fx.Node:
         raise Rejected(
             "weights_are_zero_outside_the_top_k", found.result, "every expert may count for every token: it stays dense"
         )
-    if not ids_are_distinct(chosen) or any(writers_of(storage_of(chosen))):
+    if not ids_are_distinct(chosen):
         raise Rejected("repeated_ids_are_counted", found.result, "the ids of a token may repeat")
     return chosen
 

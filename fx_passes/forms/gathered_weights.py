@@ -10,7 +10,8 @@ or flat, as `batched_mm` of transformers 5:
     y = torch.bmm(down[ids.reshape(-1)], activation(h).unsqueeze(-1)).squeeze(-1)
     out = (y * weights.reshape(-1, 1)).view(T, K, D).sum(1)
 
-Biases are gathered in the same way. Ids that were clamped are routed as they were clamped.
+Biases are gathered in the same way. Ids that were clamped are routed as they were clamped, and negative ones count from
+the end, as in Python.
 """
 
 from collections.abc import Iterator
@@ -25,13 +26,14 @@ from fx_passes.batched.rows import SLOTS, Total
 from fx_passes.batched.walk import Walk
 from fx_passes.body import PerExpert, Value
 from fx_passes.forms.rounding import with_cast
+from fx_passes.ids import are_nonnegative
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.views import views_of
 
 NAME = "gathered_weights"
 
-INDEXED = "ids outside 0..E-1 give zeros where indexing raises or counts from the end"
+INDEXED = "ids outside -E..E-1 give zeros where indexing raises"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def match(found: Picks) -> MoERegion:
         output=known_tensor(result),
         writes=frozenset(walk.writes),
         deviations=() if op_name(found.ids) in ("clamp", "clip") else (INDEXED,),
+        counts_from_the_end=not are_nonnegative(found.ids),
     )
 
 

@@ -10,7 +10,7 @@ from tests.backend.harness import assert_same, compile_ours, fresh_dynamo, graph
 from tests.near_misses.common import Loop, hits
 from tests.zoo import hidden_states
 from tests.zoo.case import Case
-from tests.zoo.common import E, SwiGLU
+from tests.zoo.common import D, E, SwiGLU
 from tests.zoo.stacked import StackedBlock, StackedRange
 
 unrolled: list[object] = []
@@ -293,6 +293,41 @@ class SharesConfig(Plain):
         return super().begin(hidden_states)
 
 
+class InSlot(SwiGLU):
+    """A factor that is not among the attributes that `vars` shows."""
+
+    __slots__ = ("factor",)
+
+    def forward(self, x):
+        try:
+            return super().forward(x) * self.factor
+        except AttributeError:
+            return super().forward(x)
+
+
+class HasSlots(Plain):
+    def __init__(self):
+        super().__init__(expert=InSlot)
+        for e, expert in enumerate(self.experts):
+            expert.factor = 1.0 + e
+
+
+class Recorded(SwiGLU):
+    """A buffer that requires a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(D, requires_grad=True))
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self.factor.requires_grad else 1) * self.factor
+
+
+class RecordsBuffer(Plain):
+    def __init__(self):
+        super().__init__(expert=Recorded)
+
+
 def with_changed(change, block=Plain):
     def make():
         module = block()
@@ -323,6 +358,11 @@ def number_each(experts):
         expert.factor = float(e)
 
 
+def reorder(experts):
+    """The first by its number comes last in a loop over the list."""
+    experts._modules["0"] = experts._modules.pop("0")
+
+
 def freeze_one(experts):
     experts[2].requires_grad_(False)
 
@@ -343,12 +383,15 @@ CASES = {
             *(BranchesOnNumber, LooksNumberUp, ScalesByNumber, NamesAttribute, LooksInDict, FormatsNumber),
             *(ComparesIdentity, SearchesModule, ComparesParameter, AsksForId, AppendsNumber),
             *(CountsCalls, CountsInBuffer, WritesParameter, Penalised, KeepsLast, Iterated),
-            *(AsksForConstant, SharesConfig),
+            *(AsksForConstant, SharesConfig, HasSlots, RecordsBuffer),
         )
     },
     "AsksForGradient": with_changed(give_gradient, AsksForGradient),
     "UsesFactor": with_changed(number_each, UsesFactor),
-    **{change.__name__: with_changed(change) for change in (tie, tie_to_first, hook, other_activation, freeze_one)},
+    **{
+        change.__name__: with_changed(change)
+        for change in (tie, tie_to_first, hook, other_activation, freeze_one, reorder)
+    },
 }
 
 

@@ -31,6 +31,20 @@ class ClampedIdsCounted(Loop):
         return out
 
 
+class MadeEqualThenCopied(Loop):
+    """Ids that were made equal in place, and a copy of them."""
+
+    def forward(self, hidden_states):
+        x, _, weights, _, out = self.begin(hidden_states)
+        ids = self.gate(x).detach().topk(self.top_k, dim=-1).indices
+        ids[:, 1] = ids[:, 0]
+        ids = ids.clone()
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            out[tokens] += self.experts[e](x[tokens]) * weights[tokens, slots, None]
+        return out
+
+
 class ModuloIds(Loop):
     def forward(self, hidden_states):
         x, ids, weights, _, out = self.begin(hidden_states)
@@ -273,6 +287,7 @@ class SoftmaxOverTokens(Loop):
 MISSES = (
     NearMiss("range_clamped_ids", "repeated_ids_are_counted", ClampedIds),
     NearMiss("range_clamped_ids_counted", "repeated_ids_are_counted", ClampedIdsCounted, may_rewrite=True),
+    NearMiss("range_made_equal_then_copied", "repeated_ids_are_counted", MadeEqualThenCopied),
     NearMiss("range_modulo_ids", "repeated_ids_are_counted", ModuloIds),
     NearMiss("hit_modulo_ids", "repeated_ids_are_counted", ModuloIdsHit),
     NearMiss("range_hash_routed", "repeated_ids_are_counted", HashRouted),

@@ -32,6 +32,13 @@ class EinsumExperts(nn.Module):
         return self.add_up(self.down(self.up(x, ids), ids), weights)
 
 
+class ExpertsFromTheEnd(EinsumExperts):
+    """-1 is the last expert."""
+
+    def forward(self, x, ids, weights):
+        return super().forward(x, ids - 1, weights)
+
+
 class ClampedExperts(EinsumExperts):
     """One product for gate and up, interleaved, with biases; the one of `down` is added in place."""
 
@@ -112,6 +119,7 @@ class BatchedExperts(nn.Module):
 
 CASES = (
     Case("gathered_einsum", lambda: SortedBlock(EinsumExperts)),
+    Case("gathered_from_the_end", lambda: SortedBlock(ExpertsFromTheEnd)),
     Case("gathered_clamped", lambda: SortedBlock(ClampedExperts), activation="clamped_swiglu"),
     Case("gathered_matmul", lambda: SortedBlock(MatmulExperts), activation="gelu"),
     Case("gathered_norm", lambda: SortedBlock(NormedExperts), activation="any", op="parallel_linear"),
