@@ -61,6 +61,21 @@ class OtherName(WithIdentityExperts):
         return out + view.view_as(out)
 
 
+class NamedResult(WithIdentityExperts):
+    """What the last addition of an expert with parameters returned, which is the output, is read after the loop."""
+
+    def forward(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, num_classes=2 * E).permute(2, 1, 0)
+        for e in range(2 * E):
+            tokens, slots = torch.where(mask[e].t())
+            y = x[tokens] if e >= E else self.expert(x[tokens], e)
+            added = out.index_add_(0, tokens, y * weights[tokens, slots, None])
+            if e == E - 1:
+                other = added
+        return out + other
+
+
 class InvariantIsRead(StackedLoop):
     """What each iteration computes from the parameters alone is read after the loop."""
 
@@ -162,6 +177,7 @@ MISSES = (
     NearMiss("hit_free_output_kept", "loop_changes_no_python_state", block(OutputRead0)),
     NearMiss("hit_free_first", "bodies_are_isomorphic", block(IdentityFirst)),
     NearMiss("range_free_other_name", "accumulator_is_not_read_inside", block(OtherName)),
+    NearMiss("range_free_named_result", "bodies_are_isomorphic", block(NamedResult)),
     NearMiss("hit_invariant_is_read", FORM, InvariantIsRead),
     NearMiss("hit_invariant_is_random", FORM, InvariantIsRandom),
     NearMiss("hit_invariant_is_written", FORM, InvariantIsWritten),
