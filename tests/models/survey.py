@@ -18,6 +18,7 @@ import json
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,23 +50,31 @@ AOT, NO_AOT = "counting_runs_of_aot_eager", "counting_runs_of_eager"
 IMPLEMENTATIONS = {"eager": "eager", "default": None, "grouped_mm": "grouped_mm", "batched_mm": "batched_mm"}
 
 
-regions_run: list[int] = []
+layers_run: list[float] = []
 
 
 def counting_runs(inner: str) -> Callable[..., Any]:
-    """The harness's `inner` backend, which also notes, whenever a graph runs, how many regions it holds."""
+    """The harness's `inner` backend, which also notes, whenever a graph runs, how many rewritten layers it holds."""
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        regions = sum(node.target is torch.ops.scatter_moe.route.default for node in gm.graph.nodes)
+        layers = rewritten_layers(gm.graph)
         compiled = lookup_backend(inner)(gm, example_inputs)
 
         def run(*args: Any) -> Any:
-            regions_run.append(regions)
+            layers_run.append(layers)
             return compiled(*args)
 
         return run
 
     return backend
+
+
+def rewritten_layers(graph: torch.fx.Graph) -> float:
+    """A layer has one `mlp` or `combine`; two products that were rewritten apart have but a `route` each."""
+    ops = torch.ops.scatter_moe
+    found = Counter(node.target for node in graph.nodes)
+    whole = found[ops.mlp.default] + found[ops.combine.default]
+    return whole + (found[ops.route.default] - whole) / 2
 
 
 register_backend(counting_runs("counting_aot_eager"), name=AOT)
@@ -76,8 +85,8 @@ register_backend(counting_runs("counting_eager"), name=NO_AOT)
 class Row:
     """What became of one architecture with one implementation of its experts.
 
-    `classes` are those of the blocks that ran, `layers` how many regions they hold, `rewritten` how many of them ran as
-    operators of ours: one compiled graph may serve several layers. `compared_in` names the dtypes that
+    `classes` are those of the blocks that ran, `layers` is their number, `rewritten` how many of them ran as operators
+    of ours: one compiled graph may serve several layers. `compared_in` names the dtypes that
     it took: "float32", or "float32, float64".
     """
 
@@ -105,11 +114,11 @@ def survey(architecture: Architecture, experts: str) -> Row:
     try:
         eager, blocks = step_of_eager(architecture)
         row["classes"] = tuple(sorted({type(block).__name__ for block in blocks}))
-        row["layers"] = sum(map(regions_in, blocks))
+        row["layers"] = sum(map(layers_in, blocks))
         row["twin_graphs"], inner = graphs_of_twin(architecture)
         with collecting() as report:
             ours = step_of_ours(architecture, experts, inner)
-        row |= {"rewritten": sum(regions_run), "graphs": len(graphs)}
+        row |= {"rewritten": int(sum(layers_run)), "graphs": len(graphs)}
         row["reason"] = "; ".join(f"{r.rule}: {r.detail}" for r in report.rejections[:1])
         row["compared_in"] = compare(ours, eager, lambda: in_float64(architecture, experts, inner))
         row["equal"] = True
@@ -118,13 +127,9 @@ def survey(architecture: Architecture, experts: str) -> Row:
     return Row(**row)
 
 
-def regions_in(block: nn.Module) -> int:
-    """How many regions there are in a block.
-
-    Two where rows are grouped outside of its two products, and where some experts have parameters and others have none.
-    """
-    experts = getattr(block, "experts", None)
-    return 2 if hasattr(block, "input_linear") or getattr(experts, "zero_expert_num", 0) else 1
+def layers_in(block: nn.Module) -> int:
+    """One, and another of its experts without parameters."""
+    return 1 + bool(getattr(getattr(block, "experts", None), "zero_expert_num", 0))
 
 
 def step_of_eager(architecture: Architecture, dtype: torch.dtype = torch.float32) -> tuple[Seen, list[nn.Module]]:
@@ -139,7 +144,7 @@ def step_of_ours(architecture: Architecture, experts: str, inner: str, dtype: to
     """A training step under our backend."""
     model = architecture.make(IMPLEMENTATIONS.get(experts)).to(dtype)
     fresh_dynamo()
-    regions_run.clear()
+    layers_run.clear()
     return observe(first_output(compile_ours(model, inner), model), model, token_ids(), grad_dtype=torch.float32)
 
 
