@@ -23,10 +23,10 @@ _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ATEN = torch.ops.aten
 _ACTIVATE_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # the last argument is written
-    "silu": lambda grad, x, out: ATEN.silu_backward(grad, x, grad_input=out),
-    "gelu": lambda grad, x, out: ATEN.gelu_backward(grad, x, grad_input=out),
-    "gelu_tanh": lambda grad, x, out: ATEN.gelu_backward(grad, x, approximate="tanh", grad_input=out),
-    "relu": lambda grad, x, out: ATEN.threshold_backward(grad, x, 0, grad_input=out),
+    "silu": lambda grad, x, out: ATEN.silu_backward.grad_input(grad, x, grad_input=out),
+    "gelu": lambda grad, x, out: ATEN.gelu_backward.grad_input(grad, x, grad_input=out),
+    "gelu_tanh": lambda grad, x, out: ATEN.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out),
+    "relu": lambda grad, x, out: ATEN.threshold_backward.grad_input(grad, x, 0, grad_input=out),
     "relu2": lambda grad, x, out: torch.mul(F.relu(x).mul_(2), grad, out=out),
 }
 
