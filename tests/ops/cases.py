@@ -273,6 +273,8 @@ CASES: Sequence[Case] = (
     Case("mlp", options=_expert("silu", "concatenated", topk_dtype=torch.float32, out_dtype=torch.float64)),
     Case("mlp", options=SILU, sizes={"T": 0}),
     Case("mlp", bias=True, options=SILU, sizes={"T": 1}),
+    Case("mlp", "duplicates", bias=True, options=SILU, sizes={"T": 1}),
+    Case("mlp", "sentinels", bias=True, options=_expert("silu", "separate", weight_on="input"), sizes={"T": 1, "K": 5}),
     Case("mlp", "only sentinels", bias=True, options=SILU),
     Case("mlp", options=SILU, sizes={"K": 4}),
     Case("mlp", options=SILU, sizes={"K": 1, "E": 1}),
