@@ -26,7 +26,7 @@ def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None]) -
 
     def call(*args):
         with torch._C._AutoDispatchBelowAutograd():
-            if nobody_watches() and check_once(*args):
+            if _is_on_cpu(args[0]) and nobody_watches() and check_once(*args):
                 return on_cpu(*args)
             return op(*args)
 
@@ -63,6 +63,12 @@ def are_plain(values: Sequence[Any]) -> bool:
         are_plain(value) if isinstance(value, list) else not isinstance(value, Tensor) or _is_plain(value)
         for value in values
     )
+
+
+def _is_on_cpu(first: Any) -> bool:
+    """Whether the first argument is: on a GPU nothing else is looked at."""
+    tensor = first[0] if isinstance(first, list) and first else first
+    return isinstance(tensor, Tensor) and tensor.is_cpu
 
 
 def _is_plain(tensor: Tensor) -> bool:

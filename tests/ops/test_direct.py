@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
 from registrations.direct import are_plain, nobody_watches
 from tests.ops.cases import OPS, SILU, Case
@@ -26,7 +27,7 @@ class Wrapped(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         cls.calls.append(func.__name__)
-        unwrapped = torch.utils._pytree.tree_map_only(cls, lambda t: t.tensor, (args, kwargs or {}))
+        unwrapped = tree_map_only(cls, lambda t: t.tensor, (args, kwargs or {}))
         return return_and_correct_aliasing(func, args, kwargs or {}, func(*unwrapped[0], **unwrapped[1]))
 
 
