@@ -129,7 +129,9 @@ def survey(architecture: Architecture, experts: str) -> Row:
 
 def layers_in(block: nn.Module) -> int:
     """One, and another of its experts without parameters."""
-    return 1 + bool(getattr(getattr(block, "experts", None), "zero_expert_num", 0))
+    experts = getattr(block, "experts", None)
+    has_identities = isinstance(experts, nn.ModuleList) and any(isinstance(expert, nn.Identity) for expert in experts)
+    return 1 + bool(has_identities or getattr(experts, "zero_expert_num", 0))
 
 
 def step_of_eager(architecture: Architecture, dtype: torch.dtype = torch.float32) -> tuple[Seen, list[nn.Module]]:

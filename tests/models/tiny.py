@@ -38,6 +38,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
 
 SPARSE = ["sparse", "sparse"]
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
+MROPE_BEFORE_5 = {"rope_scaling": {"rope_type": "default", "mrope_section": [3, 3, 2]}} if BEFORE_5 else {}
 FOUR_LAYERS = {"num_hidden_layers": 4}  # the smallest with every kind of layer
 
 # What an architecture needs beyond sizes: defaults that are None, or that don't go with small sizes.
@@ -92,6 +93,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe": FOUR_LAYERS,
     "qwen3_next": FOUR_LAYERS,
+    "qwen3_omni_moe": MROPE_BEFORE_5,
+    "qwen3_vl_moe": MROPE_BEFORE_5,
     "qwen4_exp": FOUR_LAYERS
     | {
         "indexer_n_heads": 2,
