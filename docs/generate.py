@@ -26,7 +26,7 @@ import torch
 import registrations
 from benchmarks import exchange_model
 from benchmarks.shapes import SHAPES
-from docs import closeness, gallery, parts, pictures, transformers_survey
+from docs import closeness, compile_time, gallery, parts, pictures, transformers_survey
 from fx_passes.forms import FORMS
 from scatter_ops import reference
 
@@ -139,6 +139,7 @@ def performance_page() -> Page:
     text = between_markers(path.read_text(), "environments", "\n".join(map(_models_caption, last_runs_of_models())))
     runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
     text = between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs)
+    text = between_markers(text, "compile_time", compile_time.tables())
     return Page(path, between_markers(text, "mixture_of_attention", attention_table()))
 
 
@@ -240,6 +241,7 @@ def charts() -> list[Page]:
         "attention_forward": pictures.mixture_of_attention("forward_ratio", "Forward, ratio to dense attention"),
         "attention_step": pictures.mixture_of_attention("step_ratio", "Training step, ratio to dense attention"),
         "layer_step": pictures.training_steps("step_ratio", "Training step, ratio to dense products"),
+        "compile_time": pictures.compile_time(),
         "exchanges": pictures.exchanges(),
         "parallel_models": pictures.parallel_models(),
     }

@@ -8,6 +8,8 @@ from pathlib import Path
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 WIDTH, LABELS, VALUES, BAR, GAP, TOP = 760, 210, 110, 18, 8, 44
 OURS, OTHERS = "#1565c0", "#90a4ae"
+OUR_KINDS = ("stacked", "modules")
+"""Ways of writing experts in `benchmarks/compile_time.py` that are rewritten; the rest is there to compare."""
 
 
 def models(value: str, unit: str, title: str) -> str:
@@ -66,6 +68,17 @@ def parallel_models() -> str:
     rows = records("parallel_models")[-1]["rows"]
     bars = [(row["layout"], row["tokens_per_s_per_gpu"], "EP" in row["layout"]) for row in rows]
     return chart("Qwen3-MoE on two GPUs, training step, for each GPU", "tokens/s", bars, "{:,.0f}")
+
+
+def compile_time() -> str:
+    """The last run over several numbers of experts: the first training step."""
+    runs = [record["rows"] for record in records("compile_time")]
+    rows = [rows for rows in runs if len({row["experts"] for row in rows}) > 1][-1]
+    bars = [
+        (f"{row['layers']} layers, E = {row['experts']}: {row['kind']}", row["cpu_seconds"], row["kind"] in OUR_KINDS)
+        for row in rows
+    ]
+    return chart("First training step, compilation included", "CPU s", bars, "{:.2f}")
 
 
 def chart(title: str, unit: str, bars: Sequence[tuple[str, float, bool]], format_: str) -> str:
