@@ -22,7 +22,8 @@ such interface, with the code that it has (`own`). Written by `python -m docs.tr
 **rewritten**: layers that ran as operators of this package, of those that ran: a text does not need all of some models.
 **graphs**: of the whole step, and in brackets of its twin, which has a trivial function or a dense layer for experts.
 **equal**: the dtypes in which outputs and all gradients are those of eager: float32, to 2e-5 of each tensor's largest
-value, and also float64, to 1e-12, where eager's own float32 run is further from the float64 one than that."""
+value, and also float64, to 1e-12, where eager's own float32 run is further from the float64 one than that. What is zero
+but for rounding, as the gradient of a key's bias, must be that here, too."""
 
 Row = dict[str, Any]
 

@@ -46,6 +46,7 @@ from tests.numerics import assert_exact
 from tests.processes import Finished, run_all
 
 OWN = "own"
+NOISE = 1e-6  # float64's rounding is 2e-9 of float32's
 AOT, NO_AOT = "counting_runs_of_aot_eager", "counting_runs_of_eager"
 IMPLEMENTATIONS = {"eager": "eager", "default": None, "grouped_mm": "grouped_mm", "batched_mm": "batched_mm"}
 
@@ -183,10 +184,18 @@ def compare(ours: Seen, eager: Seen, in_float64: Callable[[], tuple[Seen, Seen]]
         return "float32"
     ours_exact, exact = in_float64()
     amplified = differing(eager, exact)
-    in_doubt = [difference for name, difference in differences.items() if name not in amplified]
-    for difference in (*in_doubt, *differing(ours_exact, exact).values()):
-        raise difference
+    noise = {name for name in _named(exact) if all(is_noise(eager, run, name) for run in (exact, ours_exact))}
+    in_doubt = {name: difference for name, difference in differences.items() if name not in amplified}
+    for name, difference in (in_doubt | differing(ours_exact, exact)).items():
+        if name not in noise:
+            raise difference
     return "float32, float64"
+
+
+def is_noise(in_float32: Seen, in_float64: Seen, name: str) -> bool:
+    """Whether a tensor is zero but for rounding (the gradient of a key's bias): it shrinks with the precision."""
+    narrow, wide = (_named(run)[name] for run in (in_float32, in_float64))
+    return narrow is not None and wide is not None and bool(wide.abs().max() <= NOISE * narrow.abs().max())
 
 
 def differing(given: Seen, expected: Seen) -> dict[str, AssertionError]:

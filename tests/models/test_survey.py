@@ -42,6 +42,15 @@ def test_a_difference_in_float64():
         compare(in_float32(OFF), in_float32(-OFF), in_float64(SLIGHTLY))
 
 
+def test_rounding_of_zero_is_not_compared():
+    ours, eager, wide, wide_too = (seen(size * EXACT) for size in (1e-8, -1e-8, 1e-16, -1e-16))
+    for run in (ours, eager):
+        run.outputs[0] = run.outputs[0].float()
+    assert compare(ours, eager, lambda: (wide, wide_too)) == "float32, float64"
+    with pytest.raises(AssertionError, match="output 0"):
+        compare(ours, eager, lambda: (seen(1e-8 * EXACT), wide_too))
+
+
 def test_another_dtype():
     with pytest.raises(AssertionError):
         compare(seen(EXACT), in_float32(0.0), in_float64(0.0))
