@@ -6,8 +6,9 @@ Whatever isn't known to allocate its result may return a view of its first input
 from collections.abc import Iterator
 
 from torch import fx
+from torch.fx.node import map_arg
 
-from fx_passes.ops import POINTWISE, arg, example, is_inplace, op_name, written
+from fx_passes.ops import POINTWISE, arg, example, fake_tensor, is_inplace, op_name, written
 
 _ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
     """
@@ -22,6 +23,33 @@ _ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "dou
 def allocates(node: fx.Node) -> bool:
     """Whether `node` is a tensor with memory of its own."""
     return op_name(node) in _ALLOCATES and not written(node)
+
+
+def has_own_memory(node: fx.Node) -> bool:
+    """Whether `node` allocates, or copies what an index tensor picks."""
+    if op_name(node) != "getitem":
+        return allocates(node)
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    picks = (fake_tensor(item) for item in index)
+    return fake_tensor(node) is not None and any(pick is not None and pick.dim() > 0 for pick in picks)
+
+
+def writes_before_reads(node: fx.Node) -> list[fx.Node]:
+    """What writes to `node` by its name or that of another of them, in graph order; none if anyone reads in between."""
+    names, writes = [node], []
+    for name in names:
+        writes += inplace_users(name)
+        names += inplace_users(name)
+    readers = {user for name in names for user in name.users}.difference(writes)
+    early = any(reader < write for reader in readers for write in writes)
+    return [] if early or any(_reads_beside(write, names) for write in writes) else sorted(writes)
+
+
+def _reads_beside(write: fx.Node, names: list[fx.Node]) -> bool:
+    """Whether `write` reads one of `names` in another place than that of what it writes to."""
+    operands: list[fx.Node] = []
+    map_arg((write.args[1:], write.kwargs), operands.append)
+    return not set(names).isdisjoint(operands)
 
 
 def storage_of(node: fx.Node) -> fx.Node:

@@ -242,3 +242,9 @@ def _draws_random(name: str) -> bool:
 def is_inplace(node: fx.Node) -> bool:
     """Whether `node` may write to one of its inputs."""
     return bool(written(node))
+
+
+def out_of_place(node: fx.Node) -> str:
+    """The name of what `node`, which writes to its first input, computes: "mul" for `mul_` and for `imul`."""
+    name = op_name(node) or ""
+    return name.removeprefix("i") if name in _INPLACE_OPERATORS else name.removesuffix("_")

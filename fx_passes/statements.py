@@ -62,10 +62,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Hit:
-    """The classes that occur in ids, ascending, each once: `nonzero()` of a hit mask."""
+    """The classes that occur in ids, ascending, each once: `nonzero()` of a hit mask, or a tuple of that alone."""
 
     ids: fx.Node
     num_classes: int
+    as_tuple: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.aliasing import allocates, inplace_users, is_read_before
+from fx_passes.aliasing import has_own_memory, writes_before_reads
 from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, Value, has_rows, nested_values
 from fx_passes.facts import counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
-from fx_passes.ops import fake_tensor, known_tensor, op_name
+from fx_passes.ops import POINTWISE, fake_tensor, is_inplace, known_tensor, op_name, out_of_place
 from fx_passes.parameter_views import chosen_by, viewed
 from fx_passes.simplify import simplified
 from fx_passes.statements import Mask, Rows
@@ -82,10 +82,10 @@ class Unifier:
         first = nodes[0]
         if first.target is expert_parameter and len(nodes) == 1:
             return PerExpert(first, tensors=tuple(first.args[0]))
-        if all(op_name(node) == "mul_" and isinstance(node.args[0], fx.Node) for node in nodes):
-            product = self.value(tuple(node.all_input_nodes[0] for node in nodes))
+        if all(map(is_inplace, nodes)):
+            written = self.value(tuple(node.all_input_nodes[0] for node in nodes))
             if self.writes.issuperset(nodes):
-                return product
+                return written
         gathered = self._gathered(nodes)
         if gathered is not None:
             return gathered
@@ -106,17 +106,22 @@ class Unifier:
         return self._operation(nodes)
 
     def _written(self, nodes: tuple[fx.Node, ...], value: Value) -> Value:
-        """`value` once each of the experts has multiplied it in place, before anybody reads it."""
-        writes = [inplace_users(node) for node in nodes]
-        products = tuple(own[0] for own in writes if len(own) == 1 and op_name(own[0]) == "mul_")
-        fresh = isinstance(value, Op) and len(products) == len(nodes) and all(map(allocates, nodes))
-        if not fresh or any(is_read_before(node, own) for node, own in zip(nodes, writes, strict=True)):
+        """`value` once each expert has written to it, where nobody else reads it before: `h *= a; h.relu_()`."""
+        writes = [writes_before_reads(node) if has_own_memory(node) else [] for node in nodes]
+        if not writes[0] or any(len(own) != len(writes[0]) for own in writes):
             return value
-        factor = self._structure(tuple(product.args[1] for product in products), products[0])
-        written = Op("mul", products[0], (value, factor), {}, has_rows=True)
-        self.writes.update(products)
-        self.values.append(written)
-        return written
+        names = [(write.op, write.target, out_of_place(write)) for write in writes[0]]
+        if any([(write.op, write.target, out_of_place(write)) for write in own] != names for own in writes):
+            return value
+        if any(name not in POINTWISE for _, _, name in names) or any("out" in write.kwargs for write in writes[0]):
+            return value
+        for same, (_, _, name) in zip(zip(*writes, strict=True), names, strict=True):
+            operands = self._structure(tuple(write.args[1:] for write in same), same[0])
+            options = self._structure(tuple(dict(write.kwargs) for write in same), same[0])
+            value = Op(str(name), same[0], (value, *operands), options, has_rows=True)
+            self.writes.update(same)
+            self.values.append(value)
+        return value
 
     def _one_an_expert(self, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
         """Parameters by expert; an expert that has a copy for each slot must use the same one in all of them."""

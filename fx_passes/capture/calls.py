@@ -8,7 +8,7 @@ from torch import fx
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 
-from fx_passes.capture import counts, expert_numbers, index_list, segments
+from fx_passes.capture import counts, expert_numbers, index_list, loops, segments
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -46,11 +46,16 @@ def _method(name: str, capture: Any, tx: Any, owner: VariableTracker, args: Any,
 
 def _enumerate(capture: Any, tx: Any, fn: Any, array: VariableTracker, kwargs: Any) -> VariableTracker | None:
     """`for e, n in enumerate(counts.numpy()):`"""
-    following = [instruction.opname for instruction in tx.instructions[tx.instruction_pointer :][:2]]
-    if following != ["GET_ITER", "FOR_ITER"]:
-        return None
-    numbers = counts.iterate(capture, tx, array, tx.instructions[tx.instruction_pointer + 1])
+    header = _header_of_loop_over_result(tx)
+    numbers = counts.iterate(capture, tx, array, header) if header is not None else None
     return fn.call_function(tx, [numbers], kwargs) if numbers is not None else None
+
+
+def _header_of_loop_over_result(tx: Any) -> Any | None:
+    """The header of the loop that runs over what is called now."""
+    following = tx.instructions[tx.instruction_pointer :][:2]
+    opnames = [instruction.opname for instruction in following]
+    return following[1] if opnames == ["GET_ITER", "FOR_ITER"] else None
 
 
 def _python_callable(fn: VariableTracker) -> Any:
@@ -62,7 +67,9 @@ def _python_callable(fn: VariableTracker) -> Any:
 def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:
     if args or kwargs:
         return None
-    return index_list.read(capture, tx, tensor) or counts.read(capture, tx, tensor)
+    header = _header_of_loop_over_result(tx)
+    numbers = loops.iterate(capture, tx, tensor, header) if header is not None else None
+    return numbers or index_list.read(capture, tx, tensor) or counts.read(capture, tx, tensor)
 
 
 def _integer(capture: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker | None:

@@ -32,6 +32,17 @@ def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
     return False
 
 
+def unpack(_capture: Any, tx: Any, instruction: Any) -> bool:
+    """`for (e,) in hit:`"""
+    container = tx.stack[-1].realize()
+    expert = expert_of_variable(container)
+    if expert is not None and rank_of(container) == 1 and instruction.arg == 1:
+        item = wrap_fx_proxy(tx, container.as_proxy()[0])
+        mark_expert(item.as_proxy().node, expert)
+        tx.stack[-1] = TupleVariable([item])
+    return False
+
+
 def _by_expert(capture: Any, tx: Any, container: Any, index: Any, expert: Expert) -> bool:
     if not capture.is_in_iteration_of(expert):
         return False

@@ -5,6 +5,7 @@ from typing import Any
 from torch import fx
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
@@ -13,7 +14,7 @@ from fx_passes.capture.events import Guard, Scope, events_of
 from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.stand_in import replace_parameters
-from fx_passes.capture.variables import expert_of_variable, has_open_length
+from fx_passes.capture.variables import expert_of_variable, has_open_length, rank_of
 from fx_passes.facts import fact
 from fx_passes.ids import classes_that_occur
 from fx_passes.markers import current_expert, mark_expert
@@ -33,7 +34,7 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     if numbers is not None or not isinstance(hit, TensorVariable) or not has_open_length(hit):
         return False
     classes = fact(hit.as_proxy().node)
-    if not isinstance(classes, Hit) or header.opname != "FOR_ITER":
+    if not isinstance(classes, Hit) or classes.as_tuple or header.opname != "FOR_ITER":
         detail = "the loop runs over a tensor that is not known to list the experts with a token"
         capture.reject(tx, "loop_is_over_the_hit_experts", detail)
         return False
@@ -48,6 +49,23 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
     capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes.ids))
     return False
+
+
+def iterate(capture: Any, tx: Any, hit: TensorVariable, header: Any) -> VariableTracker | None:
+    """`for e in hit.tolist():` with the loop header `header`: the numbers of all experts.
+
+    Iterations may be missing: they belong to experts without tokens.
+    """
+    classes = fact(hit.as_proxy().node)
+    if not isinstance(classes, Hit) or classes.as_tuple or rank_of(hit) != 1:
+        return None
+    event = capture.event(tx, "hit loop")
+    if capture.is_denied(event):
+        return None
+    numbers = range(classes_that_occur(classes.ids, classes.num_classes))
+    scope = Scope(event, tx, header, len(tx.stack), None, loop_over=classes.ids, experts=iter(numbers))
+    capture.scopes.append(scope)
+    return ListVariable(list(map(ConstantVariable.create, numbers)), mutation_type=ValueMutationNew())
 
 
 def _iteration_expert(capture: Any, tx: Any, hit: TensorVariable, expert: int | None) -> VariableTracker:

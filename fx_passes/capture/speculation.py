@@ -56,6 +56,7 @@ _HANDLERS: dict[str, Handler] = {
     "BUILD_SLICE": counts.build_slice,
     "STORE_SUBSCR": _store_subscript,
     "STORE_SLICE": segments.store_slice,
+    "UNPACK_SEQUENCE": indexing.unpack,
     "FORMAT_VALUE": expert_numbers.format_value,
     "FORMAT_SIMPLE": expert_numbers.format_value,
 }

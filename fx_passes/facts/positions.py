@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from fx_passes.facts.masks import by_token, squeeze
+from fx_passes.ids import ids_dims, num_columns
 from fx_passes.ops import arg, fake_tensor, op_name, same_size
 from fx_passes.statements import Counts, Fact, Hit, Kept, Listed, ListedMask, Mask, OneHot, Rows, Selection, SlotOf
 
@@ -17,7 +18,7 @@ from fx_passes.statements import Counts, Fact, Hit, Kept, Listed, ListedMask, Ma
 def _nonzero(node: fx.Node, inner: Fact | None) -> Fact | None:
     as_tuple = bool(node.kwargs.get("as_tuple", False))
     if isinstance(inner, Counts) and (inner.positive or inner.may_be_hits):
-        return Hit(inner.ids, inner.num_classes) if not as_tuple else None
+        return Hit(inner.ids, inner.num_classes, as_tuple)
     if isinstance(inner, OneHot):
         return Listed(inner) if as_tuple and not inner.reduced else None
     return Selection(inner, as_tuple) if isinstance(inner, Mask) else None
@@ -35,7 +36,16 @@ def _where(node: fx.Node, inner: Fact | None) -> Fact | None:
         return None
     if isinstance(inner, OneHot):
         return Listed(inner) if not inner.reduced else None
+    if isinstance(inner, Counts):
+        return Hit(inner.ids, inner.num_classes, as_tuple=True) if inner.positive else None
     return Selection(inner, as_tuple=True) if isinstance(inner, Mask) else None
+
+
+def _unique(node: fx.Node, _inner: Fact | None) -> Fact | None:
+    """`ids.unique()`: the classes that occur, ascending."""
+    ids = node.args[0]
+    classes = num_columns(ids) if isinstance(ids, fx.Node) and ids_dims(ids) is not None else None
+    return Hit(ids, classes) if classes is not None and len(node.args) == 1 and not node.kwargs else None
 
 
 def _flatten(node: fx.Node, inner: Fact | None) -> Fact | None:
@@ -47,7 +57,7 @@ def _flatten(node: fx.Node, inner: Fact | None) -> Fact | None:
         return squeeze(node, inner) if op_name(node) == "squeeze" else None
     if isinstance(inner, Selection) and not inner.as_tuple and inner.mask.dims in (("T",), ("N",)):
         return Rows(inner.mask, inner.mask.dims[0])
-    if isinstance(inner, Hit):
+    if isinstance(inner, Hit) and not inner.as_tuple:
         return inner
     return squeeze(node, inner) if op_name(node) == "squeeze" else None
 
@@ -77,6 +87,13 @@ def _detach(node: fx.Node, inner: Fact | None) -> Fact | None:
     return inner if isinstance(inner, (Hit, Rows)) else None
 
 
+def index_hits(hit: Hit, index: Any) -> Fact | None:
+    """`hit[:]`, `hit[:, 0]`, and the one tensor of a tuple."""
+    if hit.as_tuple:
+        return replace(hit, as_tuple=False) if index == 0 else None
+    return hit if index in (slice(None), (slice(None), 0)) else None
+
+
 def column(selection: Selection, index: Any) -> Fact | None:
     if not selection.as_tuple:
         if not (isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)):
@@ -103,6 +120,7 @@ RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
     **dict.fromkeys("floordiv floor_divide div divide mod remainder fmod".split(), _divide),
     "nonzero": _nonzero,
     "where": _where,
+    "unique": _unique,
     "unbind": _unbind,
     "argmax": _argmax,
     "detach": _detach,

@@ -63,7 +63,7 @@ def _getitem(node: fx.Node) -> Fact | None:
     if isinstance(inner, SlotOf):
         rows = chosen_tokens(index)
         return Rows(rows, "K") if rows is not None and inner.mask.key == rows.key and rows.reduced else None
-    return inner if isinstance(inner, Hit) and index == slice(None) else None
+    return positions.index_hits(inner, index) if isinstance(inner, Hit) else None
 
 
 def _product(node: fx.Node) -> Fact | None:

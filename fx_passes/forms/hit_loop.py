@@ -7,7 +7,9 @@
         slots, tokens = torch.where(mask[e])
         out.index_add_(0, tokens, expert(x[tokens], up[e], down[e]) * weights[tokens, slots, None])
 
-It is captured as one iteration over a symbolic expert, whatever the number of experts.
+It is captured as one iteration over a symbolic expert, whatever the number of experts. The experts may be listed in
+other ways, `for (e,) in hit`, `torch.where(counts > 0)[0]`, `ids.unique()`; as numbers, `hit.flatten().tolist()`, they
+have an iteration each, and the loop is one of the form "range_loop".
 """
 
 from collections.abc import Iterator

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fx_passes.accumulation import accumulations, closure
@@ -187,6 +188,8 @@ def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node
         counts = fact(node.args[1]) if node.target is expert_segment else None
         if isinstance(counts, Counts) and counts.ids is masks[0].ids:
             starts.add(node)
+        if isinstance(known, Hit) and known.ids is masks[0].ids and _is_read_in_python(node):
+            starts.add(node)
         if node.target is current_expert:
             starts.update(_hit_list(node.args[0], masks[0].ids))
     return starts
@@ -205,6 +208,14 @@ def _is_masked_by(node: fx.Node, keys: set[tuple[fx.Node, Expert, int | None]]) 
     """Whether the mask of an expert is multiplied by something, or the like."""
     masks = [known for known in map(fact, node.all_input_nodes) if isinstance(known, Mask)]
     return fact(node) is None and any(mask.key in keys for mask in masks)
+
+
+def _is_read_in_python(hit: fx.Node) -> bool:
+    """Whether nothing in the graph but its length is made of a list of hit experts, as of one that became numbers."""
+    return all(
+        user.target is torch.ops.aten.sym_size.int or (isinstance(fact(user), Hit) and _is_read_in_python(user))
+        for user in hit.users
+    )
 
 
 def _hit_list(node: fx.Node, ids: fx.Node) -> set[fx.Node]:

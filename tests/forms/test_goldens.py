@@ -298,6 +298,35 @@ v21 = .view_as(v20, hidden_states)
 return (v21)""",
         )
 
+    def test_range_loop_of_temporaries(self):
+        self.assertExpectedInline(
+            self.golden("temporaries_residual"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = scatter_moe.route(v19, 4)
+v24 = getitem(v23, 0)
+v25 = getitem(v23, 1)
+v26 = scatter_moe.dispatch(v14, v24, v25, 2)
+v27 = imul(v26, 0.5)
+v28 = scatter_moe.parallel_linear(v27, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], v24, v25, 1, True, True, [], False)
+v29 = silu(v28, inplace=False)
+v30 = scatter_moe.parallel_linear(v27, [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], v24, v25, 1, True, True, [], False)
+v31 = mul(v29, v30)
+v32 = scatter_moe.parallel_linear(v31, [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], v24, v25, 1, True, True, [], False)
+v33 = iadd(v32, v27)
+v34 = scatter_moe.combine(v33, v22, v24, v25, 2, True, torch.float32)
+v35 = .view_as(v34, hidden_states)
+return (v35)""",
+        )
+
     def test_range_loop_plus_equals(self):
         self.assertExpectedInline(
             self.golden("plus_equals"),

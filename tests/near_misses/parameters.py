@@ -157,7 +157,7 @@ MISSES = (
     NearMiss("parameters_half_detached", "body_is_row_wise", HalfDetached),
     NearMiss("parameters_half_without_grad", "grad_mode_is_constant", HalfWithoutGrad),
     NearMiss("parameters_shifted_segments", "bodies_are_isomorphic", ShiftedSegments),
-    NearMiss("parameters_short_segments", "every_expert_is_covered", ShortSegments),
+    NearMiss("parameters_short_segments", "every_expert_is_covered", ShortSegments, may_rewrite=True),
     NearMiss("parameters_unbound_in_reverse", "bodies_are_isomorphic", UnboundInReverse, may_rewrite=True),
     NearMiss("parameters_of_two_stacks", "body_is_row_wise", TwoStacks, may_rewrite=True),
 )

@@ -19,6 +19,7 @@ from tests.zoo import (
     segments,
     sorted_slots,
     stacked,
+    temporaries,
     views,
     without_parameters,
 )
@@ -40,6 +41,7 @@ ZOO: tuple[Case, ...] = (
     *bodies.CASES,
     *parameters.CASES,
     *views.CASES,
+    *temporaries.CASES,
     *segments.CASES,
     *sorted_slots.CASES,
     *gathered.CASES,

@@ -124,6 +124,50 @@ class HitToList(Block):
         return out.view_as(hidden_states)
 
 
+class HitUnpacked(Block):
+    """`for (e,) in hit:`."""
+
+    def hits(self, counts):
+        return (counts > 0).nonzero()
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        mask = F.one_hot(ids, num_classes=self.num_experts).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for (e,) in self.hits(mask.sum(dim=(-1, -2))):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out.view_as(hidden_states)
+
+
+class HitColumn(HitUnpacked):
+    """The only column of what nonzero() lists."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        mask = F.one_hot(ids, num_classes=self.num_experts).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for e in self.hits(mask.sum(dim=(-1, -2)))[:, 0]:
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out.view_as(hidden_states)
+
+
+class HitWhere(Block):
+    """`torch.where(counts > 0)[0]`."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e in torch.where(ids.flatten().bincount(minlength=self.num_experts) > 0)[0]:
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out.view_as(hidden_states)
+
+
 class UniqueIds(Block):
     """`for e in ids.unique():`."""
 
@@ -267,8 +311,11 @@ CASES = (
     Case("plus_equals", PlusEquals),
     Case("zip_masks", ZipMasks),
     Case("hit_flatten", HitFlatten),
-    Case("hit_tolist", HitToList, must_rewrite=False),
-    Case("unique_ids", UniqueIds, must_rewrite=False),
+    Case("hit_unpacked", HitUnpacked),
+    Case("hit_column", HitColumn),
+    Case("hit_where", HitWhere),
+    Case("hit_tolist", HitToList),
+    Case("unique_ids", UniqueIds),
     Case("weight_on_input", WeightOnInput, op=None),
     Case("unweighted", Unweighted, op=None),
     Case("fp32_accumulator", Fp32Accumulator, op=None),
