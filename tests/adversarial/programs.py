@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 PREAMBLE = """\
 import itertools
+import random
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.adversarial.model import E, K, Model
+from tests.adversarial.model import E, FF, K, Model
 
 
 class Program(Model):
@@ -69,6 +70,13 @@ LOOPS = {
     "slots": Loop(
         "for k in range(ids.shape[1]):\n  for e in range(E):", "at = t = (ids[:, k] == e).nonzero().squeeze(-1)"
     ),
+    "rounds": Loop("for _ in range(E):\n  for e in range(E):", WHERE),
+    "rounds_of_hits": Loop(f"for _ in range(E):\n  {HITS}", WHERE),
+    "rows_of_all": Loop("for e in range(E):\n  for other in range(E):", WHERE),
+    "generated": Loop("for e in (number for number in range(E)):", WHERE),
+    "zipped": Loop(
+        "for e, (expert, chosen) in enumerate(zip(self.experts, mask)):", "k, t = torch.where(chosen); at = t"
+    ),
     "dense": Loop(
         "for e in range(E):",
         "t = slice(None)",
@@ -89,6 +97,8 @@ LOOPS = {
 BODIES = {
     "modules": "y = self.experts[e](x[t])",
     "matmuls": "y = F.silu(x[t] @ self.up[e]) @ self.down[e]",
+    "halves": "y = F.silu(x[t] @ self.gate_up[e][:, :FF]) @ self.down[e]",
+    "chunks": "p, q = self.gate_up[e].chunk(2, -1); y = (F.silu(x[t] @ p) * (x[t] @ q)) @ self.down[e]",
     "gated": "g, u = (x[t] @ self.gate_up[e]).chunk(2, -1); y = (F.silu(g) * u) @ self.down[e]",
     "biased": "y = F.linear(F.gelu(x[t] @ self.up[e] + self.up_bias[e]), self.down[e].t(), self.down_bias[e])",
     "normed": "y = F.layer_norm(x[t] @ self.square[e], (4,))",
@@ -108,6 +118,7 @@ MUTATIONS = {
     "neighbour": ("body", "y = y @ self.square[(e + 1) % E]"),
     "shared": ("body", "y = y @ self.square[0]"),
     "reads_output": ("body", "y = y + out[t]"),
+    "drawn": ("body", "y = y * random.random()"),
     "number": ("body", "y = y * (e + 1)"),
     "mean": ("body", "y = y - y.mean(0)"),
     "flip": ("body", "y = y.flip(0)"),
@@ -149,6 +160,7 @@ MUTATIONS = {
     "ids_modulo": ("routed", "ids = (ids + 1) % E"),
     "ids_repeated": ("routed", "ids = ids[:, :1].expand_as(ids)"),
     "ids_in_place": ("routed", "ids = ids.clone(); ids[:, -1] = ids[:, 0]"),
+    "ids_copied": ("routed", "ids = ids.detach().clone(); ids[:, -1] = ids[:, 0]; ids = ids.clone()"),
     "threshold": ("masked", "mask = mask * (w.t() > 0.3)"),
     "other_input": ("masked", "x = x.flip(0)"),
     "ones": ("masked", "out = torch.ones_like(x)"),
@@ -157,6 +169,10 @@ MUTATIONS = {
     "halves": ("masked", "last = out[:, :2]"),
     "written_after": ("after", "x.add_(1); last = x"),
     "number_after": ("after", "last = e"),
+    "last_again": (
+        "after",
+        "k, t = torch.where(mask.roll(1, 0)[e]); out = out, torch.zeros_like(x).index_add(0, t, x[t])",
+    ),
     "else": ("after", "out = out * (1.0 + len(seen))"),
 }
 
