@@ -5,6 +5,7 @@ only if that is known of the method's owner.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,10 +24,16 @@ def add_where_methods_are_called(made: Iterable[fx.Node], place: fx.Node, like: 
     if not owners:
         return
     assert isinstance(like, FakeTensor)
-    dtype = dtype_at(place, like.device.type) if cast else None
-    with like.fake_mode, torch.no_grad(), torch.autocast(like.device.type, dtype, enabled=dtype is not None):
+    with like.fake_mode, torch.no_grad(), _autocast_at(place, like.device.type, cast):
         for node in owners:
             _example_value(node)
+
+
+def _autocast_at(place: fx.Node, device_type: str, cast: bool) -> AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):  # the meta device
+        return nullcontext()
+    dtype = dtype_at(place, device_type) if cast else None
+    return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
 def _calls_method_of(user: fx.Node, node: fx.Node) -> bool:
