@@ -34,12 +34,14 @@ Or the sorted slots, of which each expert has a segment:
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
-from fx_passes.body import PerExpert
+from fx_passes.aliasing import storage_of
+from fx_passes.body import PerExpert, Shared
 from fx_passes.forms.loop import Loop, loops, mask_of, masks_of, region_of
 from fx_passes.markers import experts_of_each
-from fx_passes.ops import is_inplace
+from fx_passes.ops import fake_tensor, is_inplace
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.statements import Mask
 from fx_passes.unify import NotIsomorphic, UnknownOperation, unify
@@ -78,11 +80,13 @@ def _adds_in_place(loop: Loop) -> bool:
 
 
 def _has_no_parameters(accumulation: Accumulation) -> bool:
+    """Of one expert alone it isn't known that what it reads of a parameter is its own part."""
     try:
         body = unify([accumulation.value], [mask_of(accumulation)])
     except (NotIsomorphic, UnknownOperation):
         return False
-    return not any(body.of(PerExpert))
+    shared = (fake_tensor(storage_of(value.node)) for value in body.of(Shared))
+    return not any(body.of(PerExpert)) and not any(isinstance(tensor, torch.nn.Parameter) for tensor in shared)
 
 
 def match(loop: Loop) -> LoopRegion:
