@@ -114,7 +114,7 @@ def _reads(operand: Any, accumulator: fx.Node, index: fx.Node) -> bool:
         isinstance(operand, fx.Node)
         and op_name(operand) == "getitem"
         and operand.args[0] is accumulator
-        and (operand.args[1] is index or (fact(index) is not None and fact(operand.args[1]) == fact(index)))
+        and (operand.args[1] == index or (fact(index) is not None and fact(operand.args[1]) == fact(index)))
     )
 
 

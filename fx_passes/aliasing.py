@@ -18,6 +18,7 @@ _ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "dou
     lt le greater greater_equal argmax max min any all where histc bincount logical_and logical_or logical_not
     """.split()
 )
+_RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
 
 
 def allocates(node: fx.Node) -> bool:
@@ -50,6 +51,13 @@ def _reads_beside(write: fx.Node, names: list[fx.Node]) -> bool:
     operands: list[fx.Node] = []
     map_arg((write.args[1:], write.kwargs), operands.append)
     return not set(names).isdisjoint(operands)
+
+
+def made_by(node: fx.Node) -> fx.Node:
+    """What made the memory of which `node` is the only name in use: the zeros of `torch.zeros(...).view(...)`."""
+    while op_name(node) in _RESHAPES and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
+        node = node.args[0]
+    return node
 
 
 def storage_of(node: fx.Node) -> fx.Node:

@@ -14,7 +14,7 @@ from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Gathered, PerExpert, SlotGathered
 from fx_passes.capture import loops_of
 from fx_passes.facts import fact, selected
-from fx_passes.ids import ids_are_distinct
+from fx_passes.ids import ids_are_distinct, num_tokens
 from fx_passes.ops import draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, written
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.statements import Counts, Hit, Listed
@@ -111,9 +111,8 @@ def _largest_length(size: fx.Node) -> int | torch.SymInt | None:
     mask = selected(size.args[0])
     if mask is None:
         return None
-    ids = known_tensor(mask.ids)
     once_a_token = mask.reduced or mask.slot is not None or ids_are_distinct(mask.ids)
-    return ids.shape[0] if once_a_token else ids.numel()
+    return num_tokens(mask.ids) if once_a_token else known_tensor(mask.ids).numel()
 
 
 def no_other_loop_holds_the_region(region: MoERegion) -> None:

@@ -9,7 +9,7 @@
     x[order // K][start:end]    weights.view(-1)[order][start:end]         the same, where slots were sorted by expert
 
 Several indexing operations may follow each other: `takings` follows them from the last to a tensor from outside. T
-tokens, K experts per token, E experts, C columns, S slots in sorted order, R rows of one expert.
+tokens, K experts per token, E experts, C columns, O slots in sorted order, R rows of one expert.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,13 @@ from torch import fx
 
 from fx_passes.facts import chosen, fact
 from fx_passes.markers import expert_of, expert_segment, index_with_expert
-from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size
+from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size, same_sizes, sizes_of
 from fx_passes.slots import Order, Tokens, order_of, slot_fact
-from fx_passes.statements import Counts, Mask, Rows
+from fx_passes.statements import TOKENS_BY_BATCH, Counts, Mask, Rows, with_one_token_dim
 
 MAX_STEPS = 4
 
+_WHOLE = frozenset(("T", "N", "O", *TOKENS_BY_BATCH))
 _RESHAPES = frozenset(("view", "reshape", "flatten", "ravel"))
 _STEPS = _RESHAPES | frozenset(("select", "unsqueeze", "sum", "repeat_interleave"))
 
@@ -35,8 +36,8 @@ _STEPS = _RESHAPES | frozenset(("select", "unsqueeze", "sum", "repeat_interleave
 class Taking:
     """`source` indexed: `dims` are those of the result.
 
-    "R" rows, "C" columns, "T" all tokens, "N" all slots, "S" all slots as they were sorted, "1" one. `column`: "K"
-    where each row takes the entry of its slot, "E" that of its expert, "" where it takes all.
+    "R" rows, "C" columns, "T" (or "B", "S") all tokens, "N" all slots, "O" all slots in sorted order, "1" one.
+    `column`: "K" where each row takes the entry of its slot, "E" that of its expert, "" where it takes all.
     """
 
     source: fx.Node
@@ -53,7 +54,7 @@ def takings(node: fx.Node, mask: Mask) -> dict[int, Taking]:
         steps.insert(0, source)
         source = _operand(source)
         taking = _follow(source, steps, mask)
-        if taking is not None and taking.dims.count("R") == 1 and not {"T", "N", "S"} & set(taking.dims):
+        if taking is not None and taking.dims.count("R") == 1 and not _WHOLE & set(taking.dims):
             found[len(steps)] = taking
     return found
 
@@ -109,10 +110,17 @@ def _follow(source: Any, steps: list[fx.Node], mask: Mask) -> Taking | None:
     tensor = fake_tensor(source)
     if tensor is None or tensor.dim() == 0:
         return None
-    state: Taking | None = Taking(source, ("T", *["C"] * (tensor.dim() - 1)))
+    tokens = _dims_of_tokens(source, mask.ids)
+    state: Taking | None = Taking(source, (*tokens, *["C"] * (tensor.dim() - len(tokens))))
     for step in steps:
         state = _apply(step, state, mask) if state is not None else None
     return state
+
+
+def _dims_of_tokens(source: fx.Node, ids: fx.Node) -> tuple[str, ...]:
+    """In how many dims `source` has its tokens, if it has any."""
+    own, other = sizes_of(source), sizes_of(ids)
+    return TOKENS_BY_BATCH if len(other) == 3 and len(own) > 1 and same_sizes(own[:2], other[:2]) else ("T",)
 
 
 def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
@@ -135,14 +143,14 @@ def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
         return None
     if name == "unsqueeze":
         return replace(state, dims=(*state.dims, "1")) if arg(step, 1, "dim") in (1, -1) else None
-    return replace(state, dims=(*state.dims, "1")) if after.shape[1] == 1 and state.dims[0] in ("T", "N", "S") else None
+    return replace(state, dims=(*state.dims, "1")) if after.shape[1] == 1 and state.dims[0] in ("T", "N", "O") else None
 
 
 def _segment(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     """Rows of the expert of `mask`, of all slots in the order in which that mask has them."""
     counts = fact(step.args[1])
     same = isinstance(counts, Counts) and (counts.ids, step.args[2]) == (mask.ids, mask.expert)
-    return replace(state, dims=("R", *state.dims[1:])) if same and state.dims[0] == "S" else None
+    return replace(state, dims=("R", *state.dims[1:])) if same and state.dims[0] == "O" else None
 
 
 def _flat(after: torch.Tensor, state: Taking) -> Taking | None:
@@ -171,20 +179,19 @@ def _repeat(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
 def _sum_over_slots(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     """`(weights * (ids == e)).sum(-1)`: one value a token, that of its slot where it has but one of the expert."""
     known = next((known for _, known in _masked(step.args[0])), None)
-    if known is None or state.dims != ("T", "C") or known.dims != ("T", "K") or known.key != mask.key:
+    *tokens, last = state.dims
+    if known is None or last != "C" or known.dims != (*tokens, "K") or known.key != mask.key:
         return None
-    if (
-        arg(step, 1, "dim") not in (1, -1, (1,), (-1,), [1], [-1])
-        or not mask.reduced
-        or arg(step, 3, "dtype") is not None
-    ):
+    dim = arg(step, 1, "dim")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if dim not in (-1, len(tokens)) or not mask.reduced or arg(step, 3, "dtype") is not None:
         return None
-    return replace(state, dims=("T", "1") if arg(step, 2, "keepdim", False) else ("T",), column="K")
+    return replace(state, dims=(*tokens, "1") if arg(step, 2, "keepdim", False) else tuple(tokens), column="K")
 
 
 def _index(index: Any, state: Taking, mask: Mask) -> Taking | None:
     """`state` indexed by `index`. Items that pick stand side by side, so that rows stay where tokens were."""
-    items = list(index) if isinstance(index, tuple) else [index]
+    items = _paired(list(index)) if isinstance(index, tuple) else [index]
     used = sum(_consumes(item) for item in items)
     if Ellipsis in items:
         at = items.index(Ellipsis)
@@ -207,9 +214,17 @@ def _index(index: Any, state: Taking, mask: Mask) -> Taking | None:
     return Taking(state.source, tuple(dims), column)
 
 
+def _paired(items: list[Any]) -> list[Any]:
+    """`items`, of which the two that pick tokens by batch and sequence are one."""
+    at = next((at for at in range(len(items) - 1) if chosen(tuple(items[at : at + 2])) is not None), None)
+    return items if at is None else [*items[:at], tuple(items[at : at + 2]), *items[at + 2 :]]
+
+
 def _consumes(item: Any) -> int:
     if item is None or item is Ellipsis:
         return 0
+    if isinstance(item, tuple):
+        return len(item)
     tensor = fake_tensor(item)
     return tensor.dim() if tensor is not None and tensor.dtype == torch.bool else 1
 
@@ -223,15 +238,15 @@ def _pick(item: Any, labels: list[str], mask: Mask) -> tuple[tuple[str, ...], st
     if labels == ["C"]:
         column = _column(item, mask)
         return None if column is None else ((), column)
-    if labels in (["T"], ["N"]):
+    if labels in (["T"], ["N"], list(TOKENS_BY_BATCH)):
         rows = chosen(item)
         if rows is not None:
-            return (("R",), "") if rows[1] == labels[0] and rows[0].picks_as(mask) else None
+            return (("R",), "") if (rows[1],) == with_one_token_dim(tuple(labels)) and rows[0].picks_as(mask) else None
     order = slot_fact(item)
     if isinstance(order, (Order, Tokens)) and labels == ["T" if isinstance(order, Tokens) else "N"]:
-        return (("S",), "") if order_of(order) == Order(mask.ids, mask.sort) else None
+        return (("O",), "") if order_of(order) == Order(mask.ids, mask.sort) else None
     known = fact(item)
-    if labels == ["T", "C"] and isinstance(known, Mask) and known.dims == ("T", "K") and known.picks_as(mask):
+    if labels[-1] == "C" and isinstance(known, Mask) and known.dims == (*labels[:-1], "K") and known.picks_as(mask):
         return ("R",), "K"
     return None
 

@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
-from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, known_tensor, op_name
+from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, known_tensor, op_name, same_size
+from fx_passes.statements import TOKENS_BY_BATCH
 
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
 
@@ -16,13 +17,18 @@ def ids_dims(ids: fx.Node) -> tuple[str, ...] | None:
     value = fake_tensor(ids)
     if value is None or value.dtype not in (torch.int64, torch.int32):
         return None
-    return {1: ("T",), 2: ("T", "K")}.get(value.dim())
+    return {1: ("T",), 2: ("T", "K"), 3: (*TOKENS_BY_BATCH, "K")}.get(value.dim())
 
 
 def is_single_choice(ids: fx.Node) -> bool:
     """Whether a token has one expert at most."""
     value = fake_tensor(ids)
-    return value is not None and (value.dim() == 1 or value.shape[1] == 1)
+    return value is not None and (value.dim() == 1 or same_size(value.shape[-1], 1))
+
+
+def num_tokens(ids: fx.Node) -> int | torch.SymInt:
+    tensor = known_tensor(ids)
+    return tensor.numel() // tensor.shape[-1] if tensor.dim() == 3 else tensor.shape[0]
 
 
 def ids_are_distinct(node: fx.Node) -> bool:

@@ -3,12 +3,13 @@
 T tokens, K experts per token, E experts.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from fx_passes.aliasing import allocates
+from fx_passes.aliasing import allocates, made_by
 from fx_passes.capture import Guard, guards_of
 from fx_passes.facts import chosen
 from fx_passes.ids import ids_are_distinct, is_single_choice
@@ -38,11 +39,11 @@ def _is_flat(region: LoopRegion) -> bool:
 
 def accumulator_starts_as_zeros(region: LoopRegion) -> None:
     """Where rows are assigned, it may start as any tensor of its own: tokens without an expert keep its rows."""
-    start = region.accumulator
+    start = made_by(region.accumulator)
     if start.kwargs.get("requires_grad", False):
         raise Rejected("accumulator_starts_as_zeros", start, "the output is a leaf that requires gradients")
-    if not is_contiguous_matrix(fake_tensor(start)):
-        raise Rejected("accumulator_starts_as_zeros", start, "the output is not a contiguous matrix")
+    if not is_contiguous(fake_tensor(region.accumulator), region.token_dims + 1):
+        raise Rejected("accumulator_starts_as_zeros", start, "the output is not contiguous, or has other dims")
     if region.base is not None and allocates(start):
         return
     allowed = ZEROS | EMPTY if all(found.assigns for found in region.accumulations) else ZEROS
@@ -50,10 +51,11 @@ def accumulator_starts_as_zeros(region: LoopRegion) -> None:
         raise Rejected("accumulator_starts_as_zeros", start, "the loop does not add to fresh zeros")
 
 
-def is_contiguous_matrix(tensor: torch.Tensor | None) -> bool:
-    if tensor is None or tensor.dim() != 2:
+def is_contiguous(tensor: torch.Tensor | None, dims: int) -> bool:
+    if tensor is None or tensor.dim() != dims:
         return False
-    return all(map(same_size, tensor.stride(), (tensor.shape[1], 1)))
+    strides = [math.prod(tensor.shape[dim + 1 :]) for dim in range(dims)]
+    return all(map(same_size, tensor.stride(), strides))
 
 
 def accumulator_is_not_read_inside(region: LoopRegion) -> None:

@@ -68,10 +68,7 @@ def router_weight(value: Any) -> SlotGathered | None:
     """`weights[tokens, slots, None]`, where the factor is one value a row."""
     while isinstance(value, Op) and (_is_column(value) or _is_cast_of_slots(value)):
         value = value.args[0]
-    if isinstance(value, SlotGathered):
-        source = fake_tensor(value.source)
-        return value if source is not None and source.dim() <= 2 else None
-    return None
+    return value if isinstance(value, SlotGathered) else None
 
 
 def match_mlp(body: Body) -> Mlp | None:

@@ -58,16 +58,21 @@ class Rejection:
 class Accumulation:
     """One `acc.index_add_(0, tokens, value)` or `acc[tokens] += value`; `acc[tokens] = value` where it `assigns`.
 
-    `nodes` are all nodes that belong to it, `result` the last.
+    `tokens` in two dims, a batch of sequences, may be a pair. `nodes` are all nodes that belong to it, `result` the
+    last.
     """
 
     accumulator: fx.Node
-    tokens: fx.Node
+    tokens: fx.Node | tuple[fx.Node, ...]
     value: fx.Node
     nodes: tuple[fx.Node, ...]
     result: fx.Node
     counts_duplicates: bool
     assigns: bool = False
+
+    @property
+    def token_nodes(self) -> tuple[fx.Node, ...]:
+        return self.tokens if isinstance(self.tokens, tuple) else (self.tokens,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,12 +133,14 @@ class _Emitter:
         has_expert = self._function(
             torch.logical_and, self._function(torch.ge, ids, 0), self._function(torch.lt, ids, self.region.num_experts)
         )
-        return self._function(torch.where, has_expert, output, base)
+        return self._function(torch.where, has_expert, output, self._by_token(base))
 
     def by_dims_of_tokens(self, output: fx.Node) -> fx.Node:
         """`output` with the tokens in as many dims as the region has them."""
         sizes = self.region.output.shape[: self.region.token_dims]
-        rows = next(self.region.body.of(Gathered)).source
+        gathered = [value.source for value in self.region.body.of(Gathered)]
+        dims = len(sizes) + 1
+        rows = next(source for source in (self.region.ids_TK, *gathered) if known_tensor(source).dim() == dims)
         own = [size if isinstance(size, int) else self._method("size", rows, at) for at, size in enumerate(sizes)]
         return self._method("unflatten", output, 0, tuple(own))
 

@@ -23,7 +23,18 @@ def simplified(op: Op) -> Value:
             return replace(operand, leading=0, node=op.node)
     if isinstance(operand, PerExpert) and op.name in _CASTS and casts_nothing(op.node):
         return operand
+    if isinstance(operand, (Op, Gathered)) and op.name == "squeeze" and _squeezes_nothing(op):
+        return operand
     return _product(op) if op.name == "einsum" else op
+
+
+def _squeezes_nothing(op: Op) -> bool:
+    """`rows.squeeze(1)` of rows that aren't one wide."""
+    before, dim = fake_tensor(op.node.args[0]), op.arg(1, "dim")
+    if before is None or type(dim) is not int:
+        return False
+    size = before.shape[dim]
+    return type(size) is int and size != 1
 
 
 def _product(op: Op) -> Op:

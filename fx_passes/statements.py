@@ -10,7 +10,7 @@
     SlotOf   value[t] is the slot of token t that is the expert's, where there is one
 
 T tokens, K experts per token. A dim is labelled "T", "K", "N" (slots, n = t * K + k), "E" (classes)
-or "1" (size one).
+or "1" (size one). Tokens that stand in two dims, a batch of sequences, are "B" and "S": t = b * S + s.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,13 @@ from torch import fx
 from fx_passes.markers import Expert
 
 Dims = tuple[str, ...]
+TOKENS_BY_BATCH: Dims = ("B", "S")
+
+
+def with_one_token_dim(dims: Dims) -> Dims:
+    """`dims` with the tokens in one, where they stand in two that follow each other."""
+    at = next((at for at in range(len(dims)) if dims[at : at + 2] == TOKENS_BY_BATCH), None)
+    return dims if at is None else (*dims[:at], "T", *dims[at + 2 :])
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,8 @@ class Mask:
         return self.key == other.key and same_order and self.reduced <= other.reduced
 
     def _order(self) -> Dims:
-        by_token = self.reduced or "N" in self.dims
-        return ("T", "K") if by_token else tuple(label for label in self.dims if label != "1")
+        dims = with_one_token_dim(tuple(label for label in self.dims if label != "1"))
+        return ("T", "K") if "N" in dims or (self.reduced and dims == ("T",)) else dims
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Rows:
-    """For each slot of one expert (in the order of `mask`'s dims) its position along `axis` ("T" or "K")."""
+    """For each slot of one expert, in the order of `mask`'s dims, its position along `axis`: T, K, N, B or S."""
 
     mask: Mask
     axis: str

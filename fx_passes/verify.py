@@ -5,7 +5,8 @@ dtypes; those on modes, on what goes in and out and on loops have files of their
 experts, D model width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -27,9 +28,11 @@ from fx_passes.mode_rules import (
     no_function_transform,
     products_keep_their_dtype,
 )
-from fx_passes.ops import fake_tensor, known_tensor, same_size
+from fx_passes.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected
 from fx_passes.row_wise import check_rows
+
+Size = int | torch.SymInt
 
 
 def verify(region: MoERegion) -> None:
@@ -64,35 +67,36 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
         raise Rejected(
             "rows_belong_to_tokens", region.anchor, "the output is not of shape [tokens, width of the experts' rows]"
         )
-    tokens = sizes[:count]
-    by_slot = (torch.Size((*tokens, region.top_k)), torch.Size((sizes[0] * region.top_k,)))
+    tokens, choices = sizes[:count], region.top_k
     if isinstance(region, GroupedRegion):
-        by_slot = (torch.Size((*tokens, 1)), tokens)
+        choices = 1
         if not same_size(known_tensor(region.ids_TK).numel(), sizes[0]):
             raise Rejected("rows_belong_to_tokens", region.anchor, "not as many rows as slots")
     else:
-        _require_size(region.ids_TK, by_slot[known_tensor(region.ids_TK).dim() == 1], region.ids_TK, count)
+        ids = known_tensor(region.ids_TK)
+        # Ids may have tokens in more dims than the output has.
+        by_token = ids.flatten(0, -1 - count) if ids.dim() > count + 1 else ids
+        _require_sizes(region.ids_TK, by_token.shape, tokens, (choices,), region.ids_TK)
     for value in region.body.of(Gathered):
-        _require_size(value.source, tokens, value.node)
+        _require_sizes(value.source, sizes_of(value.source), tokens, (), value.node)
     for value in region.body.of(SlotGathered):
-        flat = known_tensor(value.source).dim() == 1
-        _require_size(
-            value.source, torch.Size((*tokens, region.num_experts)) if value.table else by_slot[flat], value.node
-        )
+        columns = region.num_experts if value.table else choices
+        _require_sizes(value.source, sizes_of(value.source), tokens, (columns,), value.node)
 
 
-def _require_size(node: fx.Node, sizes: torch.Size, at: fx.Node, token_dims: int = 0) -> None:
-    """Raises Rejected where `node` has other sizes; its tokens may stand in more than `token_dims` dims, if told."""
-    tensor = fake_tensor(node)
-    if tensor is not None and tensor.dim() > token_dims + 1 > 1:
-        tensor = tensor.flatten(0, tensor.dim() - 1 - token_dims)
-    if (
-        tensor is None
-        or tensor.dim() < len(sizes)
-        or not all(same_size(a, b) for a, b in zip(tensor.shape, sizes, strict=False))
-    ):
-        shape = None if tensor is None else tuple(tensor.shape)
-        raise Rejected("rows_belong_to_tokens", at, f"`{node.name}` has shape {shape}, the ids have {tuple(sizes)}")
+def _require_sizes(
+    node: fx.Node, given: Sequence[Size], tokens: Sequence[Size], columns: tuple[Size, ...], at: fx.Node
+) -> None:
+    """Raises Rejected where the sizes of `node` don't begin with those of the tokens, in all their dims or in one, and
+    of the columns. All may be in one dim, too.
+    """
+    if len(given) == 1:
+        expected = (math.prod((*tokens, *columns)),)
+    else:
+        expected = (*tokens, *columns) if len(given) > len(tokens) else (math.prod(tokens), *columns)
+    if not same_sizes(given[: len(expected)], expected):
+        detail = f"`{node.name}` has shape {tuple(given)}, the ids have {(*tokens, *columns)}"
+        raise Rejected("rows_belong_to_tokens", at, detail)
 
 
 def experts_have_their_own_parameters(region: MoERegion) -> None:

@@ -113,7 +113,7 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
         return ListedMask(inner.one_hot, expert) if inner.axis == "E" else None
     column = _column_of_ids(left)
     if column is not None:
-        return Mask(column[0], expert, ("T",), slot=column[1])
+        return Mask(column[0], expert, (ids_dims(column[0]) or ())[:-1], slot=column[1])
     flat = flat_ids(left)
     if flat is not None:
         return Mask(flat, expert, ("N",))
@@ -126,22 +126,25 @@ def flat_ids(node: fx.Node) -> fx.Node | None:
     source = arg(node, 0, "input")
     if op_name(node) not in ("view", "reshape", "flatten", "ravel") or not isinstance(source, fx.Node):
         return None
-    is_flat = ids_dims(source) == ("T", "K") and ids_dims(node) == ("T",)
+    is_flat = (ids_dims(source) or ("T",))[-1] == "K" and ids_dims(node) == ("T",)
     return source if is_flat and not is_single_choice(source) else None
 
 
 def _column_of_ids(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(ids, k) where `node` is `ids[:, k]`."""
     source = arg(node, 0, "input")
-    if not isinstance(source, fx.Node) or ids_dims(source) != ("T", "K"):
+    dims = ids_dims(source) if isinstance(source, fx.Node) else None
+    if dims is None or dims[-1] != "K":
         return None
-    if op_name(node) == "getitem" and isinstance(node.args[1], tuple) and len(node.args[1]) == 2:
-        rows, slot = node.args[1]
-    elif op_name(node) == "select" and arg(node, 1, "dim") in (1, -1):
-        rows, slot = slice(None), arg(node, 2, "index")
+    if op_name(node) == "getitem" and isinstance(node.args[1], tuple):
+        pick = only_pick(node.args[1], len(dims))
+    elif op_name(node) == "select":
+        pick = normalized_dim(arg(node, 1, "dim"), len(dims)), arg(node, 2, "index")
     else:
         return None
-    return (source, slot) if type(slot) is int and slot >= 0 and rows in (slice(None), Ellipsis) else None
+    if pick is None or pick[0] != len(dims) - 1:
+        return None
+    return (source, pick[1]) if type(pick[1]) is int and pick[1] >= 0 else None
 
 
 def _is_zero_or_one(node: Any) -> bool:

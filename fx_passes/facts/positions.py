@@ -11,8 +11,22 @@ from torch import fx
 
 from fx_passes.facts.masks import by_token, squeeze
 from fx_passes.ids import ids_dims, num_columns
-from fx_passes.ops import arg, fake_tensor, op_name, same_size
-from fx_passes.statements import Counts, Fact, Hit, Kept, Listed, ListedMask, Mask, OneHot, Rows, Selection, SlotOf
+from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes
+from fx_passes.statements import (
+    TOKENS_BY_BATCH,
+    Counts,
+    Fact,
+    Hit,
+    Kept,
+    Listed,
+    ListedMask,
+    Mask,
+    OneHot,
+    Rows,
+    Selection,
+    SlotOf,
+    with_one_token_dim,
+)
 
 
 def _nonzero(node: fx.Node, inner: Fact | None) -> Fact | None:
@@ -53,6 +67,8 @@ def _flatten(node: fx.Node, inner: Fact | None) -> Fact | None:
     value = fake_tensor(node)
     if isinstance(inner, Kept):
         return by_token(node, inner)
+    if isinstance(inner, (OneHot, Mask)) and op_name(node) != "squeeze":
+        return _with_one_token_dim(node, inner)
     if value is None or value.dim() != 1:
         return squeeze(node, inner) if op_name(node) == "squeeze" else None
     if isinstance(inner, Selection) and not inner.as_tuple and inner.mask.dims in (("T",), ("N",)):
@@ -62,13 +78,22 @@ def _flatten(node: fx.Node, inner: Fact | None) -> Fact | None:
     return squeeze(node, inner) if op_name(node) == "squeeze" else None
 
 
+def _with_one_token_dim(node: fx.Node, inner: OneHot | Mask) -> Fact | None:
+    """`mask.view(-1)`, `mask.flatten(0, 1)`, `mask.view(-1, K)` of a mask with tokens in two dims."""
+    before, after = known_tensor(arg(node, 0, "input")), fake_tensor(node)
+    if inner.dims[:2] != TOKENS_BY_BATCH or after is None or after.dtype != before.dtype:
+        return None
+    kept = same_sizes(after.shape[1:], before.shape[2:])
+    return replace(inner, dims=with_one_token_dim(inner.dims)) if kept else None
+
+
 def _divide(node: fx.Node, inner: Fact | None) -> Fact | None:
     """`slots // K` are tokens and `slots % K` their choices."""
     divisor, name = arg(node, 1, "other"), op_name(node)
     if not isinstance(inner, Rows) or inner.axis != "N" or type(divisor) is not int:
         return None
     ids = fake_tensor(inner.mask.ids)
-    if ids is None or not same_size(ids.shape[1], divisor):
+    if ids is None or not same_size(ids.shape[-1], divisor):
         return None
     if name in ("div", "divide") and node.kwargs.get("rounding_mode") != "floor":
         return None
@@ -102,7 +127,7 @@ def column(selection: Selection, index: Any) -> Fact | None:
     if not isinstance(index, int) or not -len(selection.mask.dims) <= index < len(selection.mask.dims):
         return None
     axis = selection.mask.dims[index]
-    return Rows(selection.mask, axis) if axis in ("T", "K", "N") else None
+    return Rows(selection.mask, axis) if axis in ("T", "K", "N", *TOKENS_BY_BATCH) else None
 
 
 def index_listed(listed: Listed, index: Any, chosen: Fact | None) -> Fact | None:

@@ -9,7 +9,20 @@ from fx_passes.facts import counts, masks, positions
 from fx_passes.markers import expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
 from fx_passes.ops import arg, fake_tensor, op_name
 from fx_passes.slots import Order, Tokens, order_of, slot_fact
-from fx_passes.statements import Counts, Fact, Hit, Kept, Listed, Mask, OneHot, Rows, Selection, SlotOf
+from fx_passes.statements import (
+    TOKENS_BY_BATCH,
+    Counts,
+    Fact,
+    Hit,
+    Kept,
+    Listed,
+    Mask,
+    OneHot,
+    Rows,
+    Selection,
+    SlotOf,
+    with_one_token_dim,
+)
 
 _RULES = {**masks.RULES, **counts.RULES, **positions.RULES}
 
@@ -78,13 +91,29 @@ def _product(node: fx.Node) -> Fact | None:
 
 
 def chosen(index: Any) -> tuple[Mask, str] | None:
-    """The mask behind an index that picks the tokens ("T") or slots ("N") of one expert: positions, or the mask."""
+    """The mask behind an index that picks the tokens ("T") or slots ("N") of one expert: positions, or the mask.
+
+    Tokens in two dims are picked by a pair of positions, or by a mask that has both.
+    """
     known, value = fact(index), fake_tensor(index)
+    if isinstance(index, tuple):
+        mask = _batch_and_sequence(index)
+        return (mask, "T") if mask is not None else None
     if isinstance(known, Rows):
         return (known.mask, known.axis) if known.axis in ("T", "N") else None
     if not isinstance(known, Mask) or value is None or value.dtype != torch.bool:
         return None
-    return (known, known.dims[0]) if known.dims in (("T",), ("N",)) else None
+    dims = with_one_token_dim(known.dims)
+    return (known, dims[0]) if dims in (("T",), ("N",)) else None
+
+
+def _batch_and_sequence(index: tuple[Any, ...]) -> Mask | None:
+    """The mask whose positions along both dims of tokens `index` holds."""
+    known = [fact(item) for item in index]
+    rows = [item for item in known if isinstance(item, Rows)]
+    if len(rows) != len(index) or tuple(item.axis for item in rows) != TOKENS_BY_BATCH:
+        return None
+    return rows[0].mask if rows[0].mask == rows[1].mask else None
 
 
 def selected(node: Any) -> Mask | None:
@@ -98,6 +127,8 @@ def selected(node: Any) -> Mask | None:
     if isinstance(source, Selection) and fake_tensor(node) is not None:
         return source.mask
     index, value = fact(node.args[1]), fake_tensor(node.args[1])
+    if isinstance(node.args[1], tuple):
+        return chosen_tokens(node.args[1])
     if isinstance(index, Mask):
         return index if value is not None and value.dtype == torch.bool else None
     return index.mask if isinstance(index, Rows) else None

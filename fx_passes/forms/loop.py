@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from fx_passes.accumulation import accumulations, closure
+from fx_passes.aliasing import made_by
 from fx_passes.body import Body
 from fx_passes.capture import guards_of
 from fx_passes.facts import chosen, fact
@@ -117,6 +118,7 @@ def region_of(
         writes=additions | body.writes,
         deviations=tuple(_deviations(loop, additions, routing)),
         addend=loop.accumulator if loop.earlier else None,
+        token_dims=_token_dims(loop) if total is None else 1,
         accumulator=loop.accumulator,
         accumulations=found,
         earlier=frozenset(node for accumulation in loop.earlier for node in accumulation.nodes),
@@ -129,12 +131,20 @@ def region_of(
 
 def _top_k(ids: fx.Node) -> int:
     tensor = known_tensor(ids)
-    return int(tensor.shape[1]) if tensor.dim() == 2 else 1
+    return int(tensor.shape[-1]) if tensor.dim() > 1 else 1
+
+
+def _token_dims(loop: Loop) -> int:
+    """In how many dims the output has its tokens: as many as the first addition picks by."""
+    tokens = loop.found[0].tokens
+    if isinstance(tokens, tuple):
+        return len(tokens)
+    return known_tensor(tokens).dim() if isinstance(fact(tokens), Mask) else 1
 
 
 def _base(loop: Loop) -> fx.Node | None:
     """What tokens without an expert keep, where experts assign and that isn't zero or undefined."""
-    starts_blank = op_name(loop.accumulator) in ZEROS | EMPTY
+    starts_blank = op_name(made_by(loop.accumulator)) in ZEROS | EMPTY
     return loop.accumulator if loop.assigns and not loop.is_flat and not starts_blank else None
 
 
@@ -144,14 +154,14 @@ def _deviations(loop: Loop, additions: frozenset[fx.Node], routing: frozenset[fx
         yield GRADIENTS
     if any(op_name(node) == "one_hot" for node in routing):
         yield RANGE
-    if op_name(loop.accumulator) in EMPTY:
+    if op_name(made_by(loop.accumulator)) in EMPTY:
         yield UNWRITTEN
 
 
 def _routing(loop: Loop, ids: fx.Node, inner: frozenset[fx.Node]) -> frozenset[fx.Node]:
     """Nodes between the ids and the row positions, and what guards ask: one_hot, permute, comparison, where, any."""
     nodes: set[fx.Node] = set()
-    stack = [accumulation.tokens for accumulation in loop.found]
+    stack = [node for accumulation in loop.found for node in accumulation.token_nodes]
     stack += [node for node in loop.accumulator.graph.nodes if _is_question_about(node, ids)]
     stack += [source for node in inner for source in node.all_input_nodes if source not in inner]
     stack += [loop.symbol] if loop.symbol is not None else []

@@ -27,7 +27,7 @@ def candidates(graph: fx.Graph) -> Iterator[Loop]:
 def match(loop: Loop) -> LoopRegion:
     masks = masks_of(loop)
     pairs = [(mask.slot, mask.expert) for mask in masks]
-    num_experts, top_k = len({expert for _, expert in pairs}), known_tensor(masks[0].ids).shape[1]
+    num_experts, top_k = len({expert for _, expert in pairs}), known_tensor(masks[0].ids).shape[-1]
     covered = {(slot, expert) for slot in range(top_k) for expert in range(num_experts)}
     if len(pairs) != len(covered) or set(pairs) != covered:
         raise Rejected(

@@ -23,7 +23,7 @@ from fx_passes.accumulation import closure, have_one_width, repeated
 from fx_passes.aliasing import inplace_users, is_read_before, storage_of, writers_of
 from fx_passes.capture import guards_of
 from fx_passes.facts import fact
-from fx_passes.loop_rules import is_contiguous_matrix
+from fx_passes.loop_rules import is_contiguous
 from fx_passes.markers import expert_cat
 from fx_passes.ops import EMPTY, ZEROS, arg, fake_tensor, is_inplace, known_tensor, op_name
 from fx_passes.region import MoERegion, Rejected
@@ -80,7 +80,7 @@ def _added(node: fx.Node) -> Total | None:
     is_plain = arg(node, 4, "alpha", 1) == 1 and isinstance(rows, fx.Node) and op_name(zeros) in ZEROS
     if not isinstance(tokens, Tokens) or not is_plain or zeros.kwargs.get("requires_grad", False):
         return None
-    if not is_contiguous_matrix(fake_tensor(zeros)):
+    if not is_contiguous(fake_tensor(zeros), 2):
         return None
     if set(writers_of(storage_of(zeros))) - {node} or any(user < node for user in zeros.users):
         return None
