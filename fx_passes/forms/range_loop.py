@@ -22,6 +22,8 @@ its own by `experts == e`. The mask may also hold where any slot of a token is t
 An expert's weights may be modules of its own or any views of what all experts have: `W[e, :F]`, `W[e].chunk(2)`,
 `W.unbind(0)[e]`, `W[e * F : (e + 1) * F]`.
 
+Tokens may stay in two dims, a batch of sequences, with ids [B, S, K]: `m` is then [B, S], positions are `b, s, k`.
+
 Or the sorted slots, of which each expert has a segment:
 
     order = ids.flatten().argsort()
