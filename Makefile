@@ -32,10 +32,10 @@ run: $(TO_RUN)
 	$(RUN) examples/quickstart.py $(ARGS)
 
 test: $(TO_TEST)
-	$(RUN) -m pytest -m "not gpu and not slow" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not gpu and not slow" $(ARGS)
 
 test-full: $(TO_TEST)
-	$(RUN) -m pytest -m "not gpu" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: $(TO_TEST)
 	$(RUN) -m pytest -m gpu $(ARGS)

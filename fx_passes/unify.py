@@ -21,7 +21,7 @@ from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
 from fx_passes.ops import POINTWISE, fake_tensor, is_inplace, known_tensor, op_name, out_of_place
 from fx_passes.parameter_views import chosen_by, viewed
 from fx_passes.simplify import simplified
-from fx_passes.statements import Mask, Rows
+from fx_passes.statements import Fact, Mask, Rows
 
 
 class NotIsomorphic(Exception):
@@ -203,12 +203,19 @@ class Unifier:
             self._taken.update(node.args[0] for node in nodes if fake_tensor(node.args[0]) is None)
         return value
 
+    def _is_about_an_expert(self, known: Fact | None) -> bool:
+        """Whether `known` is a mask of one of the loop's experts, or the positions of its rows."""
+        mask = known.mask if isinstance(known, Rows) else known
+        if not isinstance(mask, Mask) or not self.masks:
+            return isinstance(mask, Mask)
+        return mask.ids is self.masks[0].ids and mask.expert in self.experts
+
     def _is_inner(self, node: fx.Node) -> bool:
         """Whether `node` depends on an expert or on its rows."""
         if node not in self._inner:
             self._inner[node] = False
             by_expert = expert_of(node) is not None or node.target in (select_expert, expert_parameter)
-            inner = isinstance(fact(node), (Rows, Mask)) or by_expert
+            inner = by_expert or self._is_about_an_expert(fact(node))
             self._inner[node] = inner or any(self._is_inner(source) for source in node.all_input_nodes)
         return self._inner[node]
 

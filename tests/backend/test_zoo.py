@@ -55,7 +55,7 @@ def test_block_is_rewritten_and_equal(case, device):
         assert_same(actual, observe(eager, eager, any_length(tokens, seed, device), seed=seed))
     assert rewritten() == case.regions
     assert len(graphs) == 1
-    assert can_be_cached(graphs[0]) != (case.name in NEVER_CACHED)
+    assert can_be_cached(graphs[0]) or case.name in NEVER_CACHED
 
 
 @pytest.mark.parametrize("case", quick(MUST, ("mixtral_451", "stacked_sentinel", "gpt_oss_5", "range_lora")))

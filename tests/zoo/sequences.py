@@ -22,7 +22,7 @@ class SequenceMask(SequenceLoop):
     """`out[m] += ...` with a mask [B, S]; the rows are picked by the same mask, flattened."""
 
     def moe(self, x, ids, weights):
-        gates = torch.zeros(*ids.shape[:-1], self.num_experts).scatter(-1, ids, weights)
+        gates = weights.new_zeros(*ids.shape[:-1], self.num_experts).scatter(-1, ids, weights)
         out, flat_x, flat_gates = torch.zeros_like(x), x.view(-1, x.size(-1)), gates.view(-1, gates.size(-1))
         for e, expert in enumerate(self.experts):
             mask = (ids == e).any(dim=-1)

@@ -71,6 +71,7 @@ class HalvesOfBiases(Halves):
 
     def __init__(self):
         super().__init__()
+        del self.experts
         self.up, self.down = nn.Parameter(torch.empty(E, D, 2 * FF)), nn.Parameter(torch.empty(E, FF, D))
         self.bias = nn.Parameter(torch.empty(E, 2 * FF))
 
@@ -127,6 +128,7 @@ class Segments(StackedLoop):
 
     def __init__(self):
         super().__init__()
+        del self.experts
         self.up, self.down = nn.Parameter(torch.empty(E * FF, D)), nn.Parameter(torch.empty(E * FF, D))
 
     def expert(self, x, e):
@@ -139,6 +141,7 @@ class ExpertsLast(StackedLoop):
 
     def __init__(self):
         super().__init__()
+        del self.experts
         self.up, self.down = nn.Parameter(torch.empty(2 * FF, D, E)), nn.Parameter(torch.empty(D, E, FF))
 
     def expert(self, x, e):
@@ -151,6 +154,7 @@ class HalvesOfModules(StackedLoop):
 
     def __init__(self):
         super().__init__()
+        del self.experts
         self.ups = nn.ModuleList(nn.Linear(D, 2 * FF) for _ in range(E))
         self.downs = nn.ModuleList(nn.Linear(FF, D) for _ in range(E))
 
