@@ -25,7 +25,9 @@ WAYS = ("eager", "grouped_mm", "scatter_moe")
 def run(way: str, seed: int, dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
     """Output and gradients, in float64."""
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=F, num_experts=E, experts_implementation=way)
+    sizes = {"hidden_size": D, "moe_intermediate_size": F, "num_experts": E}
+    settings: dict[str, Any] = {**sizes, "experts_implementation": way}
+    config = Qwen3MoeConfig(**settings)
     experts = Qwen3MoeExperts(config)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

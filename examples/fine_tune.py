@@ -81,8 +81,8 @@ def train(model: nn.Module, options: argparse.Namespace, rate: float) -> list[fl
             report_to=[],
             disable_tqdm=True,
         )
-        callbacks = [Advance(progress, options.steps)]
-        trainer = Trainer(model, arguments, train_dataset=Song(), callbacks=callbacks)
+        trainer = Trainer(model, arguments, train_dataset=Song())
+        trainer.add_callback(Advance(progress, options.steps))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
