@@ -6,6 +6,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import registrations  # noqa: F401  (the ops must exist before a graph names them)
+from fx_passes import faults
 from fx_passes.backend import rewrite_graph
 from fx_passes.cache_key import sources_hash
 
@@ -23,12 +24,26 @@ class PreGradPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         gm = graph.owning_module
-        if isinstance(gm, fx.GraphModule) and rewrite_graph(gm) and not _KEYED_BY_UUID:
+        if isinstance(gm, fx.GraphModule) and _rewrite_or_restore(gm) and not _KEYED_BY_UUID:
             _tell_caches_apart()
 
     def uuid(self) -> str:
         """PyTorch's compile caches must miss when an operator, a kernel or the rewrite changes."""
         return sources_hash()
+
+
+def _rewrite_or_restore(gm: fx.GraphModule) -> bool:
+    """Nobody traces again after a fault of ours, as in the backend: the graph becomes what it was."""
+    before = fx.Graph()
+    before.output(before.graph_copy(gm.graph, {}))
+    try:
+        return rewrite_graph(gm)
+    except Exception as error:
+        if faults.are_raised():
+            raise
+        faults.warn_of(error)
+        gm.graph = before
+        return False
 
 
 _KEYED_BY_UUID = hasattr(inductor_config, "pre_grad_pass_timing")

@@ -10,7 +10,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
 
 import scatter_moe
-from fx_passes import cache_key
+from fx_passes import cache_key, faults, pipeline
 from tests.backend.harness import assert_same, counters, fresh_dynamo, observe, rewritten
 from tests.near_misses import NEAR_MISSES
 from tests.zoo import ZOO, hidden_states
@@ -52,6 +52,17 @@ def test_loop_is_rewritten_where_stock_dynamo_traces_it(flag):
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=flag):
         check(LOOP, inductor_without_code)
     assert rewritten() == flag
+
+
+def test_after_a_fault_the_graph_is_what_it_was(monkeypatch):
+    def run(gm):
+        gm.graph.erase_node(next(node for node in reversed(gm.graph.nodes) if node.op == "output"))
+        raise ZeroDivisionError
+
+    monkeypatch.delenv(faults.RAISE_FAULTS)
+    monkeypatch.setattr(pipeline, "run", run)
+    check(TRACED_ALONE[0], inductor_without_code)
+    assert rewritten() == 0
 
 
 @pytest.mark.parametrize("miss", MISSES, ids=lambda miss: miss.name)
