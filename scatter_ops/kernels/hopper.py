@@ -19,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.7 has another name for it than 3.6.
+thread_barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")
+
 BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)

@@ -32,6 +32,7 @@ from scatter_ops.kernels.hopper import (
     quarters,
     stage_before,
     store_part,
+    thread_barrier,
     zero_unrouted_rows,
 )
 from scatter_ops.kernels.mainloop import load_tile
@@ -89,7 +90,7 @@ def _activate_tiles(
             fence_async_shared()
             store_part(a, a_tile, [BOUND, end_row, ragged_row, column])
         tma.store_wait(0)
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(emptied, count=1)
         phase ^= 1
     if STORE_H:
@@ -239,7 +240,7 @@ def _multiply_tiles(
         for part in gl.static_range(4):
             h_tiles.index(part).store(parts[part].to(h_tiles.dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(filled, count=1)
         tile_phase ^= 1
         sources, expert, first_row, column_tile = next_sources, next_expert, next_row, next_column
