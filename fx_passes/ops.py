@@ -186,6 +186,14 @@ def casts_nothing(node: fx.Node) -> bool:
     return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
 
 
+def squeezes_nothing(node: fx.Node) -> bool:
+    """Whether `node` is `x.squeeze(dim)` of a dim that isn't one wide."""
+    tensor, dim = fake_tensor(arg(node, 0, "input")), arg(node, 1, "dim")
+    if op_name(node) != "squeeze" or tensor is None or type(dim) is not int:
+        return False
+    return statically_known_true(tensor.shape[dim] != 1)
+
+
 def normalized_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fx_passes.body import Gathered, Op, PerExpert, Value, rank
-from fx_passes.ops import casts_nothing, fake_tensor
+from fx_passes.ops import casts_nothing, fake_tensor, squeezes_nothing
 
 _CASTS = frozenset("to float half bfloat16 double type_as contiguous".split())
 
@@ -23,18 +23,9 @@ def simplified(op: Op) -> Value:
             return replace(operand, leading=0, node=op.node)
     if isinstance(operand, PerExpert) and op.name in _CASTS and casts_nothing(op.node):
         return operand
-    if isinstance(operand, (Op, Gathered)) and op.name == "squeeze" and _squeezes_nothing(op):
+    if isinstance(operand, (Op, Gathered)) and squeezes_nothing(op.node):
         return operand
     return _product(op) if op.name == "einsum" else op
-
-
-def _squeezes_nothing(op: Op) -> bool:
-    """`rows.squeeze(1)` of rows that aren't one wide."""
-    before, dim = fake_tensor(op.node.args[0]), op.arg(1, "dim")
-    if before is None or type(dim) is not int:
-        return False
-    size = before.shape[dim]
-    return type(size) is int and size != 1
 
 
 def _product(op: Op) -> Op:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_passes.ids import ids_dims, is_single_choice, rows_as_ids
 from fx_passes.markers import Expert, expert_of, experts_of_each
@@ -17,11 +16,11 @@ from fx_passes.ops import (
     arg,
     fake_tensor,
     keeps_last_dim,
-    known_tensor,
     normalized_dim,
     only_pick,
     op_name,
     same_size,
+    squeezes_nothing,
     start_of_one,
     varargs,
 )
@@ -86,7 +85,7 @@ def squeeze(node: fx.Node, inner: Fact | None) -> Fact | None:
     if not isinstance(inner, Mask) or not isinstance(dim, int):
         return None
     dim = normalized_dim(dim, len(inner.dims))
-    if statically_known_true(known_tensor(arg(node, 0, "input")).shape[dim] != 1):
+    if squeezes_nothing(node):
         return inner
     return replace(inner, dims=inner.dims[:dim] + inner.dims[dim + 1 :]) if inner.dims[dim] == "1" else None
 

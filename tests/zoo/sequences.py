@@ -14,9 +14,6 @@ class SequenceLoop(Block):
         weights, ids = torch.topk(F.softmax(self.gate(hidden_states), dim=-1), self.top_k, dim=-1)
         return self.moe(hidden_states, ids, weights)
 
-    def moe(self, x, ids, weights):
-        raise NotImplementedError
-
 
 class SequenceMask(SequenceLoop):
     """`out[m] += ...` with a mask [B, S]; the rows are picked by the same mask, flattened."""
