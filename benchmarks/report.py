@@ -106,4 +106,6 @@ def _command() -> str:
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     program = f"-m {spec.name}" if spec is not None else sys.argv[0]
-    return " ".join(["python", program, *sys.argv[1:]])
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+    return " ".join([launcher, program, *sys.argv[1:]])
