@@ -9,6 +9,7 @@ over what was allocated before it; beside each is the least that an implementati
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import report, rivals
-from benchmarks.rivals import Implementation
+from benchmarks import report
+from benchmarks.rivals import OURS, Implementation, Rival, available, scatter_moe
 from benchmarks.shapes import SHAPES, Inputs, Shape, inputs, shape_names
 from benchmarks.timing import peak_gib, queued_ms
 from scatter_ops import reference
@@ -29,16 +30,16 @@ NEEDS = [True, True, True, False, True, False, False, False]
 MIB = 2**20
 
 
-def forward(layer: Inputs, implementation: Implementation = rivals.scatter_moe) -> torch.Tensor:
+def forward(layer: Inputs, implementation: Implementation = scatter_moe) -> torch.Tensor:
     return implementation(layer.x, layer.topk_weights, layer.topk_ids, layer.gate_up, layer.down)
 
 
-def inference(layer: Inputs, implementation: Implementation = rivals.scatter_moe) -> torch.Tensor:
+def inference(layer: Inputs, implementation: Implementation = scatter_moe) -> torch.Tensor:
     with torch.no_grad():
         return forward(layer, implementation)
 
 
-def step(layer: Inputs, implementation: Implementation = rivals.scatter_moe) -> tuple[torch.Tensor, ...]:
+def step(layer: Inputs, implementation: Implementation = scatter_moe) -> tuple[torch.Tensor, ...]:
     """Output, and gradients of x, topk_weights, gate_up and down."""
     out = forward(layer, implementation)
     differentiated = (layer.x, layer.topk_weights, layer.gate_up, layer.down)
@@ -93,23 +94,23 @@ def measure(name: str, rounds: int, zipf: float, with_rivals: bool) -> list[dict
     """One row an implementation: ours, then the rivals."""
     shape = SHAPES[name]
     layer = inputs(shape, torch.bfloat16, "cuda", zipf)
-    for tensor in (layer.x, layer.topk_weights, layer.gate_up, layer.down):
-        tensor.requires_grad_()
     expected = expected_step(layer)
-    implementations = {"scatter_moe": rivals.scatter_moe, **(dict(rivals.available()) if with_rivals else {})}
-    rows = {}
-    for label, implementation in implementations.items():
+    implementations = {"scatter_moe": OURS, **(dict(available()) if with_rivals else {})}
+    rows, contestants = {}, {}
+    for label, rival in implementations.items():
+        own = differentiable(layer, rival)
         try:
-            errors = differences(step(layer, implementation), expected)
+            errors = differences(step(own, rival.forward), as_held(expected, rival))
         except (ArithmeticError, RuntimeError, torch.OutOfMemoryError) as error:
             if label == "scatter_moe":
                 raise
             print(f"{name}: skipped: {label}: {str(error)[:200]}")
             continue
         rows[label] = {"shape": name, "zipf": zipf, "implementation": label, "worst_error": max(errors.values())}
-        rows[label] |= memory(layer, shape, implementation)
+        rows[label] |= memory(own, shape, rival.forward)
+        contestants[label] = (own, rival.forward)
     del expected
-    times = _rounds(layer, shape, {label: implementations[label] for label in rows}, rounds)
+    times = _rounds(shape, contestants, rounds)
     for label, row in rows.items():
         for what, baseline in (("forward", "forward"), ("training_forward", "forward"), ("step", "step")):
             measured = times[label, what]
@@ -123,18 +124,34 @@ def measure(name: str, rounds: int, zipf: float, with_rivals: bool) -> list[dict
     return list(rows.values())
 
 
+def differentiable(layer: Inputs, rival: Rival = OURS) -> Inputs:
+    """The same inputs as the rival holds them; all but the ids require gradients."""
+    parameters = {
+        "x": layer.x,
+        "topk_weights": layer.topk_weights,
+        "gate_up": rival.gate_up(layer.gate_up),
+        "down": layer.down,
+    }
+    return dataclasses.replace(layer, **{key: value.detach().requires_grad_() for key, value in parameters.items()})
+
+
+def as_held(expected: tuple[torch.Tensor, ...], rival: Rival) -> tuple[torch.Tensor, ...]:
+    out, x, topk_weights, gate_up, down = expected
+    return out, x, topk_weights, rival.gate_up(gate_up), down
+
+
 def _rounds(
-    layer: Inputs, shape: Shape, implementations: dict[str, Implementation], rounds: int
+    shape: Shape, contestants: dict[str, tuple[Inputs, Implementation]], rounds: int
 ) -> dict[tuple[str, str], list[float]]:
     """Milliseconds by (implementation or dense, what), one a round; all take turns."""
     dense_forward, dense_step = dense(shape, torch.bfloat16)
     functions: dict[tuple[str, str], Callable[[], Any]] = {("dense", "forward"): dense_forward}
-    for label, implementation in implementations.items():
-        functions[label, "forward"] = functools.partial(inference, layer, implementation)
-        functions[label, "training_forward"] = functools.partial(forward, layer, implementation)
+    for label, contestant in contestants.items():
+        functions[label, "forward"] = functools.partial(inference, *contestant)
+        functions[label, "training_forward"] = functools.partial(forward, *contestant)
     functions["dense", "step"] = dense_step
-    for label, implementation in implementations.items():
-        functions[label, "step"] = functools.partial(step, layer, implementation)
+    for label, contestant in contestants.items():
+        functions[label, "step"] = functools.partial(step, *contestant)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
     for _ in range(rounds):
         for key, function in functions.items():
@@ -152,9 +169,7 @@ def seconds_to_launch(function: Callable[[], Any]) -> float:
 
 def breakdown(name: str, zipf: float) -> list[dict[str, Any]]:
     """GPU time of each kernel of one step, in launch order of first appearance."""
-    layer = inputs(SHAPES[name], torch.bfloat16, "cuda", zipf)
-    for tensor in (layer.x, layer.topk_weights, layer.gate_up, layer.down):
-        tensor.requires_grad_()
+    layer = differentiable(inputs(SHAPES[name], torch.bfloat16, "cuda", zipf))
     step(layer)
     repeats = 3
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
