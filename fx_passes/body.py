@@ -36,13 +36,14 @@ class Gathered:
 class SlotGathered:
     """`trailing` dims of size one follow the row dim (`weights[tokens, slots, None]`).
 
-    A `table` is indexed by expert, not by slot.
+    A `table` is indexed by expert, not by slot; where its `experts_first`, it is [E, T].
     """
 
     source: fx.Node
     node: fx.Node
     trailing: int
     table: bool = False
+    experts_first: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -199,7 +199,8 @@ class Emitter:
         if not value.table:
             return self._by_slot(value.source)
         ids = self._method("clamp", self.ids_TK, 0, self.region.num_experts - 1)
-        return self._method("gather", self._by_token(value.source), 1, self._method("long", ids))
+        table = self._method("t", value.source) if value.experts_first else self._by_token(value.source)
+        return self._method("gather", table, 1, self._method("long", ids))
 
     def _by_slot(self, node: fx.Node) -> fx.Node:
         """`node` as [T, K]."""

@@ -64,14 +64,14 @@ def accumulator_is_not_read_inside(region: LoopRegion) -> None:
     last, own = places[region.result], region.writes | region.earlier
     for output in region.outputs:
         for user in output.users:
-            if places[user] < last and user not in own and not _asks_for_metadata(user):
+            if places[user] < last and user not in own and not asks_for_metadata(user):
                 raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
 
 
 _METADATA = frozenset("size dim numel stride new_zeros new_empty zeros_like empty_like ones_like full_like".split())
 
 
-def _asks_for_metadata(node: fx.Node) -> bool:
+def asks_for_metadata(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.sym_size.int or op_name(node) in _METADATA
 
 

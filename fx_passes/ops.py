@@ -208,9 +208,16 @@ def keeps_last_dim(node: fx.Node) -> bool:
 
 def is_last_dim(dim: Any, node: Any) -> bool:
     """Whether `dim`, or the one dim in a tuple, is the last of the tensor behind `node`."""
+    return is_dim(dim, node, -1)
+
+
+def is_dim(dim: Any, node: Any, expected: int) -> bool:
+    """Whether `dim`, or the one dim in a tuple, is dim `expected` of the tensor behind `node`."""
     tensor = fake_tensor(node)
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    return isinstance(dim, int) and tensor is not None and normalized_dim(dim, tensor.dim()) == tensor.dim() - 1
+    if not isinstance(dim, int) or tensor is None:
+        return False
+    return normalized_dim(dim, tensor.dim()) == normalized_dim(expected, tensor.dim())
 
 
 def written(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -26,7 +26,8 @@ from torch import fx
 
 from fx_passes.aliasing import inplace_users
 from fx_passes.ids import ids_dims
-from fx_passes.ops import arg, fake_tensor, op_name, same_size, varargs
+from fx_passes.numbering import numbers_rows
+from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size
 
 
 @dataclass(frozen=True)
@@ -191,22 +192,13 @@ def _scattered_inverse(node: fx.Node) -> SlotFact | None:
         return None
     _, index, value = writes[0].args
     order = slot_fact(index)
-    if not isinstance(order, Order) or not _counts_up(value, index) or any(user < writes[0] for user in node.users):
+    if not isinstance(order, Order) or any(user < writes[0] for user in node.users):
+        return None
+    if not numbers_rows(value, known_tensor(index).shape[0]):
         return None
     tensor = fake_tensor(node)
     is_index = tensor is not None and tensor.dim() == 1 and tensor.dtype in (torch.int32, torch.int64)
     return Inverse(order) if is_index and arg(node, 0, "input") is index else None
-
-
-def _counts_up(node: Any, order: fx.Node) -> bool:
-    """Whether `node` is arange(N), with N the length of `order`."""
-    if not isinstance(node, fx.Node) or op_name(node) != "arange" or len(varargs(node, 0, "end")) != 1:
-        return False
-    own, other = fake_tensor(node), fake_tensor(order)
-    options = set(node.kwargs) <= {"end", "device", "dtype"} and not inplace_users(node)
-    if own is None or other is None or not options or own.dtype not in (torch.int32, torch.int64):
-        return False
-    return same_size(own.shape[0], other.shape[0])
 
 
 _RULES: dict[str, Callable[[fx.Node], SlotFact | None]] = {

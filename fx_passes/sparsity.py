@@ -1,7 +1,8 @@
 """Is a table of weights zero but for the experts that each token chose?
 
 `chosen_by(table)` answers with the ids [T, K] outside of which a table [T, E] is provably zero, whatever the inputs.
-Both may have more dims of tokens, and not the same: `table.reshape(-1, E)`.
+Both may have more dims of tokens, and not the same: `table.reshape(-1, E)`. A table [E, T] is the transpose of such a
+table, or made of one: `sigmoid(scores.t())`.
 
     zeros.scatter(1, ids, weights)                          and products, casts and quotients of such tables
     softmax(full(-inf).scatter(1, ids, logits), -1)         and sigmoid
@@ -17,7 +18,8 @@ from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.body import Op, SlotGathered
-from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, is_last_dim, keeps_last_dim, op_name
+from fx_passes.ops import ZEROS, arg, fake_tensor, is_dim, is_inplace, is_last_dim, keeps_last_dim, op_name, same_size
+from fx_passes.views import views_of
 
 _SAME = frozenset("to float half bfloat16 double type_as bool contiguous clone detach".split())
 _RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
@@ -29,39 +31,51 @@ _ZERO_AT_ZERO = frozenset(
 _NEGATIONS = frozenset(("logical_not", "bitwise_not", "invert"))
 
 
-def chosen_by(node: Any) -> fx.Node | None:
-    """The ids outside of which `node` is zero or false; None where that is not proven."""
+def chosen_by(node: Any, experts: int = -1) -> fx.Node | None:
+    """The ids outside of which `node`, with experts along dim -1 or -2, is zero or false; None where unproven."""
+    if fake_tensor(node) is None or _is_changed(node):
+        return None
+    name, source = op_name(node), arg(node, 0, "input")
+    if name in ("scatter", "scatter_", *ZEROS):
+        return _filled(node, 0.0) if experts == -1 else None
+    if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"), experts)):
+        return chosen_by(source, experts)
+    if name in _RESHAPES:
+        return chosen_by(source) if experts == -1 and keeps_last_dim(node) else None
+    if name in _COMPARED_WITH_ZERO:
+        return chosen_by(source, experts) if _number(arg(node, 1, "other")) == 0.0 else None
+    if name in ("mul", "multiply"):
+        factors = (source, arg(node, 1, "other"))
+        return next((ids for factor in factors if (ids := _chosen_beside(factor, node, experts)) is not None), None)
+    if name in ("softmax", "sigmoid"):
+        along = name == "sigmoid" or is_dim(arg(node, 1, "dim"), node, experts)
+        return _left_by(source, experts) if along else None
+    if _is_transposed(node):
+        return chosen_by(source, -3 - experts)
+    return _selected(node, 0.0, experts)
+
+
+def _left_by(node: Any, experts: int) -> fx.Node | None:
+    """The ids outside of which `node` is -inf."""
     if fake_tensor(node) is None or _is_changed(node):
         return None
     name, source = op_name(node), arg(node, 0, "input")
     if name in ("scatter", "scatter_"):
-        return _scattered(node, 0.0)
-    if name in ZEROS:
-        return _scattered_later(node)
-    if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"))):
-        return chosen_by(source)
-    if name in _RESHAPES:
-        return chosen_by(source) if keeps_last_dim(node) else None
-    if name in _COMPARED_WITH_ZERO:
-        return chosen_by(source) if _number(arg(node, 1, "other")) == 0.0 else None
-    if name in ("mul", "multiply"):
-        return chosen_by(source) or chosen_by(arg(node, 1, "other"))
-    if name in ("softmax", "sigmoid"):
-        along = name == "sigmoid" or is_last_dim(arg(node, 1, "dim"), node)
-        return _left_by(source) if along else None
-    return _selected(node, 0.0)
-
-
-def _left_by(node: Any) -> fx.Node | None:
-    """The ids outside of which `node` is -inf."""
-    if fake_tensor(node) is None or _is_changed(node):
-        return None
-    name = op_name(node)
-    if name in ("scatter", "scatter_"):
-        return _scattered(node, -math.inf)
+        return _filled(node, -math.inf) if experts == -1 else None
     if name in ("to", "float", "double", "contiguous", "clone"):
-        return _left_by(arg(node, 0, "input"))
-    return _selected(node, -math.inf)
+        return _left_by(source, experts)
+    if _is_transposed(node):
+        return _left_by(source, -3 - experts)
+    return _selected(node, -math.inf, experts)
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether `node` is a matrix with its two dims swapped."""
+    return any(view.steps == (node,) and view.dims == ((1,), (0,)) for view in views_of(node))
+
+
+def _filled(node: fx.Node, outside: float) -> fx.Node | None:
+    return _scattered_later(node) if op_name(node) in ZEROS else _scattered(node, outside)
 
 
 def _scattered(node: fx.Node, outside: float) -> fx.Node | None:
@@ -83,21 +97,29 @@ def _scattered_later(table: fx.Node) -> fx.Node | None:
     return _scattered(writers[0], 0.0) if len(writers) == 1 and op_name(writers[0]) == "scatter_" else None
 
 
-def _selected(node: fx.Node, outside: float) -> fx.Node | None:
+def _selected(node: fx.Node, outside: float, experts: int) -> fx.Node | None:
     """`masked_fill(table, not chosen, outside)`, `where(chosen, table, outside)`."""
     name = op_name(node)
     if name == "masked_fill" and _number(arg(node, 2, "value")) == outside:
-        return _not_chosen_by(arg(node, 1, "mask"))
+        return _not_chosen_by(arg(node, 1, "mask"), node, experts)
     if name == "where" and len(node.args) == 3 and _number(node.args[2]) == outside:
-        return chosen_by(node.args[0])
+        return _chosen_beside(node.args[0], node, experts)
     return None
 
 
-def _not_chosen_by(node: Any) -> fx.Node | None:
+def _not_chosen_by(node: Any, table: fx.Node, experts: int) -> fx.Node | None:
     name = op_name(node) if isinstance(node, fx.Node) else None
     if name in _NEGATIONS or (name == "eq" and _number(arg(node, 1, "other")) == 0.0):
-        return chosen_by(arg(node, 0, "input"))
+        return _chosen_beside(arg(node, 0, "input"), table, experts)
     return None
+
+
+def _chosen_beside(operand: Any, table: fx.Node, experts: int) -> fx.Node | None:
+    """`chosen_by(operand)`, which has an entry for each expert of `table`: one for all of them chooses none."""
+    own, result = fake_tensor(operand), fake_tensor(table)
+    if own is None or result is None or own.dim() < 2 or not same_size(own.shape[experts], result.shape[experts]):
+        return None
+    return chosen_by(operand, experts)
 
 
 def _filled_with(node: fx.Node) -> float | None:
@@ -114,10 +136,10 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (bool, int, float)) else None
 
 
-def _is_one_a_row(divisor: Any) -> bool:
+def _is_one_a_row(divisor: Any, experts: int) -> bool:
     """A divisor that is zero makes the whole row NaN, what was chosen too."""
     tensor = fake_tensor(divisor)
-    return tensor is None or tensor.dim() == 0 or (tensor.dim() >= 2 and tensor.shape[-1] == 1)
+    return tensor is None or tensor.dim() == 0 or (tensor.dim() >= 2 and tensor.shape[experts] == 1)
 
 
 def _is_changed(node: fx.Node) -> bool:

@@ -80,8 +80,9 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
     for value in region.body.of(Gathered):
         _require_sizes(value.source, sizes_of(value.source), tokens, (), value.node)
     for value in region.body.of(SlotGathered):
-        columns = region.num_experts if value.table else choices
-        _require_sizes(value.source, sizes_of(value.source), tokens, (columns,), value.node)
+        columns, sizes = region.num_experts if value.table else choices, sizes_of(value.source)
+        by_token = sizes[::-1] if value.experts_first else sizes
+        _require_sizes(value.source, by_token, tokens, (columns,), value.node)
 
 
 def _require_sizes(

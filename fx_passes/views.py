@@ -1,8 +1,8 @@
 """What stands at each dim of a tensor that is a rearranged view or a repetition of another.
 
 Code that computes on all pairs of tokens and experts at once first brings its inputs into shape: x.unsqueeze(1),
-x.repeat_interleave(K, 0), weights.reshape(-1), table.transpose(0, 1)[..., None]. `views_of(node)` takes these steps
-back. Each answer has the tensor they started from and, for each dim of `node`, a tuple:
+x.repeat_interleave(K, 0), x[arange(T).repeat(E)], weights.reshape(-1), table.transpose(0, 1)[..., None]. `views_of`
+takes these steps back. Each answer has the tensor they started from and, for each dim of `node`, a tuple:
 
     (i,)        dim i of the start
     (i, j)      dims i and j, flattened
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes.numbering import numbers_rows
 from fx_passes.ops import (
     arg,
     casts_nothing,
@@ -27,6 +28,7 @@ from fx_passes.ops import (
     normalized_dim,
     op_name,
     same_size,
+    same_sizes,
     sizes_of,
     varargs,
 )
@@ -66,8 +68,10 @@ def _unsqueeze(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 
 def _getitem(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
-    """None, `:` and `...` in any order."""
+    """None, `:` and `...` in any order; or the numbers of rows."""
     index = node.args[1]
+    if isinstance(index, fx.Node):
+        return _picked(index, inner, sizes_of(node.args[0])[:1])
     items = list(index) if isinstance(index, tuple) else [index]
     if any(item is not None and item is not Ellipsis and item != slice(None) for item in items):
         return None
@@ -76,6 +80,35 @@ def _getitem(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
     at = items.index(Ellipsis) if Ellipsis in items else len(items)
     left = iter(inner.dims)
     return tuple(() if item is None else next(left) for item in [*items[:at], *missing, *items[at + 1 :]])
+
+
+def _index_select(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    is_first = arg(node, 1, "dim") == 0
+    return _picked(arg(node, 2, "index"), inner, sizes_of(arg(node, 0, "input"))[:1]) if is_first else None
+
+
+def _gather(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
+    """`x.gather(0, numbers[:, None].expand(-1, D))`: whole rows."""
+    index, before = arg(node, 2, "index"), sizes_of(arg(node, 0, "input"))
+    is_first = arg(node, 1, "dim") == 0 and set(node.kwargs) <= {"input", "dim", "index"}
+    if not is_first or not same_sizes(sizes_of(index)[1:], before[1:]):
+        return None
+    return _picked(index, inner, before)
+
+
+def _picked(index: Any, inner: View, rows: tuple[int | torch.SymInt, ...]) -> tuple[Dim, ...] | None:
+    """Rows by `index`, which has as many dims as `rows` has sizes, the first of them the number of rows."""
+    repeated = repeated_numbers(index, rows[0]) if len(sizes_of(index)) == len(rows) else None
+    if repeated is None or len(inner.dims[0]) != 1:
+        return None
+    return ((*repeated[:-1], *inner.dims[0]), *inner.dims[1:])
+
+
+def repeated_numbers(index: Any, count: int | torch.SymInt) -> Dim | None:
+    """The first dim of `index`, where that holds the numbers of `count` rows: (0,), ("r", 0) or ("t", 0)."""
+    views = (view for view in views_of(index) if numbers_rows(view.start, count))
+    dims = next((view.dims for view in views), ((),))
+    return dims[0] if dims[0] and not any(dims[1:]) else None
 
 
 def _permute(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
@@ -173,6 +206,8 @@ def _to(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 _RULES = {
     "unsqueeze": _unsqueeze,
     "getitem": _getitem,
+    "index_select": _index_select,
+    "gather": _gather,
     "permute": _permute,
     "transpose": _transpose,
     "swapaxes": _transpose,

@@ -98,8 +98,9 @@ def _resolve_view(graph: RowGraph, view: View, labels: Labels) -> Value | None:
     units = (1,) * len(features)
     if stands == {"T": 0, "K": 1} or (stands == {"N": 0} and (start.dim() == 1 or single)):
         return graph.leaf(SlotGathered, view.start, units, trailing=len(units))
-    if stands == {"T": 0, "E": 1}:
-        return graph.leaf(SlotGathered, view.start, units, trailing=len(units), table=True)
+    if stands == {"T": 0, "E": 1} or (stands == {"T": 1, "E": 0} and start.dim() == 2):
+        first = stands["E"] == 0
+        return graph.leaf(SlotGathered, view.start, units, trailing=len(units), table=True, experts_first=first)
     return None
 
 

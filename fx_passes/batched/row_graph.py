@@ -31,6 +31,10 @@ class RowGraph:
         self._leaves: dict[Any, Value] = {}
         self._outer: dict[fx.Node, fx.Node] = {}
 
+    @property
+    def leaves(self) -> Iterable[Value]:
+        return self._leaves.values()
+
     def shared(self, source: Any) -> Value:
         return self._leaves.setdefault((Shared, source), Shared(source))
 

@@ -6,6 +6,8 @@ Dims that count rows are named by labels: T tokens, K experts per token, N = T *
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import fx
+
 from fx_passes.body import Value
 from fx_passes.views import View
 
@@ -41,9 +43,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Total:
-    """`rows`, summed over the experts of each token."""
+    """`rows`, summed over the experts of each token, `onto` what another tensor holds."""
 
     rows: Value
+    onto: fx.Node | None = None
 
 
 Seen = Rows | Input | Total

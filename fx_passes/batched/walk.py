@@ -8,13 +8,14 @@ from torch import fx
 from fx_passes.aliasing import inplace_users, is_read_before
 from fx_passes.batched.einsum import einsum, equation_of
 from fx_passes.batched.inputs import gathered, is_gathered, repeats_tokens
-from fx_passes.batched.moves import MOVES, moved, refused
+from fx_passes.batched.moves import MOVES, moved
 from fx_passes.batched.operations import ALONG_DIM, beside_rows, operation
 from fx_passes.batched.products import product
 from fx_passes.batched.row_graph import RowGraph, features_of
-from fx_passes.batched.rows import Input, Labels, Rows, Seen, Total
-from fx_passes.body import Body, Value, children
-from fx_passes.ops import arg, fake_tensor, is_inplace, known_tensor, normalized_dim, op_name
+from fx_passes.batched.rows import Input, Labels, Rows, Seen
+from fx_passes.batched.totals import ADDITIONS, added_up, summed
+from fx_passes.body import Body, SlotGathered, Value, children
+from fx_passes.ops import arg, fake_tensor, is_inplace, known_tensor, op_name
 from fx_passes.region import Rejected
 from fx_passes.views import step, views_of
 
@@ -44,6 +45,11 @@ class Walk:
     def steps(self) -> set[fx.Node]:
         """The nodes that brought inputs into shape."""
         return self._graph.steps
+
+    @property
+    def tables(self) -> list[SlotGathered]:
+        """The tables of weights, an entry for each pair, that rows were seen to meet."""
+        return [leaf for leaf in self._graph.leaves if isinstance(leaf, SlotGathered) and leaf.table]
 
     def body(self, root: Value) -> Body:
         """The body of which `root` is the result."""
@@ -80,6 +86,8 @@ class Walk:
         if name == "einsum":
             equation, operands = equation_of(node)
             return einsum(self._graph, node, equation, *map(self.seen, operands))
+        if name in ADDITIONS:
+            return added_up(self._graph, node, self.seen)
         source = self.seen(arg(node, 0, "input"))
         if isinstance(source, Input):
             views = gathered(node, source, self.ids) or source.moved(lambda view: step(node, view))
@@ -88,7 +96,7 @@ class Walk:
         if isinstance(source, Rows) and name in MOVES:
             return moved(self._graph, node, source)
         if isinstance(source, Rows) and name == "sum":
-            return _sum(node, source)
+            return summed(node, source)
         return operation(self._graph, node, name, self.seen)
 
     def _weighs_repeated_tokens(self, node: fx.Node) -> bool:
@@ -123,19 +131,6 @@ class Walk:
             raise Rejected("nothing_is_written_inside", write, "a sum is rounded as it is written")
         value = self._graph.op(write, "add", torch.add, (rows.value, other), {}, features_of(rows.value))
         return Rows(rows.labels, value)
-
-
-def _sum(node: fx.Node, rows: Rows) -> Total:
-    dim = arg(node, 1, "dim")
-    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    plain = set(node.kwargs) <= {"dim", "input"} and len(node.args) <= 2 and not rows.unit
-    if not isinstance(dim, int) or not plain:
-        raise refused(node)
-    place = normalized_dim(dim, known_tensor(node.args[0]).dim())
-    left = rows.labels[:place] + rows.labels[place + 1 :]
-    if place >= len(rows.labels) or left != ("T",) or len(features_of(rows.value)) != 1:
-        raise Rejected("slots_of_a_token_are_summed", node, "not the sum over the experts of each token")
-    return Total(rows.value)
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -17,7 +17,8 @@ from torch import fx
 
 from fx_passes.dense.columns import CASTS, Weights
 from fx_passes.dense.sums import Mixture, is_product, stacked
-from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size, varargs
+from fx_passes.numbering import numbers_rows
+from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size
 from fx_passes.views import Dim, View, views_of
 
 Labels = tuple[str, ...]
@@ -159,15 +160,9 @@ def _second_of_pair(index: Any, stack: fx.Node) -> fx.Node | None:
 
 def _counts_tokens(node: Any, stack: fx.Node) -> bool:
     """`torch.arange(T)[:, None]`."""
-    tensor, own = fake_tensor(stack), fake_tensor(node)
-    if tensor is None or own is None:
-        return False
-    starts = [view.start for view in views_of(node) if view.dims == ((0,), ()) and op_name(view.start) == "arange"]
-    counted = [start for start in starts if len(varargs(start, 0, "end")) == 1 and not set(start.kwargs) - _ARANGE]
-    return bool(counted) and same_size(own.shape[0], tensor.shape[0])
-
-
-_ARANGE = frozenset(("end", "device", "dtype"))
+    tensor = fake_tensor(stack)
+    starts = (view.start for view in views_of(node) if view.dims == ((0,), ()))
+    return tensor is not None and any(numbers_rows(start, tensor.shape[0]) for start in starts)
 
 
 def _einsum(node: fx.Node, state: _State) -> _State | None:

@@ -6,7 +6,13 @@
     out = (y * table.t()[..., None]).sum(0)
 
 or with einsum, "td,edf->etf" or "td,edf->tef". The weights may be on the input (llama4), where zero rows stay zero up
-to the sum. A mixture in which every expert counts is left as it is.
+to the sum. Tokens may be repeated and added up by their numbers, to zeros or to a tensor that is there already:
+
+    tokens = torch.arange(T).repeat(E)
+    rows = x[tokens] * table.t().reshape(-1, 1)                                     # or x.gather(0, ...)
+    out.index_add_(0, tokens, experts(rows.view(E, T, D)).view(-1, D))              # or scatter_add_
+
+A mixture in which every expert counts is left as it is.
 """
 
 from collections.abc import Iterator
@@ -18,8 +24,8 @@ from torch import fx
 from fx_passes.accumulation import closure
 from fx_passes.batched.rows import PAIRS, Total
 from fx_passes.batched.walk import Walk
-from fx_passes.body import PerExpert, SlotGathered, Value
-from fx_passes.forms.rounding import with_cast
+from fx_passes.body import PerExpert, SlotGathered
+from fx_passes.forms.summation import summation
 from fx_passes.loop_rules import ids_are_distinct
 from fx_passes.ops import fake_tensor, known_tensor, op_name, same_size
 from fx_passes.region import MoERegion, Rejected
@@ -33,31 +39,40 @@ UNCHOSEN = "an expert with weight zero is not computed: an infinite or NaN resul
 
 @dataclass(frozen=True)
 class Mixture:
-    """The products of all experts, the sum over the experts, and what is summed."""
+    """The products of all experts, the node that sums over the experts, and what it sums."""
 
     products: tuple[fx.Node, ...]
-    total: fx.Node
-    rows: Value
+    node: fx.Node
+    total: Total
     walk: Walk
     num_experts: int
 
 
-def candidates(graph: fx.Graph) -> Iterator[Mixture]:
+@dataclass(frozen=True)
+class Unproven:
+    """Rows of all experts with weights that are zero but for the top-k, and what they were seen to break at `node`."""
+
+    node: fx.Node
+    reason: Rejected
+
+
+def candidates(graph: fx.Graph) -> Iterator[Mixture | Unproven]:
     """Sums over experts, of rows that were multiplied with a parameter [E, ...]. Other such products are common."""
     products = [(node, stacked) for node in graph.nodes for stacked in _stacked(node)]
     while products:
         found = _mixture([node for node, _ in products], products[0][1])
-        if found is not None and any(isinstance(value, SlotGathered) for value in found.walk.body(found.rows).values):
+        if isinstance(found, Unproven) or (found is not None and any(_tables(found))):
             yield found
-        last = found.total if found is not None else products[0][0]
+        last = found.node if found is not None else products[0][0]
         products = [(node, stacked) for node, stacked in products if node > last]
 
 
-def match(found: Mixture) -> MoERegion:
-    result = with_cast(found.total)
-    body = found.walk.body(found.rows)
-    ids = _chosen(list(body.of(SlotGathered)), found)
-    inner = closure(found.products, stops=frozenset((result,))) | {result}
+def match(found: Mixture | Unproven) -> MoERegion:
+    if isinstance(found, Unproven):
+        raise found.reason
+    body = found.walk.body(found.total.rows)
+    ids = _chosen(found)
+    end = summation(found.node, found.total, found.products)
     return MoERegion(
         form=NAME,
         ids_TK=ids,
@@ -65,11 +80,13 @@ def match(found: Mixture) -> MoERegion:
         num_experts=found.num_experts,
         body=body,
         routing=frozenset((*found.products, *found.walk.steps)),
-        inner=inner,
-        result=result,
-        output=known_tensor(result),
-        writes=frozenset(found.walk.writes),
+        inner=end.inner,
+        result=end.result,
+        output=known_tensor(end.result),
+        writes=end.writes | found.walk.writes,
         deviations=(UNCHOSEN,),
+        buffers=end.buffers,
+        addend=end.addend,
     )
 
 
@@ -85,7 +102,7 @@ def _is_stack_of_matrices(node: fx.Node) -> bool:
     return isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 3 and tensor.is_floating_point()
 
 
-def _mixture(products: list[fx.Node], stacked: fx.Node) -> Mixture | None:
+def _mixture(products: list[fx.Node], stacked: fx.Node) -> Mixture | Unproven | None:
     first, num_experts = products[0], known_tensor(stacked).shape[0]
     sizes = known_tensor(first).shape
     if len(sizes) != 3 or not isinstance(num_experts, int):
@@ -96,28 +113,36 @@ def _mixture(products: list[fx.Node], stacked: fx.Node) -> Mixture | None:
     for node in first.graph.nodes:
         try:
             seen = walk.seen(node) if node in everything else None
-        except Rejected:
-            return None
+        except Rejected as reason:
+            return Unproven(node, reason) if any(map(_chosen_by, walk.tables)) else None
         if isinstance(seen, Total):
             own = tuple(product for product in products if product < node)
-            return Mixture(own, node, seen.rows, walk, num_experts)
+            return Mixture(own, node, seen, walk, num_experts)
     return None
 
 
-def _chosen(tables: list[SlotGathered], found: Mixture) -> fx.Node:
+def _chosen(found: Mixture) -> fx.Node:
     """The ids outside of which all weights are zero, and with them what is added."""
-    ids = {chosen_by(table.source) for table in tables if table.table}
+    ids = {_chosen_by(table) for table in _tables(found) if table.table}
     chosen = ids.pop() if len(ids) == 1 else None
-    if chosen is None or not adds_nothing_where_unchosen(found.rows):
+    if chosen is None or not adds_nothing_where_unchosen(found.total.rows):
         raise Rejected(
-            "weights_are_zero_outside_the_top_k", found.total, "every expert may count for every token: it stays dense"
+            "weights_are_zero_outside_the_top_k", found.node, "every expert may count for every token: it stays dense"
         )
     if not ids_are_distinct(chosen):
-        raise Rejected("repeated_ids_are_counted", found.total, "the ids of a token may repeat")
+        raise Rejected("repeated_ids_are_counted", found.node, "the ids of a token may repeat")
     if any(not same_size(known_tensor(p.parameters[0]).shape[0], found.num_experts) for p in _parameters(found)):
-        raise Rejected("every_expert_is_covered", found.total, "weights of another number of experts")
+        raise Rejected("every_expert_is_covered", found.node, "weights of another number of experts")
     return chosen
 
 
+def _chosen_by(table: SlotGathered) -> fx.Node | None:
+    return chosen_by(table.source, -2 if table.experts_first else -1)
+
+
+def _tables(found: Mixture) -> Iterator[SlotGathered]:
+    return found.walk.body(found.total.rows).of(SlotGathered)
+
+
 def _parameters(found: Mixture) -> Iterator[PerExpert]:
-    return found.walk.body(found.rows).of(PerExpert)
+    return found.walk.body(found.total.rows).of(PerExpert)

@@ -24,8 +24,8 @@ from fx_passes.accumulation import closure
 from fx_passes.batched.inputs import index_labels, index_of
 from fx_passes.batched.rows import SLOTS, Total
 from fx_passes.batched.walk import Walk
-from fx_passes.body import PerExpert, Value
-from fx_passes.forms.rounding import with_cast
+from fx_passes.body import PerExpert
+from fx_passes.forms.summation import summation
 from fx_passes.ids import are_nonnegative
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
 from fx_passes.region import MoERegion, Rejected
@@ -61,10 +61,9 @@ def candidates(graph: fx.Graph) -> Iterator[Picks]:
 def match(found: Picks) -> MoERegion:
     everything = closure(found.picks, stops=frozenset())
     walk = Walk(everything, SLOTS, _sizes(found), found.ids)
-    total, root = _total(walk, everything, found)
-    result = with_cast(total)
-    inner = closure(found.picks, stops=frozenset((result,))) | {result}
-    body = walk.body(root)
+    node, total = _total(walk, everything, found)
+    end = summation(node, total, found.picks)
+    body = walk.body(total.rows)
     return MoERegion(
         form=NAME,
         ids_TK=found.ids,
@@ -72,11 +71,13 @@ def match(found: Picks) -> MoERegion:
         num_experts=_num_experts(body.of(PerExpert), found.picks[0]),
         body=body,
         routing=frozenset((*found.picks, *walk.steps)),
-        inner=inner,
-        result=result,
-        output=known_tensor(result),
-        writes=frozenset(walk.writes),
+        inner=end.inner,
+        result=end.result,
+        output=known_tensor(end.result),
+        writes=end.writes | walk.writes,
         deviations=() if op_name(found.ids) in ("clamp", "clip") else (INDEXED,),
+        buffers=end.buffers,
+        addend=end.addend,
         counts_from_the_end=not are_nonnegative(found.ids),
     )
 
@@ -116,11 +117,11 @@ def _sizes(found: Picks) -> dict[str, int | torch.SymInt]:
     return {"T": shape[0] if len(shape) == 2 else slots // found.top_k, "K": found.top_k, "N": slots}
 
 
-def _total(walk: Walk, nodes: frozenset[fx.Node], found: Picks) -> tuple[fx.Node, Value]:
+def _total(walk: Walk, nodes: frozenset[fx.Node], found: Picks) -> tuple[fx.Node, Total]:
     for node in found.ids.graph.nodes:
         seen = walk.seen(node) if node in nodes else None
         if isinstance(seen, Total):
-            return node, seen.rows
+            return node, seen
     raise Rejected("slots_of_a_token_are_summed", found.picks[0], "rows with gathered weights are not summed by token")
 
 

@@ -20,7 +20,7 @@ QUICK = frozenset(
     stacked_sentinel stacked_top_1 stacked_relu2 gpt_oss_5 phimoe_445_train any_guard plus_equals hit_flatten
     weight_on_input fp32_accumulator range_gelu_bias hit_swiglu_fused range_lora hit_layer_norm_first
     sorted_slots gathered_einsum gathered_batched_mm gathered_norm dense_einsum
-    dense_llama4 dense_modules_sum dense_modules_gather expert_by_name
+    dense_added_by_number dense_modules_sum dense_modules_gather expert_by_name
     dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated""".split()
 )
 

@@ -673,6 +673,34 @@ v20 = .view(v19, (2, 12, 16))
 return (v20)""",
         )
 
+    def test_dense_experts_added_by_number(self):
+        self.assertExpectedInline(
+            self.golden("dense_added_by_number"),
+            """\
+v4 = .reshape(hidden_states, -1, 16)
+v5 = linear(v4, gate_weight, None)
+v6 = topk(v5, 2, dim=1)
+v7 = getitem(v6, 0)
+v8 = getitem(v6, 1)
+v9 = full_like(v5, -inf)
+v10 = .scatter_(v9, 1, v8, v7)
+v11 = .transpose(v10, 0, 1)
+v12 = .float(v11)
+v13 = sigmoid(v12)
+v14 = silu(v4)
+v15 = scatter_moe.route(v8, 4)
+v16 = getitem(v15, 0)
+v17 = getitem(v15, 1)
+v18 = .clamp(v8, 0, 3)
+v19 = .t(v13)
+v20 = .long(v18)
+v21 = .gather(v19, 1, v20)
+v22 = scatter_moe.mlp(v4, v21, v16, v17, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, True, input, 1.702, 7.0, torch.float32)
+v23 = add(v14, v22)
+v24 = .view(v23, (2, 12, 16))
+return (v24)""",
+        )
+
     def test_range_loop_any_mask(self):
         self.assertExpectedInline(
             self.golden("any_mask_rows"),

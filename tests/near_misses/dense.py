@@ -6,7 +6,17 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import D, E, K
-from tests.zoo.dense import DenseBlock, DenseExperts, MaskedSoftmax, ScatteredSigmoid, TransposedExperts, WeightedInputs
+from tests.zoo.dense import (
+    AddedByNumber,
+    DenseBlock,
+    DenseExperts,
+    MaskedSoftmax,
+    PickedByNumber,
+    ScatteredSigmoid,
+    TransposedExperts,
+    TransposedSigmoid,
+    WeightedInputs,
+)
 
 
 class SoftMixture(DenseBlock):
@@ -56,6 +66,81 @@ class SigmoidOfZeros(ScatteredSigmoid):
     def table(self, logits):
         values, ids = torch.topk(logits, K, dim=1)
         return torch.sigmoid(torch.zeros_like(logits).scatter(1, ids, values))
+
+
+class OneWeightForAll(DenseBlock):
+    """A column of one entry, which is chosen, times what every expert has."""
+
+    def table(self, logits):
+        best = logits.max(dim=-1, keepdim=True).values
+        chosen = torch.zeros_like(best).scatter(1, best.topk(1, dim=-1).indices, 1.0)
+        return F.softmax(logits, dim=-1) * chosen
+
+
+class TransposedSoftmax(TransposedSigmoid):
+    """The softmax of a transposed table over the tokens: a sum of experts, but weighted by what others have."""
+
+    def table(self, logits):
+        values, ids = torch.topk(logits, K, dim=1)
+        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, values).transpose(0, 1)
+        return F.softmax(scores, dim=-1)
+
+
+class AddedToNextToken(AddedByNumber):
+    """What an expert makes of a token is added to its neighbour."""
+
+    def put_back(self, y, x):
+        return self.start(x).scatter_add_(0, (self.numbers(x) + 1) % len(x), y.view(-1, D))
+
+
+class AddedByExpert(AddedByNumber):
+    """Numbers that are repeated one by one, beside rows that lie expert by expert."""
+
+    def put_back(self, y, x):
+        tokens = torch.arange(len(x), device=x.device).repeat_interleave(E)
+        return self.start(x).index_add_(0, tokens, y.view(-1, D))
+
+
+class AddedInPart(AddedByNumber):
+    """The last columns are left out."""
+
+    def put_back(self, y, x):
+        return self.start(x).scatter_add_(0, self.numbers(x)[:, :-1], y.view(-1, D)[:, :-1])
+
+
+class AddedToPart(AddedByNumber):
+    """What is added to is a part of a tensor that is read afterwards."""
+
+    def put_back(self, y, x):
+        whole = F.silu(torch.cat((x, x)))
+        whole[: len(x)].scatter_add_(0, self.numbers(x), y.view(-1, D))
+        return whole.view(2, -1, D).sum(dim=0)
+
+
+class StartRead(AddedByNumber):
+    """What is added to is read before it is added to."""
+
+    def put_back(self, y, x):
+        start = self.start(x)
+        seen = start.mean(dim=0)
+        return start.scatter_add_(0, self.numbers(x), y.view(-1, D)) + seen
+
+
+class StartDepends(AddedByNumber):
+    """The rows are added to something that is made of them."""
+
+    def put_back(self, y, x):
+        start = F.silu(y.mean(dim=0))
+        return start.scatter_add_(0, self.numbers(x), y.view(-1, D))
+
+
+class NumbersWritten(PickedByNumber):
+    """The tokens' numbers are written to once they were made."""
+
+    def numbers(self, x):
+        numbers = torch.arange(len(x), device=x.device)
+        numbers[0] = 1
+        return numbers.repeat(E)
 
 
 class RepeatedIds(DenseBlock):
@@ -115,6 +200,14 @@ def block(experts):
     return lambda: DenseBlock(experts)
 
 
+def transposed(experts):
+    return lambda: TransposedSigmoid(experts)
+
+
+def numbered(router):
+    return lambda: router(AddedByNumber)
+
+
 MISSES = (
     NearMiss("dense_all_soft", "weights_are_zero_outside_the_top_k", SoftMixture),
     NearMiss("dense_all_threshold", "weights_are_zero_outside_the_top_k", Threshold),
@@ -122,6 +215,15 @@ MISSES = (
     NearMiss("dense_all_scattered_twice", "weights_are_zero_outside_the_top_k", ScatteredTwice),
     NearMiss("dense_all_finite_mask", "weights_are_zero_outside_the_top_k", FiniteMask),
     NearMiss("dense_all_sigmoid_of_zeros", "weights_are_zero_outside_the_top_k", SigmoidOfZeros),
+    NearMiss("dense_all_one_weight_for_all", "weights_are_zero_outside_the_top_k", OneWeightForAll),
+    NearMiss("dense_all_transposed_softmax", "weights_are_zero_outside_the_top_k", numbered(TransposedSoftmax)),
+    NearMiss("dense_all_added_to_next_token", "slots_of_a_token_are_summed", transposed(AddedToNextToken)),
+    NearMiss("dense_all_added_by_expert", "slots_of_a_token_are_summed", transposed(AddedByExpert)),
+    NearMiss("dense_all_added_in_part", "slots_of_a_token_are_summed", transposed(AddedInPart)),
+    NearMiss("dense_all_added_to_part", "nothing_is_written_inside", transposed(AddedToPart)),
+    NearMiss("dense_all_start_read", "nothing_is_written_inside", transposed(StartRead)),
+    NearMiss("dense_all_start_depends", "body_is_row_wise", transposed(StartDepends)),
+    NearMiss("dense_all_numbers_written", None, transposed(NumbersWritten)),
     NearMiss("dense_all_repeated_ids", "repeated_ids_are_counted", RepeatedIds),
     NearMiss("dense_all_biased_inputs", "weights_are_zero_outside_the_top_k", lambda: ScatteredSigmoid(BiasedInputs)),
     NearMiss("dense_all_hidden_used", None, block(HiddenReturned)),

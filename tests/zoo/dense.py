@@ -49,6 +49,36 @@ class WeightedInputs(DenseExperts):
         return torch.bmm(h, self.down_proj).view(-1, D).reshape(E, -1, D).sum(dim=0)
 
 
+class AddedByNumber(WeightedInputs):
+    """llama4 of transformers 4.51: tokens picked by number for all experts at once, and added up by number."""
+
+    def numbers(self, x):
+        return torch.arange(len(x), device=x.device).view(1, -1).expand(E, -1).reshape(-1, 1).expand(-1, D)
+
+    def start(self, x):
+        return F.silu(x)
+
+    def put_back(self, y, x):
+        return self.start(x).scatter_add_(0, self.numbers(x), y.view(-1, D))
+
+    def forward(self, x, table):
+        rows = x.gather(0, self.numbers(x)) * table.reshape(-1, 1)
+        h = self.activate(torch.bmm(rows.view(E, -1, D), self.gate_up_proj))
+        return self.put_back(torch.bmm(h, self.down_proj), x)
+
+
+class PickedByNumber(AddedByNumber):
+    """The same with one index."""
+
+    def numbers(self, x):
+        return torch.arange(len(x), device=x.device).repeat(E)
+
+    def forward(self, x, table):
+        rows = x[self.numbers(x)] * table.reshape(-1, 1)
+        h = self.activate(torch.bmm(rows.view(E, -1, D), self.gate_up_proj))
+        return torch.zeros_like(x).index_add(0, self.numbers(x), torch.bmm(h, self.down_proj).view(-1, D))
+
+
 class DenseBlock(nn.Module):
     """A router whose weights are a table [T, E]: zeros, and the softmax of the top-k scattered into them."""
 
@@ -83,6 +113,15 @@ class ScatteredSigmoid(DenseBlock):
         return torch.sigmoid(torch.full_like(logits, float("-inf")).scatter_(1, ids, values).float()).to(logits.dtype)
 
 
+class TransposedSigmoid(DenseBlock):
+    """llama4 of transformers 4.51: the sigmoid of a transposed table, [E, T]."""
+
+    def table(self, logits):
+        values, ids = torch.topk(logits, K, dim=1)
+        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, values).transpose(0, 1)
+        return torch.sigmoid(scores.float()).to(logits.dtype)
+
+
 class MaskedProduct(DenseBlock):
     """Probabilities times a mask, normalised."""
 
@@ -99,4 +138,6 @@ CASES = (
     Case("dense_einsum_transposed", lambda: MaskedProduct(TransposedExperts), activation="any", op="parallel_linear"),
     Case("dense_masked_softmax", MaskedSoftmax),
     Case("dense_llama4", lambda: ScatteredSigmoid(WeightedInputs)),
+    Case("dense_added_by_number", lambda: TransposedSigmoid(AddedByNumber)),
+    Case("dense_picked_by_number", lambda: TransposedSigmoid(PickedByNumber)),
 )
