@@ -18,7 +18,7 @@ from scatter_ops.cuda.parameters import ExpertWeight
 from scatter_ops.cuda.routing import Schedule
 from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, PART
 from scatter_ops.kernels.hopper_glu_backward import glu_backward_kernel
-from scatter_ops.kernels.hopper_glu_forward import HALF, glu_forward_kernel
+from scatter_ops.kernels.hopper_glu_forward import BOX, H_PART, glu_forward_kernel
 from scatter_ops.tuning import Config
 
 STAGES = 3  # of glu_forward, whose tile of h takes the room of another
@@ -31,36 +31,40 @@ def launch_glu_forward(
     block_m, block_n, block_k = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value
     if not config.overlap or (config.block_m, config.block_n, config.block_k) != (block_m, block_n, block_k):
         return False
-    biased = glu.gate_bias.kind != "none" or glu.up_bias.kind != "none"
-    if glu.on_input or biased or weight.ways != 2 or weight.stride_k != 1:
+    if glu.on_input or glu.gate_bias.kind != "none" or glu.up_bias.kind != "none":
         return False
-    w = weight_descriptor(weight, block_n, block_k, n_ways=2)
+    w = weight_descriptor(weight, BOX.value, block_k, n_ways=1)
     if w is None or weight.k % block_k or weight.k < STAGES * block_k or not tma_can_read(rows.data):
         return False
-    f_size = a_NF.shape[1]
+    f_size, save_h = a_NF.shape[1], h.numel() > 0
     x = rows.data if rows.divisor else _gluon(TensorDescriptor.from_tensor(rows.data, [block_m, block_k]))
-    a = _gluon(create_ragged_descriptor(a_NF, [block_m, HALF.value]))
-    grid = grid_size(config, tiles.max_row_tiles * cdiv(f_size, block_n // 2), a_NF.device)
+    part = H_PART.value // 2 if glu.layout == "interleaved" else H_PART.value
+    grid = grid_size(config, tiles.max_row_tiles * cdiv(f_size, glu.f_size(block_n)), a_NF.device)
     glu_forward_kernel[grid](
         x,
         _gluon(w),
-        a,
-        _gluon(glu.tiles_of_h(h, block_m, HALF.value)) if h.numel() else None,
+        _gluon(create_ragged_descriptor(a_NF, [block_m, part])),
+        _gluon(glu.tiles_of_h(h, block_m, part)) if save_h else None,
         h,
         glu.routing.order_N,
         glu.routing.offsets_E,
         tiles.tile_map,
         weight.addresses.distances if weight.addresses else None,
+        weight.experts_per_way,
         glu.alpha,
         glu.limit,
         glu.routing.num_slots,
         glu.routing.num_experts,
         f_size,
+        weight.n * weight.ways,
         weight.k,
         rows.data.stride(0),
         X_DIVISOR=rows.divisor,
         ACTIVATION=glu.activation,
-        STORE_H=h.numel() > 0,
+        APART=weight.experts_per_way > 0,
+        LAYOUT=glu.h_layout,
+        N_MAJOR=weight.stride_k != 1,
+        STORE_H=save_h,
         STAGES=STAGES,
         GROUP_M=config.group_m,
         num_warps=8,

@@ -93,9 +93,10 @@ def test_hopper_takes_its_own_kernel_for_the_gradient_of_the_activation(layout: 
     assert found.stack == 0, found
 
 
-def test_hopper_takes_its_own_kernel_for_the_activation():
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain"])
+def test_hopper_takes_its_own_kernel_for_the_activation(layout: str):
     with offline.recorded((9, 0), rows_per_expert=4096) as launches:
-        training_step(torch.bfloat16)
+        training_step(torch.bfloat16, layout=layout)
     launch = next(launch for launch in launches if launch.kernel.__name__ == "glu_forward_kernel")
     assert launch.kernel.is_gluon()
     found = offline.resources(offline.compile_launch(launch))

@@ -179,44 +179,64 @@ def test_hopper_kernels_are_as_exact_as_the_portable_ones(layout: str, transpose
     assert_low_precision(samples, torch.bfloat16)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate", "apart"])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("save_h", [False, True])
-def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(save_h: bool, grouped: bool, poisoned_memory):
+def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(
+    save_h: bool, grouped: bool, layout: str, transposed: bool, poisoned_memory
+):
     """The same sums in the same order, and the same rounding: bitwise, rows of sentinels included."""
     if torch.cuda.get_device_capability() != (9, 0) or glu_forward.hopper is None:
         pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
     inputs = layer(T=3000, E=5, K=2, D=512, F=320)
     inputs.topk_ids[::7, 0] = 1000
+    weights = in_layout(inputs, "separate" if layout == "apart" else layout, transposed)
+    if layout == "apart":  # in tensors that are not equally spaced
+        weights = [
+            [w.new_empty(2 + e % 3, *w.shape)[1].copy_(w) for ws in stack for e, w in enumerate(ws)]
+            for stack in weights
+        ]
 
     def forward() -> tuple[Tensor, ...]:
         routing = cuda.route(inputs.topk_ids, 5)
-        options = ("silu", "concatenated", False, "output", 1.702, 7.0, None)
-        return cuda.mlp_forward(
-            inputs.x, inputs.topk_weights, *routing, inputs.gate_up, [], inputs.down, [], [], [], *options, save_h
-        )
+        name = "separate" if layout == "apart" else layout
+        options = ("silu", name, transposed, "output", 1.702, 7.0, None)
+        return cuda.mlp_forward(inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options, save_h)
 
     select = tuning.select
     with mock.patch.object(tuning, "select", lambda *shape: replace(select(*shape), regroup=grouped)):
         with mock.patch.object(glu_forward, "hopper", None):
             expected = forward()
         launch = glu_forward.hopper.launch_glu_forward
-        with mock.patch.object(glu_forward.hopper, "launch_glu_forward", side_effect=launch) as launched:
+        launched = []
+        with mock.patch.object(
+            glu_forward.hopper, "launch_glu_forward", lambda *a: launched.append(launch(*a)) or launched[-1]
+        ):
             results = [forward() for _ in range(3)]
-    assert launched.call_count == 3
+    assert launched == [True, True, True]
     for ours in results:
         for a, b in zip(ours, expected, strict=True):
             assert torch.equal(a, b)
 
 
+def in_layout(inputs: Layer, layout: str, transposed: bool) -> list[list[Tensor]]:
+    """Stacks of gate_up, up and down."""
+
+    def oriented(weight: Tensor) -> Tensor:
+        return weight.transpose(-1, -2).contiguous() if transposed else weight
+
+    (gate_up,), (down,) = inputs.gate_up, inputs.down
+    halves = gate_up.chunk(2, dim=1)
+    gate, up = oriented(torch.stack(halves))
+    first = {"plain": gate, "separate": gate, "interleaved": oriented(torch.stack(halves, 2).flatten(1, 2))}
+    return [[first.get(layout, oriented(gate_up))], [up] if layout == "separate" else [], [oriented(down)]]
+
+
 def gradients(inputs: Layer, layout: str, transposed: bool, implementation) -> dict[str, Tensor]:
     """Of x, the router weights, gate_up, up and down; with the first F rows of gate_up alone if plain."""
-    (gate_up,), (down,) = inputs.gate_up, inputs.down
-    gate, up = gate_up.chunk(2, dim=1)
-    first = {"plain": gate, "separate": gate, "interleaved": torch.stack((gate, up), 2).flatten(1, 2)}
-    weights = [[first.get(layout, gate_up)], [up] if layout == "separate" else [], [down]]
-    if transposed:
-        weights = [[w.transpose(1, 2).contiguous() for w in ws] for ws in weights]
-    routing = implementation.route(inputs.topk_ids, down.shape[0])
+    weights = in_layout(inputs, layout, transposed)
+    routing = implementation.route(inputs.topk_ids, inputs_experts(inputs))
     options = ("silu", layout, transposed, "output", 1.702, 7.0, None)
     arguments = (inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options)
     _, h = implementation.mlp_forward(*arguments, True)
