@@ -7,9 +7,8 @@ first.
 """
 
 import argparse
-import concurrent.futures
 import functools
-import multiprocessing
+import random
 import statistics
 from typing import Any
 
@@ -78,23 +77,17 @@ def step(layer: Inputs, parameters: Parameters) -> tuple[Tensor, ...]:
 
 def precompile(name: str) -> None:
     """Fill Triton's disk cache with the kernels of every layout, several at a time, before the GPU is used."""
-    number = len(layouts(_small(name)))
-    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        list(pool.map(_compile_layout, [name] * number, range(number)))
-
-
-def _compile_layout(name: str, number: int) -> None:
-    shape, layer = SHAPES[name], _small(name)
-    gate_up, up, down, layout, transposed = list(layouts(layer).values())[number]
-    with offline.recorded((9, 0), shape.rows_per_expert) as launches, torch.no_grad():
-        routing = cuda.route(layer.topk_ids, layer.down.shape[0])
-        weights, options = (gate_up, up, down, [], [], []), ("silu", layout, transposed, "output", 1.702, 7.0, None)
-        arguments = (layer.x, layer.topk_weights, *routing, *weights, *options)
-        cuda.mlp_forward(*arguments, False)
-        _, h = cuda.mlp_forward(*arguments, True)
-        cuda.mlp_backward(layer.grad_out, h, *arguments, [True, True, True, bool(up), True, False, False, False])
-    for launch in launches:
-        offline.compile_launch(launch)
+    layer, launched = _small(name), []
+    for gate_up, up, down, layout, transposed in layouts(layer).values():
+        with offline.recorded((9, 0), SHAPES[name].rows_per_expert) as launches, torch.no_grad():
+            routing = cuda.route(layer.topk_ids, layer.down.shape[0])
+            weights, options = (gate_up, up, down, [], [], []), ("silu", layout, transposed, "output", 1.702, 7.0, None)
+            arguments = (layer.x, layer.topk_weights, *routing, *weights, *options)
+            cuda.mlp_forward(*arguments, False)
+            _, h = cuda.mlp_forward(*arguments, True)
+            cuda.mlp_backward(layer.grad_out, h, *arguments, [True, True, True, bool(up), True, False, False, False])
+        launched += launches
+    print(f"{name}: {offline.compile_in_parallel(launched)} kernels compiled", flush=True)
 
 
 def _small(name: str) -> Inputs:
@@ -113,12 +106,15 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
         errors[layout] = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
         if not errors[layout] < TOLERANCE:
             raise ArithmeticError(f"{layout}: relative RMS difference to the reference {errors[layout]:.3g}")
+        print(f"{name}, {layout}: checked", flush=True)
     del expected
     times: dict[tuple[str, str], list[float]] = {(layout, what): [] for layout in given for what in ("forward", "step")}
     functions = {"forward": inference, "step": step}
+    order = list(times)
     for _ in range(rounds):
-        for (layout, what), measured in times.items():
-            measured.append(queued_ms(functools.partial(functions[what], layer, given[layout]), calls=4))
+        random.shuffle(order)  # what runs before it changes the clock that a layout finds
+        for layout, what in order:
+            times[layout, what].append(queued_ms(functools.partial(functions[what], layer, given[layout])))
     rows = []
     for layout in given:
         row: dict[str, Any] = {"shape": name, "layout": layout, "worst_error": errors[layout]}
@@ -133,7 +129,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; B, C and D if none is named")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     rows = []
     names = shape_names(parser, arguments.shapes)

@@ -4,12 +4,14 @@
 `compile_launch` compiles one. The result is cached on disk as usual, so a later run on a GPU finds it.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,15 +71,45 @@ def recorded(capability: tuple[int, int], rows_per_expert: int | None = None) ->
 
 
 def compile_launch(launch: Launch) -> Any:
+    source, options = _source(launch)
+    return triton.compile(source, target=_target(launch), options=options)
+
+
+def compile_in_parallel(launches: Iterable[Launch]) -> int:
+    """Compile the kernels of all launches, each once, on all cores, and return how many they are."""
+    distinct = list({_key(launch): launch for launch in launches}.values())
+    _in_parallel[:] = distinct  # processes that are forked find them there: a launch can't be sent to one
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(_compile_number, range(len(distinct))))
+    return len(distinct)
+
+
+_in_parallel: list[Launch] = []
+
+
+def _compile_number(number: int) -> None:
+    compile_launch(_in_parallel[number])
+
+
+def _key(launch: Launch) -> tuple[str, str]:
+    source, options = _source(launch)
+    return source.hash(), repr(sorted(options.items()))
+
+
+def _target(launch: Launch) -> GPUTarget:
     major, minor = launch.capability
-    target = GPUTarget("cuda", 10 * major + minor, 32)
-    backend = make_backend(target)
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
+def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles, and with which options."""
+    backend = make_backend(_target(launch))
     kernel, kwargs = launch.kernel, {**launch.kwargs, "debug": False}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*launch.args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    return source, options.__dict__
 
 
 def resources(compiled: Any) -> Resources:

@@ -16,9 +16,9 @@ from scatter_ops.cuda.grouped_gemm import Rows, grid_size, tma_can_read, weight_
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.parameters import ExpertWeight
 from scatter_ops.cuda.routing import Schedule
-from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, PART
-from scatter_ops.kernels.hopper_glu_backward import glu_backward_kernel
-from scatter_ops.kernels.hopper_glu_forward import BOX, H_PART, glu_forward_kernel
+from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX
+from scatter_ops.kernels.hopper_glu_backward import PART, glu_backward_kernel
+from scatter_ops.kernels.hopper_glu_forward import H_PART, glu_forward_kernel
 from scatter_ops.tuning import Config
 
 STAGES = 3  # of glu_forward, whose tile of h takes the room of another
@@ -28,29 +28,22 @@ def launch_glu_forward(
     config: Config, rows: Rows, weight: ExpertWeight, glu: Glu, tiles: Schedule, a_NF: Tensor, h: Tensor
 ) -> bool:
     """False where only the portable kernel can do it: nothing is launched then. TMA can reach the results."""
-    block_m, block_n, block_k = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value
-    if not config.overlap or (config.block_m, config.block_n, config.block_k) != (block_m, block_n, block_k):
+    operands = _operands(config, rows, weight, STAGES)
+    if operands is None or glu.on_input or glu.gate_bias.kind != "none" or glu.up_bias.kind != "none":
         return False
-    if glu.on_input or glu.gate_bias.kind != "none" or glu.up_bias.kind != "none":
-        return False
-    w = weight_descriptor(weight, BOX.value, block_k, n_ways=1)
-    if w is None or weight.k % block_k or weight.k < STAGES * block_k or not tma_can_read(rows.data):
-        return False
-    f_size, save_h = a_NF.shape[1], h.numel() > 0
-    x = rows.data if rows.divisor else _gluon(TensorDescriptor.from_tensor(rows.data, [block_m, block_k]))
+    f_size = a_NF.shape[1]
     part = H_PART.value // 2 if glu.layout == "interleaved" else H_PART.value
-    grid = grid_size(config, tiles.max_row_tiles * cdiv(f_size, glu.f_size(block_n)), a_NF.device)
+    grid = grid_size(config, tiles.max_row_tiles * cdiv(f_size, glu.f_size(BLOCK_N.value)), a_NF.device)
     glu_forward_kernel[grid](
-        x,
-        _gluon(w),
-        _gluon(create_ragged_descriptor(a_NF, [block_m, part])),
-        _gluon(glu.tiles_of_h(h, block_m, part)) if save_h else None,
+        *operands,
+        _gluon(create_ragged_descriptor(a_NF, [BLOCK_M.value, part])),
+        _gluon(glu.tiles_of_h(h, BLOCK_M.value, part)) if h.numel() else None,
         h,
         glu.routing.order_N,
         glu.routing.offsets_E,
         tiles.tile_map,
         weight.addresses.distances if weight.addresses else None,
-        weight.experts_per_way,
+        weight.experts_per_way or None,
         glu.alpha,
         glu.limit,
         glu.routing.num_slots,
@@ -58,13 +51,11 @@ def launch_glu_forward(
         f_size,
         weight.n * weight.ways,
         weight.k,
-        rows.data.stride(0),
-        X_DIVISOR=rows.divisor,
+        rows.data.stride(0) if rows.divisor else None,
+        X_DIVISOR=rows.divisor or None,
         ACTIVATION=glu.activation,
-        APART=weight.experts_per_way > 0,
         LAYOUT=glu.h_layout,
         N_MAJOR=weight.stride_k != 1,
-        STORE_H=save_h,
         STAGES=STAGES,
         GROUP_M=config.group_m,
         num_warps=8,
@@ -84,23 +75,13 @@ def launch_glu_backward(
     partials: Tensor | None,
 ) -> bool:
     """False where only the portable kernel can do it: nothing is launched then. TMA can reach h and the results."""
-    if not config.overlap or grad.divisor != 0 or glu.on_input or grad_h is partials is None:
+    operands = _operands(config, grad, down, config.num_stages)
+    if operands is None or grad.divisor != 0 or glu.on_input or grad_h is partials is None:
         return False
-    block_m, block_n, block_k, part = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value, PART.value
-    weight = weight_descriptor(down, block_n, block_k, n_ways=1)
-    if (
-        weight is None
-        or (config.block_m, config.block_n, config.block_k) != (block_m, block_n, block_k)
-        or down.k % block_k
-        or down.k < config.num_stages * block_k
-        or not tma_can_read(grad.data)
-    ):
-        return False
-    num_tiles = tiles.max_row_tiles * cdiv(down.n, block_n)
-    grid = grid_size(config, num_tiles, h_NH.device)
+    block_m, part = BLOCK_M.value, PART.value
+    grid = grid_size(config, tiles.max_row_tiles * cdiv(down.n, BLOCK_N.value), h_NH.device)
     glu_backward_kernel[grid](  # pyright: ignore[reportIndexIssue]
-        _gluon(TensorDescriptor.from_tensor(grad.data, [block_m, block_k])),
-        _gluon(weight),
+        *operands,
         _gluon(_parts_of_h(h_NH, glu, block_m, part)),
         None if grad_h is None else _gluon(glu.tiles_of_h(grad_h, block_m, part)),
         None if scaled_a is None else _gluon(create_ragged_descriptor(scaled_a, [block_m, part])),
@@ -116,12 +97,24 @@ def launch_glu_backward(
         0 if partials is None else partials.shape[1],
         ACTIVATION=glu.activation,
         LAYOUT=glu.h_layout,
-        N_MAJOR=down.stride_k != 1 and down.stride_n == 1,
+        N_MAJOR=down.stride_k != 1,
         STAGES=config.num_stages,
         GROUP_M=config.group_m,
         num_warps=8,
     )
     return True
+
+
+def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int) -> tuple[Any, Any] | None:
+    """Both of a product, as the kernels read them; None where only the portable kernels can."""
+    block_m, block_n, block_k = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value
+    if not config.overlap or (config.block_m, config.block_n, config.block_k) != (block_m, block_n, block_k):
+        return None
+    w = weight_descriptor(weight, BOX.value, block_k, n_ways=1)
+    if w is None or weight.k % block_k or weight.k < num_stages * block_k or not tma_can_read(rows.data):
+        return None
+    x = rows.data if rows.divisor else _gluon(TensorDescriptor.from_tensor(rows.data, [block_m, block_k]))
+    return x, _gluon(w)
 
 
 def _parts_of_h(h_NH: Tensor, glu: Glu, block_m: int, part: int) -> TensorDescriptor:

@@ -100,7 +100,7 @@ def separate_weight(gate: Sequence[Tensor], up: Sequence[Tensor], transposed: bo
     same_strides = first.strides == second.strides
     if same_strides and not first.is_list and not second.is_list:
         distance = second.data.data_ptr() - first.data.data_ptr()
-        if distance % ALIGNMENT == 0:
+        if distance > 0 and distance % ALIGNMENT == 0:  # TMA knows no negative strides
             return replace(first, ways=2, stride_way=distance // first.data.element_size())
     both = [*_unstacked(gate), *_unstacked(up)]
     if same_strides and all(weight.data_ptr() % ALIGNMENT == 0 for weight in both):

@@ -14,37 +14,9 @@ import triton
 import triton.language as tl
 
 from scatter_ops.kernels.activation import activate_backward
+from scatter_ops.kernels.columns import split_columns
 from scatter_ops.kernels.glu import add_gate_up_bias, load_gate_up, store_gate_up
 from scatter_ops.kernels.mainloop import load_slots, load_tile, multiply_tile, source_rows, store_tile
-
-
-@triton.jit
-def _halves(tile):
-    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
-
-
-@triton.jit
-def _quarters(tile):
-    left, right = _halves(tile)
-    first, second = _halves(left)
-    third, fourth = _halves(right)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _split_columns(tile, PARTS: tl.constexpr):
-    """The tile's columns in 1, 2, 4 or 8 equal parts, in order."""
-    if PARTS == 1:
-        parts = (tile,)
-    elif PARTS == 2:
-        parts = _halves(tile)
-    elif PARTS == 4:
-        parts = _quarters(tile)
-    else:
-        tl.static_assert(PARTS == 8, "parts: 1, 2, 4 or 8")
-        left, right = _halves(tile)
-        parts = _quarters(left) + _quarters(right)
-    return parts
 
 
 @triton.jit
@@ -246,7 +218,7 @@ def glu_backward_kernel(
             PRECISION,
         )
         grad_scale = tl.zeros([BLOCK_M], tl.float32)
-        parts = _split_columns(grad_a, SPLIT)
+        parts = split_columns(grad_a, SPLIT)
         gate_h, up_h = load_gate_up(h_ptr, row_index, valid, h_size, first_f, f_size, BLOCK_M, PART, LAYOUT)
         for part in tl.static_range(SPLIT):
             gate_now = gate_h

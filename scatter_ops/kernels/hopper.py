@@ -4,14 +4,17 @@ The same tiles and operands as in scatter_ops.kernels.mainloop, written in Gluon
 loads and stores run beside an epilogue. The ring's positions are, for one tile after the other,
 
     k_tiles steps of the product, each a tile of x and one of the weight, then
-    the epilogue's parts of 2 * PART columns, which are worked on and leave from where they are.
+    the epilogue's parts, if they come through the ring: they are worked on and leave from where they are.
 
 A position is prefetched STAGES - 1 positions ahead, also beyond a tile's end. `ready` has a barrier for each stage;
-(stage, phase) is where the ring is and the phase of that barrier. Legend: N slots, E experts.
+(stage, phase) is where the ring is and the phase of that barrier. LAYOUT is that of glu.py. Legend: N slots.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
@@ -19,26 +22,64 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from scatter_ops.kernels.mainloop import load_tile
+
 # Triton 3.7 has another name for it than 3.6.
 thread_barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")
 
 BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
-PART = gl.constexpr(32)
+BOX = gl.constexpr(128)  # columns of a box of the weight
 BOUND = gl.constexpr(1 << 30)  # of ragged descriptors: see scatter_ops.kernels.ragged
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 256, 16]))
-PART_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 32, 16]))
-# A part of an h that interleaves gate and up: each thread has the pairs of what it has of a part of the product.
-PAIRS_LAYOUT = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32]],
-        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0], [64, 0]],
-        [],
-        [128, 64],
-    )
-)
+GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+COLUMNS = gl.constexpr(gl.BlockedLayout([4], [32], [8], [0]))
+
+
+class Product(NamedTuple):
+    """The operands, their stages and barriers.
+
+    x is a descriptor [rows, k] if stride_x is None, else a pointer to rows that are gathered. A tile of the weight
+    ([BLOCK_K, BLOCK_N] if n is contiguous in memory, else [BLOCK_N, BLOCK_K]) comes in two boxes, the second
+    second_way ways and second_column columns after the first, maybe in another tensor.
+    """
+
+    x: Any
+    stride_x: Any
+    weight: Any
+    x_tiles: Any
+    w_tiles: Any
+    ready: Any
+    second_way: Any
+    second_column: Any
+
+
+class Tiles(NamedTuple):
+    """All tiles of the result. experts_per_way: None unless gate and up are in tensors of their own.
+
+    divisor: None unless x's rows are gathered, row order[i] // divisor for grouped row i.
+    """
+
+    tile_map_ptr: Any
+    order_ptr: Any
+    distances_ptr: Any
+    experts_per_way: Any
+    num_row_tiles: Any
+    num_column_tiles: Any
+    divisor: Any
+    group_m: Any
+
+
+class Tile(NamedTuple):
+    """What a tile's operands are found by: both boxes' experts in the weight's descriptor, rows of x if gathered."""
+
+    first_row: Any
+    end_row: Any
+    column_tile: Any
+    first_expert: Any
+    second_expert: Any
+    sources: Any
 
 
 @gluon.jit
@@ -62,78 +103,127 @@ def make_barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def expert_coordinate(distances_ptr, expert):
-    """The expert's coordinate in the weight's descriptor."""
-    if distances_ptr is not None:
-        expert = gl.load(distances_ptr + expert).to(gl.int32)
-    return expert
+def num_tiles(tiles):
+    return tiles.num_row_tiles * tiles.num_column_tiles
 
 
 @gluon.jit
-def load_step(
-    x,
-    weight,
-    x_tiles,
-    w_tiles,
-    ready,
-    stage,
-    first_row,
-    expert,
-    first_column,
-    k,
-    pred,
-    N_MAJOR: gl.constexpr,
-):
-    barrier = ready.index(stage)
-    W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
-    X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * 2
-    mbarrier.expect(barrier, W_BYTES + X_BYTES, pred)
-    tma.async_copy_global_to_shared(x, [first_row, k], barrier, x_tiles.index(stage), pred)
-    if N_MAJOR:
-        tma.async_copy_global_to_shared(weight, [expert, k, 0, first_column], barrier, w_tiles.index(stage), pred)
+def place_of(tiles, number):
+    """Expert, first row, end of the expert's rows and column tile of a tile."""
+    return load_tile(tiles.tile_map_ptr, number, tiles.num_row_tiles, tiles.num_column_tiles, tiles.group_m)
+
+
+@gluon.jit
+def operands_at(tiles, place):
+    """The Tile at a place. It waits for what the place was loaded for, so a product should be under way."""
+    expert, first_row, end_row, column_tile = place
+    first_expert = expert
+    if tiles.distances_ptr is not None:
+        first_expert = gl.load(tiles.distances_ptr + expert).to(gl.int32)
+    second_expert = first_expert
+    if tiles.experts_per_way is not None:
+        second_expert = gl.load(tiles.distances_ptr + expert + tiles.experts_per_way).to(gl.int32)
+    sources = first_row  # nobody reads it unless x is gathered
+    if tiles.divisor is not None:
+        rows = first_row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, GATHERED))
+        slots = gl.load(tiles.order_ptr + rows, mask=rows < end_row, other=0)
+        sources = (slots // tiles.divisor).to(gl.int64)
+    return Tile(first_row, end_row, column_tile, first_expert, second_expert, sources)
+
+
+@gluon.jit
+def first_operands(product, tiles, STAGES: gl.constexpr):
+    """This program's first Tile, with its first steps under way."""
+    number = gl.program_id(0)
+    tile = operands_at(tiles, place_of(tiles, number))
+    for early in gl.static_range(STAGES - 1):
+        load_step(product, tile, early, early, number < num_tiles(tiles))
+    return tile
+
+
+@gluon.jit
+def load_step(product, tile, step, stage, pred):
+    """Fill a stage with a step's tile of x and of the weight; `ready` knows nothing of rows that are gathered."""
+    k = step * BLOCK_K
+    barrier = product.ready.index(stage)
+    x_tile = product.x_tiles.index(stage)
+    if product.stride_x is not None:
+        columns = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, GATHERED))
+        pointers = product.x + tile.sources[:, None] * product.stride_x + columns[None, :]
+        async_copy.async_copy_global_to_shared(x_tile, pointers)
+        async_copy.commit_group()
+        mbarrier.expect(barrier, BLOCK_N * BLOCK_K * 2, pred)
     else:
-        tma.async_copy_global_to_shared(weight, [expert, 0, first_column, k], barrier, w_tiles.index(stage), pred)
+        mbarrier.expect(barrier, (BLOCK_M + BLOCK_N) * BLOCK_K * 2, pred)
+        tma.async_copy_global_to_shared(product.x, [tile.first_row, k], barrier, x_tile, pred)
+    _load_box(product, tile, tile.first_expert, k, barrier, stage, pred, 0)
+    _load_box(product, tile, tile.second_expert, k, barrier, stage, pred, 1)
 
 
 @gluon.jit
-def multiply_step(x_tiles, w_tiles, ready, stage, phase, acc, FIRST: gl.constexpr, N_MAJOR: gl.constexpr):
+def _load_box(product, tile, expert, k, barrier, stage, pred, NUMBER: gl.constexpr):
+    weight = product.weight
+    box = product.w_tiles.index(stage)._reinterpret(weight.dtype, [2] + weight.block_type.shape, weight.layout)
+    way = NUMBER * product.second_way
+    column = tile.column_tile * (BOX + product.second_column) + NUMBER * product.second_column
+    coordinates = [expert, k, way, column] if product.w_tiles.shape[1] == BLOCK_K else [expert, way, column, k]
+    tma.async_copy_global_to_shared(weight, coordinates, barrier, box.index(NUMBER), pred)
+
+
+@gluon.jit
+def multiply_step(product, stage, phase, acc, FIRST: gl.constexpr):
     """acc (0 if FIRST) plus the product of a stage, which is still being computed; the step before it is done."""
-    mbarrier.wait(ready.index(stage), phase)
-    if N_MAJOR:
-        w_tile = w_tiles.index(stage).reshape([BLOCK_K, BLOCK_N])
-    else:
-        w_tile = w_tiles.index(stage).reshape([BLOCK_N, BLOCK_K]).permute([1, 0])
-    acc = warpgroup_mma(x_tiles.index(stage), w_tile, acc, use_acc=not FIRST, is_async=True)
+    if product.stride_x is not None:
+        async_copy.wait_group(product.x_tiles.shape[0] - 2)
+    mbarrier.wait(product.ready.index(stage), phase)
+    w_tile = product.w_tiles.index(stage)
+    if product.w_tiles.shape[1] != BLOCK_K:
+        w_tile = w_tile.permute([1, 0])
+    acc = warpgroup_mma(product.x_tiles.index(stage), w_tile, acc, use_acc=not FIRST, is_async=True)
     return warpgroup_mma_wait(1, deps=(acc,))
 
 
 @gluon.jit
-def halves(tile):
-    """Left and right columns."""
-    return gl.split(tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute([0, 2, 1]))
+def load_gate_up(gate_tile, up_tile, LAYOUT: gl.constexpr, REGISTERS: gl.constexpr):
+    """A part's gate and up in fp32: both in the gate's tile if interleaved; up is gate if plain."""
+    gate = gate_tile.load(REGISTERS)
+    up = gate
+    if LAYOUT == "concatenated":
+        up = up_tile.load(REGISTERS)
+    elif LAYOUT == "interleaved":
+        gate, up = gl.split(gate.reshape([gate.shape[0], gate.shape[1] // 2, 2]))
+    return gate.to(gl.float32), up.to(gl.float32)
 
 
 @gluon.jit
-def quarters(tile):
-    left, right = halves(tile)
-    first, second = halves(left)
-    third, fourth = halves(right)
-    return first, second, third, fourth
+def store_gate_up(h, gate_tile, up_tile, first_row, end_row, first_f, LAYOUT: gl.constexpr):
+    """Store a part of h, or of its gradient, from the tiles that load_gate_up reads."""
+    if LAYOUT == "concatenated":
+        _store(h, gate_tile, first_row, end_row, [0, first_f])
+        _store(h, up_tile, first_row, end_row, [1, first_f])
+    else:
+        _store(h, gate_tile, first_row, end_row, [first_f * (2 if LAYOUT == "interleaved" else 1)])
 
 
 @gluon.jit
-def zero_unrouted_rows(out_ptr, offsets_ptr, num_rows, num_columns, num_experts, LAYOUT: gl.constexpr):
+def store_part(out, part, first_row, end_row, first_column):
+    """Store a part in shared memory to a tile's rows, as far as they are its expert's; `out` is a ragged descriptor."""
+    _store(out, part, first_row, end_row, [first_column])
+
+
+@gluon.jit
+def _store(out, part, first_row, end_row, columns):
+    coordinates = [BOUND, end_row, BOUND - (end_row - first_row)] + columns
+    tma.async_copy_shared_to_global(out, coordinates, part.reshape(out.block_type.shape))
+
+
+@gluon.jit
+def zero_unrouted_rows(out_ptr, offsets_ptr, num_rows, num_columns, num_experts):
     """Exact zeros in the rows of sentinel slots of [rows, columns], shared among all programs."""
-    columns = gl.arange(0, 1024, LAYOUT)
-    zeros = gl.zeros([1024], out_ptr.dtype.element_ty, LAYOUT)
+    columns = gl.arange(0, 1024, COLUMNS)
+    zeros = gl.zeros([1024], out_ptr.dtype.element_ty, COLUMNS)
     first = gl.load(offsets_ptr + num_experts - 1)
     for row in range(first + gl.program_id(0), num_rows, gl.num_programs(0)):
         for start in range(0, num_columns, 1024):
             pointers = out_ptr + row.to(gl.int64) * num_columns + start + columns
             gl.store(pointers, zeros, mask=start + columns < num_columns)
-
-
-@gluon.jit
-def store_part(descriptor, tile, coordinates):
-    """Write a tile in shared memory to where its expert's rows end; `coordinates` are those of a ragged descriptor."""
-    tma.async_copy_shared_to_global(descriptor, coordinates, tile.reshape(descriptor.block_type.shape))

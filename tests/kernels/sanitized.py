@@ -8,9 +8,7 @@ sanitizer compilation takes many minutes. Small sizes with tails in every dimens
 sentinels, every layout. Exits with an error if a result has a NaN.
 """
 
-import concurrent.futures
 import itertools
-import multiprocessing
 import sys
 
 import torch
@@ -49,18 +47,13 @@ def step(num_tokens: int, layout: str, transposed: bool, device: str = "cuda") -
     return [out, *grads, cuda.combine(y, topk_weights, *routing, K, False), grad_weight]
 
 
-def compile_case(case: tuple[int, str, bool]) -> None:
-    with offline.recorded((9, 0)) as launches:
-        step(*case, device="cpu")
-    for launch in launches:
-        offline.compile_launch(launch)
-
-
 def main() -> None:
     torch.manual_seed(0)
     if "--compile" in sys.argv:
-        with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-            list(pool.map(compile_case, CASES))
+        with offline.recorded((9, 0)) as launches:
+            for case in CASES:
+                step(*case, device="cpu")
+        offline.compile_in_parallel(launches)
         return
     wrong = [case for case in CASES if any(result.isnan().any() for result in step(*case))]
     torch.cuda.synchronize()

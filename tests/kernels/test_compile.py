@@ -15,20 +15,25 @@ MAX_SPILL_BYTES = 256  # of a thread's stack: more than a few registers of an ep
 
 
 def training_step(
-    dtype: torch.dtype, listed: bool = False, layout: str = "concatenated", expert_width: int = F
+    dtype: torch.dtype,
+    listed: bool = False,
+    layout: str = "concatenated",
+    expert_width: int = F,
+    transposed: bool = False,
 ) -> None:
     """One forward and backward with every kind of kernel in it; tensors that nobody reads."""
 
     def weight(num_out: int, num_in: int) -> list[torch.Tensor]:
+        sizes = (num_in, num_out) if transposed else (num_out, num_in)
         if not listed:
-            return [empty(E, num_out, num_in)]
-        return [empty(2 + e % 3, num_out, num_in)[e % 3] for e in range(E)]  # not equally spaced
+            return [empty(E, *sizes)]
+        return [empty(2 + e % 3, *sizes)[e % 3] for e in range(E)]  # not equally spaced
 
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype)
 
     order, offsets = cuda.route(torch.empty(T, K, dtype=torch.int64), E)
-    options = ("silu", layout, False, "output", 1.702, 7.0, None)
+    options = ("silu", layout, transposed, "output", 1.702, 7.0, None)
     separate, width = layout == "separate", expert_width
     gate_up, up = weight(width if separate or layout == "plain" else 2 * width, D), weight(width, D) if separate else []
     arguments = (empty(T, D), torch.empty(T, K), order, offsets, gate_up, up, weight(D, width), [], [], [])
@@ -93,12 +98,21 @@ def test_hopper_takes_its_own_kernel_for_the_gradient_of_the_activation(layout: 
     assert found.stack == 0, found
 
 
-@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain"])
-def test_hopper_takes_its_own_kernel_for_the_activation(layout: str):
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
+def test_hopper_takes_its_own_kernels_wherever_the_weights_lie(layout: str, listed: bool, transposed: bool):
+    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+        training_step(torch.bfloat16, listed, layout, transposed=transposed)
+    kernels = [launch.kernel for launch in launches if launch.kernel.__name__.startswith("glu_")]
+    assert [kernel.is_gluon() for kernel in kernels] == [True, True]
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+def test_hopper_keeps_its_kernel_for_the_activation_in_registers(layout: str):
     with offline.recorded((9, 0), rows_per_expert=4096) as launches:
         training_step(torch.bfloat16, layout=layout)
     launch = next(launch for launch in launches if launch.kernel.__name__ == "glu_forward_kernel")
-    assert launch.kernel.is_gluon()
     found = offline.resources(offline.compile_launch(launch))
     assert found.stack == 0, found
     assert found.shared <= 1024 * tuning.SHARED_MEMORY_KIB[9, 0], found

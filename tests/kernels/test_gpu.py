@@ -123,15 +123,19 @@ def test_h_is_overwritten_where_it_is_read_last():
         assert peaks[1] - peaks[2] >= 0.9 * h_bytes
 
 
-def test_lists_give_what_stacks_give():
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
+def test_lists_give_what_stacks_give(layout: str, transposed: bool):
     """The same tiles in the same order, wherever the experts' weights lie: bitwise."""
-    stacked = layer(T=3000)
+    inputs = layer(T=3000)
+    stacks = in_layout(inputs, layout, transposed)
     lists = [
-        [torch.empty(2 + e % 3, *w.shape, dtype=w.dtype, device="cuda")[1].copy_(w) for e, w in enumerate(ws[0])]
-        for ws in (stacked.gate_up, stacked.down)
+        [w.new_empty(2 + e % 3, *w.shape)[1].copy_(w) for stack in group for e, w in enumerate(stack)]
+        for group in stacks
     ]
-    for a, b in zip(step(stacked._replace(gate_up=lists[0], down=lists[1])), step(stacked), strict=True):
-        assert torch.equal(a, b)
+    expected = step_in_layout(inputs, stacks, layout, transposed, cuda)
+    for name, result in step_in_layout(inputs, lists, layout, transposed, cuda).items():
+        assert torch.equal(result, expected[name]), name
 
 
 def test_results_repeat_bitwise():
@@ -166,21 +170,27 @@ def test_tiles_of_every_size(tokens: int, dtype: torch.dtype, poisoned_memory):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
-def test_hopper_kernels_are_as_exact_as_the_portable_ones(layout: str, transposed: bool, poisoned_memory):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hopper_kernels_are_as_exact_as_the_portable_ones(
+    dtype: torch.dtype, layout: str, transposed: bool, poisoned_memory
+):
     if torch.cuda.get_device_capability() != (9, 0) or glu_backward.hopper is None:
         pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
     samples = []
     for seed in range(MIN_SEEDS):
-        inputs = layer(T=1024, E=4, D=512, F=320, seed=seed)
-        overlapped = gradients(inputs, layout, transposed, cuda)
-        with mock.patch.object(glu_backward, "hopper", None):
-            portable = gradients(inputs, layout, transposed, cuda)
-        samples.append(Sample(overlapped, portable, gradients(as_double(inputs), layout, transposed, reference)))
-    assert_low_precision(samples, torch.bfloat16)
+        inputs = layer(T=1024, E=4, D=512, F=320, dtype=dtype, seed=seed)
+        weights, options = in_layout(inputs, layout, transposed), (layout, transposed)
+        overlapped = step_in_layout(inputs, weights, *options, cuda)
+        with mock.patch.object(glu_backward, "hopper", None), mock.patch.object(glu_forward, "hopper", None):
+            portable = step_in_layout(inputs, weights, *options, cuda)
+        exact = as_double(inputs)
+        truth = step_in_layout(exact, in_layout(exact, layout, transposed), *options, reference)
+        samples.append(Sample(overlapped, portable, truth))
+    assert_low_precision(samples, dtype)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate", "apart"])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("save_h", [False, True])
 def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(
@@ -191,17 +201,11 @@ def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(
         pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
     inputs = layer(T=3000, E=5, K=2, D=512, F=320)
     inputs.topk_ids[::7, 0] = 1000
-    weights = in_layout(inputs, "separate" if layout == "apart" else layout, transposed)
-    if layout == "apart":  # in tensors that are not equally spaced
-        weights = [
-            [w.new_empty(2 + e % 3, *w.shape)[1].copy_(w) for ws in stack for e, w in enumerate(ws)]
-            for stack in weights
-        ]
+    weights = in_layout(inputs, layout, transposed)
 
     def forward() -> tuple[Tensor, ...]:
         routing = cuda.route(inputs.topk_ids, 5)
-        name = "separate" if layout == "apart" else layout
-        options = ("silu", name, transposed, "output", 1.702, 7.0, None)
+        options = ("silu", layout, transposed, "output", 1.702, 7.0, None)
         return cuda.mlp_forward(inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options, save_h)
 
     select = tuning.select
@@ -233,17 +237,18 @@ def in_layout(inputs: Layer, layout: str, transposed: bool) -> list[list[Tensor]
     return [[first.get(layout, oriented(gate_up))], [up] if layout == "separate" else [], [oriented(down)]]
 
 
-def gradients(inputs: Layer, layout: str, transposed: bool, implementation) -> dict[str, Tensor]:
-    """Of x, the router weights, gate_up, up and down; with the first F rows of gate_up alone if plain."""
-    weights = in_layout(inputs, layout, transposed)
+def step_in_layout(
+    inputs: Layer, weights: list[list[Tensor]], layout: str, transposed: bool, implementation
+) -> dict[str, Tensor]:
+    """Output and gradients with gate_up, up and down in that layout."""
     routing = implementation.route(inputs.topk_ids, inputs_experts(inputs))
     options = ("silu", layout, transposed, "output", 1.702, 7.0, None)
     arguments = (inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options)
-    _, h = implementation.mlp_forward(*arguments, True)
+    out, h = implementation.mlp_forward(*arguments, True)
     needs = [True, True, True, layout == "separate", True, False, False, False]
     names = ("x", "s", "gate_up", "up", "down")
     found = implementation.mlp_backward(inputs.grad_out, h, *arguments, needs)
-    return {name: grad for name, grad, need in zip(names, found, needs, strict=False) if need}
+    return {"out": out} | {name: grad for name, grad, need in zip(names, found, needs, strict=False) if need}
 
 
 def naive_step(inputs: Layer) -> tuple[Tensor, ...]:
