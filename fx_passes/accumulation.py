@@ -3,10 +3,10 @@
     out.index_add_(0, tokens, value)    out = out.index_add(0, tokens, value)    counts a token that occurs twice, twice
     out.scatter_add_(0, tokens.view(-1, 1).expand(-1, D), value)              the same; scatter_reduce_(..., "sum")
     out[tokens] += value                out[tokens] = out[tokens] + value        keeps one of them
-    out[tokens] = value                                                          keeps the last of all
+    out[tokens] = value                 out.index_copy_(0, tokens, value)        keeps the last of all
 
-`tokens` must come from a mask of one expert, or be its slots where the output has a row for each; everything else in
-the graph is none of our business.
+`tokens` must come from a mask of one expert, or be its slots where the output has a row for each, [N, D] or [T, K, D];
+everything else in the graph is none of our business.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts import chosen, chosen_tokens, fact
+from fx_passes.facts import chosen, chosen_tokens, fact, without_rest
 from fx_passes.ops import arg, fake_tensor, op_name, same_size
 from fx_passes.region import Accumulation, Rejected
 
@@ -39,6 +39,8 @@ def _accumulation(node: fx.Node) -> Accumulation | None:
         return _index_add(node)
     if name in ("scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"):
         return _scatter_add(node)
+    if name in ("index_copy", "index_copy_"):
+        return _index_copy(node)
     if name == "setitem":
         return _add_by_index(node)
     return None
@@ -53,6 +55,13 @@ def _index_add(node: fx.Node) -> Accumulation | None:
     if dim != 0 or arg(node, 4, "alpha", 1) != 1:
         raise Rejected("accumulation_is_a_plain_sum", node, "index_add along another dim than the first, or with alpha")
     return Accumulation(accumulator, tokens, value, (node,), node, counts_duplicates=True)
+
+
+def _index_copy(node: fx.Node) -> Accumulation | None:
+    accumulator, dim, rows, value = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index", "source")))
+    if dim != 0 or chosen(rows) is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
+        return None
+    return Accumulation(accumulator, rows, value, (node,), node, counts_duplicates=False, assigns=True)
 
 
 def _scatter_add(node: fx.Node) -> Accumulation | None:
@@ -93,6 +102,7 @@ def _repeats_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 def _add_by_index(node: fx.Node) -> Accumulation | None:
     accumulator, index, total = node.args
+    index = without_rest(index)
     if chosen(index) is None or not isinstance(total, fx.Node):
         return None
     operands = total.args if op_name(total) in ("add", "iadd", "add_") and not total.kwargs else ()
@@ -114,8 +124,12 @@ def _reads(operand: Any, accumulator: fx.Node, index: fx.Node) -> bool:
         isinstance(operand, fx.Node)
         and op_name(operand) == "getitem"
         and operand.args[0] is accumulator
-        and (operand.args[1] == index or (fact(index) is not None and fact(operand.args[1]) == fact(index)))
+        and _pick_alike(without_rest(operand.args[1]), index)
     )
+
+
+def _pick_alike(index: Any, other: Any) -> bool:
+    return index == other or (fact(other) is not None and fact(index) == fact(other))
 
 
 def closure(starts: Iterable[fx.Node], stops: frozenset[fx.Node]) -> frozenset[fx.Node]:

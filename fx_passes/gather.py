@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts import chosen, fact
+from fx_passes.facts import chosen, chosen_tokens, fact
 from fx_passes.markers import expert_of, expert_segment, index_with_expert
 from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size, same_sizes, sizes_of
 from fx_passes.slots import Order, Tokens, order_of, slot_fact
@@ -216,8 +216,13 @@ def _index(index: Any, state: Taking, mask: Mask) -> Taking | None:
 
 def _paired(items: list[Any]) -> list[Any]:
     """`items`, of which the two that pick tokens by batch and sequence are one."""
-    at = next((at for at in range(len(items) - 1) if chosen(tuple(items[at : at + 2])) is not None), None)
+    at = next((at for at in range(len(items) - 1) if _are_tokens(items[at : at + 2])), None)
     return items if at is None else [*items[:at], tuple(items[at : at + 2]), *items[at + 2 :]]
+
+
+def _are_tokens(items: list[Any]) -> bool:
+    """Whether these two items together pick tokens, where neither does alone."""
+    return chosen(items[0]) is None and chosen_tokens(tuple(items)) is not None
 
 
 def _consumes(item: Any) -> int:

@@ -13,7 +13,7 @@ from fx_passes.aliasing import allocates, made_by
 from fx_passes.capture import Guard, guards_of
 from fx_passes.facts import chosen
 from fx_passes.ids import ids_are_distinct, is_single_choice
-from fx_passes.ops import EMPTY, ZEROS, fake_tensor, is_inplace, op_name, same_size
+from fx_passes.ops import EMPTY, ZEROS, fake_tensor, is_inplace, op_name, same_size, sizes_of
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.statements import Mask
 
@@ -42,13 +42,19 @@ def accumulator_starts_as_zeros(region: LoopRegion) -> None:
     start = made_by(region.accumulator)
     if start.kwargs.get("requires_grad", False):
         raise Rejected("accumulator_starts_as_zeros", start, "the output is a leaf that requires gradients")
-    if not is_contiguous(fake_tensor(region.accumulator), region.token_dims + 1):
+    if not is_contiguous(fake_tensor(region.accumulator), _dims_of_output(region)):
         raise Rejected("accumulator_starts_as_zeros", start, "the output is not contiguous, or has other dims")
     if region.base is not None and allocates(start):
         return
     allowed = ZEROS | EMPTY if all(found.assigns for found in region.accumulations) else ZEROS
     if op_name(start) not in allowed or is_inplace(start):
         raise Rejected("accumulator_starts_as_zeros", start, "the loop does not add to fresh zeros")
+
+
+def _dims_of_output(region: LoopRegion) -> int:
+    """As many as count tokens, and one for features; rows of slots may be counted by two."""
+    own = len(sizes_of(region.accumulator))
+    return own if _is_flat(region) and own == 3 else region.token_dims + 1
 
 
 def is_contiguous(tensor: torch.Tensor | None, dims: int) -> bool:

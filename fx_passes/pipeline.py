@@ -13,6 +13,7 @@ from torch import fx
 
 from fx_passes.capture import events_of
 from fx_passes.forms import FORMS
+from fx_passes.lengths import sum_masks
 from fx_passes.loop_invariant import is_left_for_ours
 from fx_passes.mode_rules import switches_grad_mode
 from fx_passes.region import MoERegion, Rejected, Rejection
@@ -45,7 +46,7 @@ def run(gm: fx.GraphModule) -> Outcome:
 
 
 def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
-    changed = False
+    changed = sum_masks(gm.graph)
     for rows in written_by_segment(gm.graph):
         changed |= _put_together(rows, outcome)
     for form in FORMS:

@@ -13,6 +13,7 @@ import torch
 from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, has_rows, nested_values, rank
 from fx_passes.ops import POINTWISE, example, fake_tensor, known_tensor, normalized_dim, varargs
 from fx_passes.region import Rejected
+from fx_passes.simplify import keeps_all
 
 MATMUL = frozenset(("linear", "matmul", "mm"))
 NORMS = frozenset(("layer_norm", "rms_norm"))
@@ -176,7 +177,7 @@ def _check_getitem(op: Op) -> None:
 
 
 def _check_dropout(op: Op) -> None:
-    if op.arg(2, "training", True) is not False and op.arg(1, "p", 0.5) != 0.0:
+    if not keeps_all(op):
         raise _refused(op, "`dropout` draws random numbers")
 
 

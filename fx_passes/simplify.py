@@ -25,7 +25,14 @@ def simplified(op: Op) -> Value:
         return operand
     if isinstance(operand, (Op, Gathered)) and squeezes_nothing(op.node):
         return operand
+    if isinstance(operand, Op) and op.name == "dropout" and keeps_all(op):
+        return operand
     return _product(op) if op.name == "einsum" else op
+
+
+def keeps_all(dropout: Op) -> bool:
+    """Whether `dropout` drops nothing."""
+    return dropout.arg(2, "training", True) is False or dropout.arg(1, "p", 0.5) == 0.0
 
 
 def _product(op: Op) -> Op:

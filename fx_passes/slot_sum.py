@@ -1,6 +1,6 @@
 """The sum over a token's slots: `(y.view(T, K, D) * weights.unsqueeze(-1)).sum(1)`, with casts in between.
 
-`y` has a row for each slot n = t * K + k. T tokens, K experts per token, D model width.
+`y` has a row for each slot n = t * K + k, or is [T, K, D] as it is. T tokens, K experts per token, D model width.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.ops import arg, fake_tensor, is_inplace, op_name, same_size
+from fx_passes.ops import arg, fake_tensor, is_inplace, op_name, same_size, same_sizes, sizes_of
 
 _CASTS = frozenset(("to", "type", "float", "half", "bfloat16", "double", "type_as"))
 
 
 @dataclass(frozen=True)
 class SlotSum:
-    """`rows` [N, D] weighted by `weights` [T, K] (None: all alike) and summed; `nodes` lead from `rows` to `result`."""
+    """`rows` [N, D] or [T, K, D] weighted by `weights` [T, K] (None: all alike) and summed.
+
+    `nodes` lead from `rows` to `result`.
+    """
 
     rows: fx.Node
     weights: fx.Node | None
@@ -39,14 +42,17 @@ def sum_over_slots(total: fx.Node, ids_TK: fx.Node) -> SlotSum | None:
     nodes, weights = [*_final_cast(total)], None
     node: Any = arg(total, 0, "input")
     while isinstance(node, fx.Node) and _is_float(node):
-        nodes.insert(0, node)
         name = op_name(node)
         if name in ("view", "reshape", "unflatten"):
-            return SlotSum(node.args[0], weights, tuple(nodes)) if _is_by_slot(node, ids_TK) else None
+            return SlotSum(node.args[0], weights, (node, *nodes)) if _is_by_slot(node, ids_TK) else None
         if name in ("mul", "multiply", "mul_", "imul") and weights is None and len(node.args) == 2:
-            node, weights = _weighted(node, ids_TK)
+            source, weights = _weighted(node, ids_TK)
+        elif name in _CASTS:
+            source = node.args[0]
         else:
-            node = node.args[0] if name in _CASTS else None
+            return SlotSum(node, weights, tuple(nodes)) if _has_slots(node, ids_TK) else None
+        nodes.insert(0, node)
+        node = source
     return None
 
 
@@ -91,6 +97,12 @@ def _is_by_slot(view: fx.Node, ids_TK: fx.Node) -> bool:
     if rows is None or after is None or ids is None or (rows.dim(), after.dim(), ids.dim()) != (2, 3, 2):
         return False
     return all(map(same_size, after.shape, (*ids.shape, rows.shape[1])))
+
+
+def _has_slots(rows: fx.Node, ids_TK: fx.Node) -> bool:
+    """Whether `rows` are [T, K, D]."""
+    own, ids = sizes_of(rows), sizes_of(ids_TK)
+    return len(own) == 3 and same_sizes(own[:2], ids)
 
 
 def _is_float(node: fx.Node) -> bool:

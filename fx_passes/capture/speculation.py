@@ -26,12 +26,12 @@ from fx_passes.capture.python_state import shows_all
 from fx_passes.capture.stand_in import StandIn, guard_every_expert, is_left_in
 from fx_passes.facts import selected
 from fx_passes.faults import own_code
-from fx_passes.ops import arg, fake_tensor, op_name
+from fx_passes.ops import arg, example, fake_tensor, op_name
 from fx_passes.region import Rejection
 from fx_passes.report import innermost_source, record_rejections, source_line
 from fx_passes.statements import Mask
 
-_ROUTING = frozenset(("topk", "one_hot", "argmax", "sort", "argsort"))
+_ROUTING = frozenset(("topk", "one_hot", "argmax", "max", "sort", "argsort"))
 
 Handler = Callable[["Capture", Any, Any], bool]
 """Looks at (capture, tx, instruction) before the instruction runs; True where it did the instruction's work itself."""
@@ -289,7 +289,7 @@ class Capture:
     @own_code
     def _tag_new_nodes(self, tx: Any) -> None:
         nodes = self._new_nodes(self.output.current_tracer.graph)
-        routers = [node for node in nodes if op_name(node) in _ROUTING]
+        routers = [node for node in nodes if _is_routing(node)]
         self._routed = self._routed or bool(routers)
         self.router_widths.update(map(_router_width, routers))
         counter = self.output.shape_env.unbacked_symint_counter
@@ -325,6 +325,12 @@ class Capture:
         length = (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
         if isinstance(length, torch.SymInt):
             self.masks_of_symbol[length.node.expr] = mask
+
+
+def _is_routing(node: fx.Node) -> bool:
+    """A choice among classes; `max` is one along a dim alone."""
+    name = op_name(node)
+    return name in _ROUTING and (name != "max" or isinstance(example(node), tuple))
 
 
 def _router_width(node: fx.Node) -> int:

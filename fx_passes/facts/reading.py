@@ -93,12 +93,12 @@ def _product(node: fx.Node) -> Fact | None:
 def chosen(index: Any) -> tuple[Mask, str] | None:
     """The mask behind an index that picks the tokens ("T") or slots ("N") of one expert: positions, or the mask.
 
-    Tokens in two dims are picked by a pair of positions, or by a mask that has both.
+    Tokens in two dims are picked by a pair of positions, or by a mask that has both; slots in two, [T, K], by a pair.
     """
+    index = without_rest(index)
     known, value = fact(index), fake_tensor(index)
     if isinstance(index, tuple):
-        mask = _batch_and_sequence(index)
-        return (mask, "T") if mask is not None else None
+        return _pair(index)
     if isinstance(known, Rows):
         return (known.mask, known.axis) if known.axis in ("T", "N") else None
     if not isinstance(known, Mask) or value is None or value.dtype != torch.bool:
@@ -107,13 +107,24 @@ def chosen(index: Any) -> tuple[Mask, str] | None:
     return (known, dims[0]) if dims in (("T",), ("N",)) else None
 
 
-def _batch_and_sequence(index: tuple[Any, ...]) -> Mask | None:
-    """The mask whose positions along both dims of tokens `index` holds."""
-    known = [fact(item) for item in index]
-    rows = [item for item in known if isinstance(item, Rows)]
-    if len(rows) != len(index) or tuple(item.axis for item in rows) != TOKENS_BY_BATCH:
+def without_rest(index: Any) -> Any:
+    """`index` without the `:` and `...` at its end, which take the dims that are left whole."""
+    if not isinstance(index, tuple):
+        return index
+    own = list(index)
+    while own and (own[-1] is Ellipsis or own[-1] == slice(None)):
+        own.pop()
+    return own[0] if len(own) == 1 else tuple(own)
+
+
+def _pair(index: tuple[Any, ...]) -> tuple[Mask, str] | None:
+    """What a pair of positions picks, both those of one mask."""
+    first, second = map(fact, index) if len(index) == 2 else (None, None)
+    if not isinstance(first, Rows) or not isinstance(second, Rows) or first.mask != second.mask:
         return None
-    return rows[0].mask if rows[0].mask == rows[1].mask else None
+    if (first.axis, second.axis) == TOKENS_BY_BATCH:
+        return first.mask, "T"
+    return (first.mask, "N") if (first.axis, second.axis) == ("T", "K") and not first.mask.reduced else None
 
 
 def selected(node: Any) -> Mask | None:

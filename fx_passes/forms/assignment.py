@@ -4,7 +4,10 @@
         m = ids == e                                     # ids [T], or one_hot(ids, E)[:, e].bool()
         out[m] = expert(x[m]) * probs[m, None]
 
-`out` starts as zeros, as `empty_like(x)`, or as `x.clone()` or the like: tokens without an expert then keep that row.
+or `out.index_copy_(0, tokens, ...)`. All tokens may be listed first, and all experts run before the first row is
+assigned: `out[tokens[e], :] = outputs[e]`. What counts the listed tokens, `torch.tensor([len(t) for t in tokens])`,
+stays. `out` starts as zeros, as `empty_like(x)`, or as `x.clone()` or the like: tokens without an expert then keep
+that row.
 """
 
 from collections.abc import Iterator

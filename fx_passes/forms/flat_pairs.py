@@ -7,8 +7,14 @@
         y[flat == e] = expert(rows[flat == e])
     out = (y.view(T, K, D) * weights.unsqueeze(-1)).sum(1)
 
-Rows may also be weighted as they are written, by `weights.view(-1, 1)[flat == e]`. The masks are those of different
-slots, so that no row is written twice.
+Rows may also be weighted as they are written, by `weights.view(-1, 1)[flat == e]`, or written by `y.index_copy_(0,
+slots, ...)`. The masks are those of different slots, so that no row is written twice. Slots may have two dims:
+
+    y = x.new_zeros(T, K, D)
+    for e, expert in enumerate(experts):
+        tokens, slots = torch.where(ids == e)
+        y[tokens, slots] = expert(x[tokens])
+    out = (y * weights.unsqueeze(-1)).sum(1)
 """
 
 from collections.abc import Iterator

@@ -21,7 +21,8 @@ QUICK = frozenset(
     weight_on_input fp32_accumulator range_gelu_bias hit_swiglu_fused range_lora hit_layer_norm_first
     sorted_slots gathered_einsum gathered_batched_mm gathered_norm dense_einsum
     dense_added_by_number dense_modules_sum dense_modules_gather expert_by_name
-    dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated""".split()
+    dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated
+    switch_lists flat_paired""".split()
 )
 
 

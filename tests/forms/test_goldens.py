@@ -1227,3 +1227,58 @@ v19 = scatter_moe.mlp(v6, v15, v17, v18, [experts_gate_up_proj], [], [experts_do
 v20 = .view_as(v19, hidden_states)
 return (v20)""",
         )
+
+    def test_assignment_of_listed_outputs(self):
+        self.assertExpectedInline(
+            self.golden("switch_lists"),
+            """\
+v19 = .reshape(hidden_states, -1, 16)
+v20 = linear(v19, switch_weight, switch_bias)
+v21 = softmax(v20, dim=-1)
+v22 = max(v21, dim=-1)
+v23 = getitem(v22, 0)
+v24 = getitem(v22, 1)
+v25 = eq(v24, 0)
+v26 = eq(v24, 1)
+v27 = eq(v24, 2)
+v28 = eq(v24, 3)
+v29 = sum(v25)
+v30 = sum(v26)
+v31 = sum(v27)
+v32 = sum(v28)
+v33 = stack([v29, v30, v31, v32])
+v34 = .to(v33, cpu, torch.float32)
+v35 = .view(v24, -1, 1)
+v36 = scatter_moe.route(v35, 4)
+v37 = getitem(v36, 0)
+v38 = getitem(v36, 1)
+v39 = .reshape(v37, (-1, 1))
+v40 = ones_like(v39, dtype=torch.float32)
+v41 = scatter_moe.mlp(v19, v40, v37, v38, [experts_0_layer1_weight, experts_1_layer1_weight, experts_2_layer1_weight, experts_3_layer1_weight], [], [experts_0_layer2_weight, experts_1_layer2_weight, experts_2_layer2_weight, experts_3_layer2_weight], [experts_0_layer1_bias, experts_1_layer1_bias, experts_2_layer1_bias, experts_3_layer1_bias], [], [experts_0_layer2_bias, experts_1_layer2_bias, experts_2_layer2_bias, experts_3_layer2_bias], relu, plain, False, output, 1.702, 7.0, torch.float32)
+v42 = .view(v23, -1, 1)
+v43 = mul(v41, v42)
+v44 = .view(v43, (2, 12, 16))
+v45 = .sum(v21, 0)
+return (v44, v34, v45, v23)""",
+        )
+
+    def test_flat_pairs_in_two_dims(self):
+        self.assertExpectedInline(
+            self.golden("flat_paired"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = scatter_moe.route(v19, 4)
+v24 = getitem(v23, 0)
+v25 = getitem(v23, 1)
+v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v27 = .view_as(v26, hidden_states)
+return (v27)""",
+        )

@@ -127,6 +127,103 @@ class FlatWeightOfChoice(MaskLoop):
         return out
 
 
+class PairedLoop(MaskLoop):
+    """The loop over slots in two dims; a near miss changes one of its steps."""
+
+    def moe(self, x, ids, weights):
+        return self.combine(self.rows_of_slots(x, ids), weights)
+
+    def rows_of_slots(self, x, ids):
+        y = self.start(x, ids)
+        for e in self.numbers():
+            tokens, slots = torch.where(ids == e)
+            self.write(y, tokens, slots, self.experts[e](x[tokens]))
+        return y
+
+    def start(self, x, ids):
+        return x.new_zeros(*ids.shape, D)
+
+    def numbers(self):
+        return range(self.num_experts)
+
+    def write(self, y, tokens, slots, rows):
+        y[tokens, slots] = rows
+
+    def combine(self, y, weights):
+        return (y * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class PairedStartsAsInput(PairedLoop):
+    """Slots without an expert would keep their token."""
+
+    def start(self, x, ids):
+        return x.unsqueeze(1).repeat(1, ids.shape[1], 1)
+
+
+class PairedWithoutSecond(PairedLoop):
+    """An expert is left out: its slots give zeros."""
+
+    def numbers(self):
+        return (0, 2, 3)
+
+
+class PairedOtherSlot(PairedLoop):
+    """Each slot's rows are written to the slot beside it, whose weight they get."""
+
+    def write(self, y, tokens, slots, rows):
+        y[tokens, (slots + 1) % self.top_k] = rows
+
+
+class PairedFirstSlot(PairedLoop):
+    """All slots are written to the first."""
+
+    def write(self, y, tokens, slots, rows):
+        y[tokens, slots * 0] = rows
+
+
+class PairedLargest(PairedLoop):
+    """The largest of the slots, feature by feature."""
+
+    def combine(self, y, weights):
+        return (y * weights.unsqueeze(-1)).amax(dim=1)
+
+
+class PairedWeightsTurned(PairedLoop):
+    """The slots get each other's weights."""
+
+    def combine(self, y, weights):
+        return (y * weights.flip(1).unsqueeze(1).transpose(1, 2)).sum(dim=1)
+
+
+class PairedSummedOverTokens(PairedLoop):
+    """What is summed are the tokens, not their slots."""
+
+    def combine(self, y, weights):
+        return (y * weights.unsqueeze(-1)).sum(dim=0).repeat(y.shape[0] // self.top_k, 1)
+
+
+class PairedReadBetween(PairedLoop):
+    """The mean of the rows so far is added to the output."""
+
+    def rows_of_slots(self, x, ids):
+        y = self.start(x, ids)
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            y[tokens, slots] = self.experts[e](x[tokens]) + y.mean()
+        return y
+
+
+class CopiedByToken(MaskLoop):
+    """A later slot's rows overwrite those of an earlier one."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            out.index_copy_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
 ZEROS, SUMMED = "accumulator_starts_as_zeros", "slots_of_a_token_are_summed"
 
 MISSES = (
@@ -140,4 +237,13 @@ MISSES = (
     NearMiss("flat_read_early", "accumulator_is_not_read_inside", FlatReadEarly),
     NearMiss("flat_other_divisor", "loop_has_a_known_form", FlatOtherDivisor),
     NearMiss("flat_weight_of_choice", "bodies_are_isomorphic", FlatWeightOfChoice),
+    NearMiss("paired_starts_as_input", ZEROS, PairedStartsAsInput),
+    NearMiss("paired_without_second", "every_expert_is_covered", PairedWithoutSecond),
+    NearMiss("paired_other_slot", "loop_has_a_known_form", PairedOtherSlot),
+    NearMiss("paired_first_slot", "loop_has_a_known_form", PairedFirstSlot),
+    NearMiss("paired_largest", SUMMED, PairedLargest),
+    NearMiss("paired_weights_turned", SUMMED, PairedWeightsTurned, may_rewrite=True),
+    NearMiss("paired_summed_over_tokens", SUMMED, PairedSummedOverTokens),
+    NearMiss("paired_read_between", "no_intermediate_escapes", PairedReadBetween),
+    NearMiss("copied_by_token", "assignments_overwrite_nothing", CopiedByToken),
 )

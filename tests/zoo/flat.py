@@ -1,4 +1,4 @@
-"""Loops over flat (token, slot) pairs: rows repeated for each slot, or tokens found by division."""
+"""Loops over (token, slot) pairs: flat with rows repeated for each slot or tokens found by division; in two dims."""
 
 import torch
 
@@ -50,8 +50,47 @@ class FlatToTokens(MaskLoop):
         return out
 
 
+class FlatCopied(MaskLoop):
+    """Rows are copied to their slots by index."""
+
+    def moe(self, x, ids, weights):
+        flat = ids.view(-1)
+        rows = x.repeat_interleave(self.top_k, dim=0)
+        y = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            slots = torch.where(flat == e)[0]
+            y.index_copy_(0, slots, expert(rows[slots]))
+        return (y.view(*ids.shape, D) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class PairedSlots(MaskLoop):
+    """The slots in two dims, [T, K, D], whose rows pairs of positions name."""
+
+    def moe(self, x, ids, weights):
+        y = x.new_empty(*ids.shape, D)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            y[tokens, slots] = expert(x[tokens])
+        return (y * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class PairedSlotsWeighted(MaskLoop):
+    """The same from a mask that has the slots first; rows are weighted as they are written."""
+
+    def moe(self, x, ids, weights):
+        y = torch.zeros(*ids.shape, D, dtype=x.dtype, device=x.device)
+        mask = torch.nn.functional.one_hot(ids, self.num_experts).permute(2, 1, 0)
+        for e, expert in enumerate(self.experts):
+            slots, tokens = torch.where(mask[e])
+            y[tokens, slots, :] = expert(x[tokens]) * weights[tokens, slots].unsqueeze(-1)
+        return y.sum(dim=1)
+
+
 CASES = (
     Case("flat_weighted_inside", FlatWeightedInside),
     Case("flat_weighted_in_place", FlatWeightedInPlace),
     Case("flat_to_tokens", FlatToTokens),
+    Case("flat_copied", FlatCopied),
+    Case("flat_paired", PairedSlots),
+    Case("flat_paired_weighted", PairedSlotsWeighted),
 )
