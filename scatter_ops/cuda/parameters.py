@@ -5,7 +5,6 @@ one strided tensor. Anything else goes through an int64 array of pointers on the
 pointers. E experts; a weight is [E, ways, n, k] with n its columns in the output and k the reduction.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,41 +81,30 @@ class ExpertBias:
 
 def expert_weight(tensors: Sequence[Tensor], transposed: bool) -> ExpertWeight:
     """One tensor [E, n, k] or E tensors [n, k]; [E, k, n] and [k, n] if transposed."""
-    data, addresses, num_experts, stride_e = _spaced(tensors, expert_dim=2)
+    data, addresses, num_experts, stride_e = _placed(tensors, expert_dim=2)
     is_list = addresses is not None
     n_dim, k_dim = (-1, -2) if transposed else (-2, -1)
     # A stack made because nothing else fits has its own strides; a list has those of its tensors.
     like = tensors[0] if is_list else data
     sizes = like.shape[n_dim], like.shape[k_dim]
-    weight = ExpertWeight(data, is_list, num_experts, 1, *sizes, stride_e, 0, like.stride(n_dim), like.stride(k_dim))
-    if addresses is None:
-        return weight
-    return replace(weight, addresses=addresses, lowest=tensors[addresses.lowest])
+    lowest = tensors[addresses.lowest] if is_list else None
+    strides = stride_e, 0, like.stride(n_dim), like.stride(k_dim)
+    return ExpertWeight(data, is_list, num_experts, 1, *sizes, *strides, 0, addresses, lowest)
 
 
 def separate_weight(gate: Sequence[Tensor], up: Sequence[Tensor], transposed: bool) -> ExpertWeight:
     """Gate and up in tensors of their own, as one weight of two ways."""
-    first, second = (expert_weight(tensors, transposed) for tensors in (gate, up))
-    same_strides = first.strides == second.strides
-    if same_strides and not first.is_list and not second.is_list:
+    if _spacing(gate, expert_dim=2) is not None and _spacing(up, expert_dim=2) is not None:
+        first, second = (expert_weight(tensors, transposed) for tensors in (gate, up))
         distance = second.data.data_ptr() - first.data.data_ptr()
-        if distance > 0 and distance % ALIGNMENT == 0:  # TMA knows no negative strides
+        # TMA knows no negative strides.
+        if first.strides == second.strides and distance > 0 and distance % ALIGNMENT == 0:
             return replace(first, ways=2, stride_way=distance // first.data.element_size())
-    both = [*_unstacked(gate), *_unstacked(up)]
-    if same_strides and all(weight.data_ptr() % ALIGNMENT == 0 for weight in both):
-        addresses = _addresses([weight.data_ptr() for weight in both], both[0])
-        return replace(
-            first,
-            data=addresses.pointers,
-            is_list=True,
-            ways=2,
-            stride_e=0,
-            experts_per_way=first.num_experts,
-            addresses=addresses,
-            lowest=both[addresses.lowest],
-        )
-    stack = expert_weight([torch.stack(both)], transposed)
-    return replace(stack, num_experts=first.num_experts, ways=2, stride_way=first.num_experts * stack.stride_e)
+    both = expert_weight([*_unstacked(gate), *_unstacked(up)], transposed)
+    num_experts = both.num_experts // 2
+    if both.is_list:
+        return replace(both, num_experts=num_experts, ways=2, experts_per_way=num_experts)
+    return replace(both, num_experts=num_experts, ways=2, stride_way=num_experts * both.stride_e)
 
 
 def expert_bias(tensors: Sequence[Tensor]) -> ExpertBias:
@@ -125,33 +113,46 @@ def expert_bias(tensors: Sequence[Tensor]) -> ExpertBias:
         return ExpertBias(None, 0, "none")
     if any(bias.stride(-1) != 1 for bias in tensors):
         tensors = [tensors[0].contiguous() if tensors[0].dim() == 2 else torch.stack(tuple(tensors))]
-    data, addresses, _, stride_e = _spaced(tensors, expert_dim=1)
+    data, addresses, _, stride_e = _placed(tensors, expert_dim=1)
     return ExpertBias(data, stride_e, "list" if addresses else "strided")
 
 
-def _spaced(tensors: Sequence[Tensor], expert_dim: int) -> tuple[Tensor, Addresses | None, int, int]:
+def _placed(tensors: Sequence[Tensor], expert_dim: int) -> tuple[Tensor, Addresses | None, int, int]:
     """(data, addresses if it is a list, number of experts, distance between experts in elements)."""
-    first = tensors[0]
-    if len(tensors) == 1 and first.dim() == expert_dim + 1:
-        return first, None, first.shape[0], first.stride(0)
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    step = pointers[1] - pointers[0] if len(pointers) > 1 else 0
-    same_strides = all(tensor.stride() == first.stride() for tensor in tensors)
-    if same_strides and step % ALIGNMENT == 0 and all(b - a == step for a, b in itertools.pairwise(pointers)):
-        return first, None, len(tensors), step // first.element_size()
-    if same_strides and all(pointer % ALIGNMENT == 0 for pointer in pointers):
-        addresses = _addresses(pointers, first)
+    first, spacing = tensors[0], _spacing(tensors, expert_dim)
+    if spacing is not None:
+        return first, None, first.shape[0] if first.dim() > expert_dim else len(tensors), spacing
+    same_strides = len({tensor.stride() for tensor in tensors}) == 1
+    addresses = _addresses(tensors) if same_strides else None
+    if addresses is not None:
         return addresses.pointers, addresses, len(tensors), 0
     stack = torch.stack(tuple(tensors))
     return stack, None, len(tensors), stack.stride(0)
+
+
+def _spacing(tensors: Sequence[Tensor], expert_dim: int) -> int | None:
+    """Elements from one expert to the next of a stack, or of tensors that lie as if they were one; None of others."""
+    first = tensors[0]
+    if first.dim() > expert_dim:
+        return first.stride(0)
+    strides, start = first.stride(), first.data_ptr()
+    step = tensors[1].data_ptr() - start if len(tensors) > 1 else 0
+    for i, tensor in enumerate(tensors):
+        if tensor.data_ptr() != start + i * step or tensor.stride() != strides:
+            return None
+    return step // first.element_size() if step % ALIGNMENT == 0 else None
 
 
 def _unstacked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return tensors[0].unbind(0) if tensors[0].dim() == 3 else tensors
 
 
-def _addresses(pointers: Sequence[int], like: Tensor) -> Addresses:
-    """The pointers on the device. Arrays that a CUDA graph was captured with are kept as long as the process lives."""
+def _addresses(tensors: Sequence[Tensor]) -> Addresses | None:
+    """The pointers on the device, None unless all are aligned.
+
+    Arrays that a CUDA graph was captured with are kept as long as the process lives.
+    """
+    like, pointers = tensors[0], [tensor.data_ptr() for tensor in tensors]
     key = like.device, tuple(pointers)
     array = _captured.get(key)
     if array is not None:
@@ -159,6 +160,8 @@ def _addresses(pointers: Sequence[int], like: Tensor) -> Addresses:
     array = _arrays.get(key)
     capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
     if array is None:
+        if any(pointer % ALIGNMENT for pointer in pointers):
+            return None
         if capturing:
             raise RuntimeError(
                 "per-expert weights met first in a CUDA graph capture: run the model once before capturing it"
