@@ -18,6 +18,7 @@ README.md           between its markers: the last run of each model in benchmark
 import inspect
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,15 @@ ATTENTION_COLUMNS = {
     "forward_ratio": "forward, of dense",
     "step_ratio": "step, of dense",
     "peak_gib": "peak of a step, GiB",
+}
+LAYOUT_COLUMNS = {
+    "shape": "shape",
+    "layout": "parameters",
+    "forward_ms": "forward, ms",
+    "step_ms": "step, ms",
+    "forward_ratio": "forward, of stacked",
+    "step_ratio": "step, of stacked",
+    "step_host_ms": "host of a step, ms",
 }
 MODELS_COLUMNS = {
     "model": "model",
@@ -140,7 +150,12 @@ def performance_page() -> Page:
     runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
     text = between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs)
     text = between_markers(text, "compile_time", compile_time.tables())
-    return Page(path, between_markers(text, "mixture_of_attention", attention_table()))
+    layouts = pictures.records("layouts")[-1]
+    table = measured_table(LAYOUT_COLUMNS, layouts["rows"])
+    text = between_markers(text, "layouts", f"{table}\n\n{_caption(layouts)}")
+    attention = measured_table(ATTENTION_COLUMNS, pictures.last_mixtures_of_attention())
+    runs = "\n".join(map(_caption, pictures.records("mixture_of_attention")))
+    return Page(path, between_markers(text, "mixture_of_attention", f"{attention}\n\n{runs}"))
 
 
 def training_page() -> Page:
@@ -149,16 +164,15 @@ def training_page() -> Page:
     return Page(path, between_markers(text, "fine_tune", closeness.fine_tune_table()))
 
 
-def attention_table() -> str:
-    """The last results of the benchmark of a mixture of attention."""
-    lines = [
-        "| " + " | ".join(ATTENTION_COLUMNS.values()) + " |",
-        "|---:|---:|---:|---" + "|---:" * (len(ATTENTION_COLUMNS) - 4) + "|",
-    ]
-    for row in pictures.last_mixtures_of_attention():
-        cells = [row[key] for key in ATTENTION_COLUMNS]
+def measured_table(columns: dict[str, str], rows: Sequence[dict]) -> str:
+    """Rows of a benchmark; columns are the keys that are shown with their headings."""
+    texts = [key for key in columns if isinstance(rows[0][key], str)]
+    lines = ["| " + " | ".join(columns.values()) + " |"]
+    lines += ["|" + "|".join("---" if key in texts else "---:" for key in columns) + "|"]
+    for row in rows:
+        cells = [row[key] for key in columns]
         lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
-    return "\n".join([*lines, "", *map(_caption, pictures.records("mixture_of_attention"))])
+    return "\n".join(lines)
 
 
 def exchange_page() -> Page:
