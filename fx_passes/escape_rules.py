@@ -4,7 +4,8 @@ T tokens, K experts per token.
 """
 
 from collections.abc import Iterator
-from typing import TypeGuard
+from itertools import takewhile
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -15,7 +16,7 @@ from fx_passes.body import Gathered, PerExpert, SlotGathered
 from fx_passes.capture import loops_of
 from fx_passes.facts import fact, selected
 from fx_passes.ids import ids_are_distinct, num_tokens
-from fx_passes.ops import draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, written
+from fx_passes.ops import arg, draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, written
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.statements import Counts, Hit, Listed
 
@@ -129,9 +130,12 @@ def no_other_loop_holds_the_region(region: MoERegion) -> None:
 
 
 def nothing_is_written_inside(region: MoERegion) -> None:
-    """From the routing's first node to the result nothing that the region reads is written, save by itself."""
+    """From the routing's first node to the result nothing that the region reads is written, save by itself.
+
+    Nor is a rearranged copy of it that the code reads in its place: the rewritten code has none.
+    """
     places, own = region.places(), region.writes
-    first, last = min(places[node] for node in region.routing), places[region.result]
+    first, last = min(places[node] for node in region.routing | _moved(region)), places[region.result]
     writers = {writer for node in _outer_inputs(region) for writer in writers_of(storage_of(node))}
     writers |= {user for node in region.inner for user in node.users if node in written(user)}
     for node in sorted(writers - own, key=places.__getitem__):
@@ -154,8 +158,38 @@ def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
                 )
 
 
+def _moved(region: MoERegion) -> frozenset[fx.Node]:
+    """Views and rearranged copies of the ids, of what is gathered and of parameters, which the region reads."""
+    gathered = (value.source for value in (*region.body.of(Gathered), *region.body.of(SlotGathered)))
+    parameters = (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)
+    sources = {region.ids_TK, *gathered, *parameters}
+    moved: set[fx.Node] = set()
+    for reader in region.inner | region.routing | region.body.nodes:
+        for node in reader.all_input_nodes:
+            chain = list(takewhile(lambda step: step not in sources, _moves(node)))
+            if chain and arg(chain[-1], 0, "input") in sources:
+                moved.update(chain)
+    return frozenset(moved)
+
+
+def _moves(node: Any) -> Iterator[fx.Node]:
+    """`node` and what it was made of, as long as each only moves or repeats the entries of the one before."""
+    while isinstance(node, fx.Node) and op_name(node) in _MOVES and not is_inplace(node):
+        yield node
+        node = arg(node, 0, "input")
+
+
+_MOVES = frozenset(
+    """
+    view reshape flatten ravel unflatten squeeze unsqueeze expand expand_as repeat repeat_interleave contiguous clone
+    detach to long int transpose swapaxes swapdims permute t getattr select getitem chunk split unbind
+    """.split()
+)
+
+
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield region.ids_TK
+    yield from _moved(region)
     yield from region.routing
     yield from (source for node in region.routing for source in node.all_input_nodes)
     yield from (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)

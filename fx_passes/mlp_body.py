@@ -14,9 +14,11 @@ from torch import fx
 from fx_passes.body import Body, Gathered, Op, PerExpert, Scaled, SlotGathered, Value, rank
 from fx_passes.halves import joined
 from fx_passes.low_rank import low_rank
-from fx_passes.ops import fake_tensor
+from fx_passes.ops import fake_tensor, same_size
 
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
+Size = int | torch.SymInt
+
 _FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 
@@ -34,6 +36,12 @@ class Linear:
     weight: PerExpert
     bias: PerExpert | None
     transposed: bool
+
+    @property
+    def widths(self) -> tuple[Size, Size]:
+        """Of the rows that go in, and of those that come out."""
+        first, second = self.weight.shape
+        return (first, second) if self.transposed else (second, first)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ def match_mlp(body: Body) -> Mlp | None:
         return None
     if not _one_layout((gate_up, up, down)) or rank(x) != 2 or any(map(_is_low_rank, (gate_up, up, down))):
         return None
+    if not _have_widths_of_an_mlp(gate_up, up, down, layout):
+        return None
     return Mlp(x.source, weights, weight_on, gate_up, up, down, activation, layout, **numbers)
 
 
@@ -122,7 +132,8 @@ def _linear(rows: Value, weight: Any, bias: Any, transposed: bool) -> Linear | N
         return None
     if isinstance(bias, PerExpert) and (rank(bias) != 1 + bias.leading or _dtype(bias) != _dtype(weight)):
         return None
-    return Linear(rows, weight, bias, transposed != weight.transposed)
+    linear = Linear(rows, weight, bias, transposed != weight.transposed)
+    return linear if bias is None or same_size(bias.shape[0], linear.widths[1]) else None
 
 
 def _dtype(value: Value) -> torch.dtype | None:
@@ -260,7 +271,9 @@ def _scale(sigmoid: Any, gate: Any) -> float | None:
 def _clamp(value: Any) -> tuple[Any, float | None, float | None] | None:
     if not isinstance(value, Op) or value.name not in ("clamp", "clip"):
         return None
-    return value.args[0], value.arg(1, "min"), value.arg(2, "max")
+    limits = value.arg(1, "min"), value.arg(2, "max")
+    are_numbers = all(limit is None or isinstance(limit, (int, float)) for limit in limits)
+    return (value.args[0], *limits) if are_numbers else None
 
 
 def _binary(value: Any, names: tuple[str, ...]) -> tuple[Any, Any] | None:
@@ -273,6 +286,14 @@ def _same_rows(left: Value, right: Value) -> bool:
     if isinstance(left, Gathered) and isinstance(right, Gathered):
         return left.source is right.source and left.leading == right.leading
     return left is right
+
+
+def _have_widths_of_an_mlp(gate_up: Linear, up: Linear | None, down: Linear, layout: str) -> bool:
+    """Gate and up are as wide as what goes into `down`: elsewhere one of them is repeated. `down` leads back to x."""
+    (width, first), (inner, output) = gate_up.widths, down.widths
+    second = first if up is None else up.widths[1]
+    hidden = 2 * inner if layout in ("concatenated", "interleaved") else inner
+    return same_size(first, hidden) and same_size(second, hidden) and same_size(output, width)
 
 
 def _one_layout(linears: tuple[Linear | None, ...]) -> bool:

@@ -144,7 +144,7 @@ def _path(node: fx.Node) -> _Path:
     steps: list[Step] = []
     nodes: list[fx.Node] = []
     found = viewed(node)
-    while found is not None and not (steps and _has_symbol(found.step)):
+    while found is not None and not (steps and has_expert(found.step)):
         steps.insert(0, found.step)
         nodes.append(node)
         node = found.operand
@@ -152,7 +152,8 @@ def _path(node: fx.Node) -> _Path:
     return _Path(node, tuple(steps), tuple(nodes))
 
 
-def _has_symbol(step: Step) -> bool:
+def has_expert(step: Step) -> bool:
+    """Whether `step` takes the entry of an expert without a number."""
     return isinstance(step, Index) and any(isinstance(item, fx.Node) for item in step.items)
 
 

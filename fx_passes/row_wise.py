@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fx_passes.body import Body, Gathered, Op, PerExpert, Shared, SlotGathered, has_rows, nested_values, rank
-from fx_passes.ops import POINTWISE, example, fake_tensor, known_tensor, normalized_dim, varargs
+from fx_passes.ops import POINTWISE, example, fake_tensor, known_tensor, normalized_dim, same_size, varargs
 from fx_passes.region import Rejected
 from fx_passes.simplify import keeps_all
 
@@ -90,7 +90,7 @@ def _broadcasts_over_rows(value: Shared, result: int | None) -> bool:
     tensor = fake_tensor(value.node)
     if tensor is None:
         return not isinstance(example(value.node), torch.SymInt)
-    return result is not None and (tensor.dim() < result or (tensor.dim() == result and tensor.shape[0] == 1))
+    return bool(result) and (tensor.dim() < result or (tensor.dim() == result and tensor.shape[0] == 1))
 
 
 def _check_matmul(op: Op) -> None:
@@ -107,6 +107,7 @@ def _check_matmul(op: Op) -> None:
         raise _refused(op, "the right side of a matrix product is no weight matrix")
     if bias is not None and not (isinstance(bias, (PerExpert, Shared)) and rank(bias) == 1):
         raise _refused(op, "the bias of a linear layer is no vector")
+    _check_width(op, bias)
 
 
 def _check_addmm(op: Op) -> None:
@@ -119,6 +120,12 @@ def _check_addmm(op: Op) -> None:
         raise _refused(op, "`addmm` of other than a bias, rows and a weight matrix")
     if known_tensor(bias.node).dtype != known_tensor(weight.node).dtype:
         raise _refused(op, "weight and bias of a linear layer differ in dtype")
+    _check_width(op, bias)
+
+
+def _check_width(op: Op, bias: Any) -> None:
+    if isinstance(bias, PerExpert) and not same_size(bias.shape[0], known_tensor(op.node).shape[-1]):
+        raise _refused(op, "the bias of a linear layer is one number for all columns")
 
 
 def _check_norm(op: Op) -> None:

@@ -148,7 +148,13 @@ def _is_changed(node: fx.Node) -> bool:
     filling = {writer for writer in writers if op_name(writer) == "scatter_"}
     if len(filling | ({node} if op_name(node) == "scatter_" else set())) > 1:
         return True
-    return any(op_name(writer) not in _QUOTIENTS for writer in writers - filling)
+    return not all(_divides_rows(writer) for writer in writers - filling)
+
+
+def _divides_rows(write: fx.Node) -> bool:
+    """Whether `write` divides by one number a row, in place, a table with experts along its last dim."""
+    experts = -2 if _is_transposed(write.args[0]) else -1
+    return op_name(write) in _QUOTIENTS and _is_one_a_row(arg(write, 1, "other"), experts)
 
 
 def adds_nothing_where_unchosen(value: Any) -> bool:

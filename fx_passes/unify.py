@@ -19,7 +19,7 @@ from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
 from fx_passes.ops import POINTWISE, fake_tensor, is_inplace, known_tensor, op_name, out_of_place
-from fx_passes.parameter_views import chosen_by, viewed
+from fx_passes.parameter_views import chosen_by, has_expert, viewed
 from fx_passes.simplify import simplified
 from fx_passes.statements import Fact, Mask, Rows
 
@@ -195,7 +195,7 @@ class Unifier:
     def _view_of_parameter(self, nodes: tuple[fx.Node, ...]) -> PerExpert | None:
         """`stacked[e][:F]`, `w.chunk(2)[0]`, `w.t()`."""
         first, *others = map(viewed, nodes)
-        if first is None or any(other is None or other.step != first.step for other in others):
+        if first is None or has_expert(first.step) or any(o is None or o.step != first.step for o in others):
             return None
         operand = self.value((first.operand, *(other.operand for other in others if other is not None)))
         value = operand.after(first.step, nodes[0]) if isinstance(operand, PerExpert) else None

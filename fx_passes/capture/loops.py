@@ -116,8 +116,9 @@ def _end(capture: Any, scope: Scope) -> None:
             capture.trace_again_unrolled([scope.event])
 
 
-def _is_number(node: fx.Node) -> bool:
-    return fake_tensor(node) is None or total_of(node) is not None
+def _is_number(node: fx.Node, *, is_new: bool) -> bool:
+    """Whether a live local holds a number; a tensor that counts slots is one where it is counted on."""
+    return fake_tensor(node) is None or (not is_new and total_of(node) is not None)
 
 
 def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> None:
@@ -127,7 +128,7 @@ def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> Non
     """
     changed = difference(before, now)
     from_outside = [name for name, _, node in changed.carried if scope.event.number not in events_of(node)]
-    numbers = [name for name, old, node in changed.carried if old is not None and _is_number(node)]
+    numbers = [name for name, old, node in changed.carried if _is_number(node, is_new=old is None)]
     unexplained = dict.fromkeys((*changed.names, *from_outside, *numbers))
     names = [
         name.removeprefix("local ")

@@ -96,8 +96,9 @@ def _may_be_called(operands: list[VariableTracker], symbols: frozenset[Any]) -> 
 
 
 def _is_constant_asked(operands: list[VariableTracker]) -> bool:
-    """`bias is None`"""
-    return any(isinstance(operand.realize(), ConstantVariable) for operand in operands)
+    """`bias is None`. A number may be the very object that another one of its value is."""
+    values = [operand.realize() for operand in operands]
+    return any(isinstance(value, ConstantVariable) and type(value.value) not in _NUMBERS for value in values)
 
 
 def _are_numbers(operands: list[VariableTracker]) -> bool:

@@ -152,11 +152,17 @@ def _describe_content(value: VariableTracker, depth: int) -> Any:
     if isinstance(value, ConstantVariable):
         return ("constant", type(value).__name__, repr(value.as_python_constant()))
     if isinstance(value, LocalGeneratorObjectVariable):
-        return ("generator", id(value), getattr(value.inline_tracer, "instruction_pointer", None))
+        return ("generator", id(value), _describe_frame(value.inline_tracer, depth))
     if depth >= _MAX_DEPTH:
-        return ("id", id(value))
+        return ("unseen", object())
     fields = sorted(name for name in vars(value) if name not in _NOT_CONTENT)
     return (type(value).__name__, *((name, _describe_field(vars(value)[name], depth + 1)) for name in fields))
+
+
+def _describe_frame(tx: Any, depth: int) -> Any:
+    """How far a generator has come, and with what: its locals and its stack."""
+    values = (dict(getattr(tx, "symbolic_locals", {})), list(getattr(tx, "stack", ())))
+    return (getattr(tx, "instruction_pointer", None), *(_describe_field(value, depth + 1) for value in values))
 
 
 def _describe_field(field: Any, depth: int) -> Any:

@@ -143,6 +143,16 @@ class NumbersWritten(PickedByNumber):
         return numbers.repeat(E)
 
 
+class DividedByTable(DenseBlock):
+    """Divided, in place, by what could be zero where nothing was chosen."""
+
+    def table(self, logits):
+        weights, ids = logits.softmax(dim=-1).topk(K, dim=-1)
+        table = torch.zeros_like(logits).scatter(1, ids, weights)
+        table.div_(logits.sigmoid())
+        return table
+
+
 class RepeatedIds(DenseBlock):
     """Two choices may be the same expert: a table has it once."""
 
@@ -224,6 +234,7 @@ MISSES = (
     NearMiss("dense_all_start_read", "nothing_is_written_inside", transposed(StartRead)),
     NearMiss("dense_all_start_depends", "body_is_row_wise", transposed(StartDepends)),
     NearMiss("dense_all_numbers_written", None, transposed(NumbersWritten)),
+    NearMiss("dense_all_divided", "weights_are_zero_outside_the_top_k", DividedByTable, may_rewrite=True),
     NearMiss("dense_all_repeated_ids", "repeated_ids_are_counted", RepeatedIds),
     NearMiss("dense_all_biased_inputs", "weights_are_zero_outside_the_top_k", lambda: ScatteredSigmoid(BiasedInputs)),
     NearMiss("dense_all_hidden_used", None, block(HiddenReturned)),

@@ -224,6 +224,49 @@ class CopiedByToken(MaskLoop):
         return out
 
 
+class FlatRowsWritten(FlatLoop):
+    """The repeated rows are written to before anyone chooses among them; the tokens stay what they were."""
+
+    def rows_of_slots(self, x, ids):
+        rows = x.repeat_interleave(self.top_k, dim=0)
+        rows.mul_(2)
+        flat, y = ids.view(-1), self.start(rows)
+        for e in self.numbers():
+            y[flat == e] = self.experts[e](rows[flat == e])
+        return y
+
+
+class FlatIdsWritten(FlatLoop):
+    """`reshape` copies ids that don't lie side by side: what is written to the copy is not written to them."""
+
+    def moe(self, x, ids, weights):
+        three = torch.cat((ids, ids[:, :1]), dim=1)
+        return super().moe(x, three[:, :2], weights)
+
+    def rows_of_slots(self, x, ids):
+        flat, rows = ids.reshape(-1), self.repeated(x)
+        flat.clamp_(max=1)
+        y = self.start(rows)
+        for e in self.numbers():
+            y[flat == e] = self.experts[e](rows[flat == e])
+        return y
+
+
+class FlatWeightsWritten(MaskLoop):
+    """So for weights."""
+
+    def moe(self, x, ids, weights):
+        flat, flat_weights = ids.view(-1), torch.cat((weights, weights), dim=1)[:, :2].reshape(-1)
+        flat_weights.mul_(2)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            slots = torch.where(flat == e)[0]
+            tokens = slots // self.top_k
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * flat_weights[slots].unsqueeze(1))
+        return out
+
+
+WRITTEN = "nothing_is_written_inside"
 ZEROS, SUMMED = "accumulator_starts_as_zeros", "slots_of_a_token_are_summed"
 
 MISSES = (
@@ -246,4 +289,7 @@ MISSES = (
     NearMiss("paired_summed_over_tokens", SUMMED, PairedSummedOverTokens),
     NearMiss("paired_read_between", "no_intermediate_escapes", PairedReadBetween),
     NearMiss("copied_by_token", "assignments_overwrite_nothing", CopiedByToken),
+    NearMiss("flat_rows_written", WRITTEN, FlatRowsWritten),
+    NearMiss("flat_ids_written", WRITTEN, FlatIdsWritten),
+    NearMiss("flat_weights_written", WRITTEN, FlatWeightsWritten),
 )

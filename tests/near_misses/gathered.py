@@ -97,6 +97,17 @@ class WeightsInTurn(BatchedExperts):
         return super().forward(x, ids, weights.t().reshape(-1, K))
 
 
+class FlatIdsWritten(BatchedExperts):
+    """What is written to the flat copy of the ids is not written to the ids."""
+
+    def forward(self, x, ids, weights):
+        flat = torch.cat((ids, ids), dim=1)[:, :K].reshape(-1)
+        flat.clamp_(max=1)
+        rows = self.repeated(x)
+        y = self.linear(F.silu(self.linear(rows, self.gate_up_proj[flat])[:, :FF]), self.down_proj[flat])
+        return (y * weights.reshape(-1, 1)).view(-1, K, D).sum(dim=1)
+
+
 def block(experts):
     return lambda: SortedBlock(experts)
 
@@ -111,5 +122,6 @@ MISSES = (
     NearMiss("gathered_written_after_read", "nothing_is_written_inside", block(WrittenAfterRead)),
     NearMiss("gathered_number_added_in_place", "nothing_is_written_inside", block(NumberAddedInPlace)),
     NearMiss("gathered_frozen_down", "grad_mode_is_constant", block(FrozenDown)),
+    NearMiss("gathered_flat_ids_written", "nothing_is_written_inside", block(FlatIdsWritten)),
     NearMiss("gathered_weights_in_turn", None, block(WeightsInTurn), may_rewrite=True),
 )

@@ -1,10 +1,11 @@
 """Iterations that are not alike, and rows that are not alike."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from tests.near_misses.common import Loop, NearMiss, StackedLoop
-from tests.zoo.common import FF, E
+from tests.near_misses.common import Loop, NearMiss, RangeLoop, StackedLoop
+from tests.zoo.common import FF, D, E
 from tests.zoo.stacked import StackedExperts
 
 STEPS = {"count": 0}
@@ -234,6 +235,42 @@ class LoopVariableOfList(Loop):
         return out
 
 
+class NumberIsTwo(RangeLoop):
+    """Small integers are the same object wherever they come from."""
+
+    def forward(self, hidden_states):
+        x, weights, mask, out = self.start(hidden_states)
+        two = 2
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            y = self.value(x, weights, tokens, slots, e)
+            self.add(out, tokens, y * 3 if e is two else y)
+        return out
+
+
+class LastNumberIs(RangeLoop):
+    """The loop's last number, after it."""
+
+    def forward(self, hidden_states):
+        x, weights, mask, out = self.start(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            self.add(out, tokens, self.value(x, weights, tokens, slots, e))
+        last = E - 1
+        return out * 3 if e is last else out
+
+
+class EntryOfEntry(RangeLoop):
+    """Expert e has row e of what it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(E, E, D))
+
+    def value(self, x, weights, tokens, slots, e):
+        return super().value(x, weights, tokens, slots, e) + self.rows[e][e]
+
+
 STATE, FORM = "loop_changes_no_python_state", "loop_has_a_known_form"
 
 MISSES = (
@@ -251,5 +288,8 @@ MISSES = (
     NearMiss("hit_own_temporary_in_place", "nothing_is_written_inside", OwnTemporaryInPlace, may_rewrite=True),
     NearMiss("hit_in_place_before_loop", "nothing_is_written_inside", InPlaceBeforeLoop, may_rewrite=True),
     NearMiss("hit_two_layers_of_experts", FORM, TwoLayersOfExperts, may_rewrite=True),
+    NearMiss("range_number_is_two", "bodies_are_isomorphic", NumberIsTwo),
+    NearMiss("range_last_number_is", None, LastNumberIs, may_rewrite=True),
+    NearMiss("range_entry_of_entry", "bodies_are_isomorphic", EntryOfEntry),
     NearMiss("range_loop_variable_of_list", "every_expert_is_covered", LoopVariableOfList, may_rewrite=True),
 )

@@ -1,10 +1,13 @@
 """An expert's own parameters, taken or multiplied with in a way that no rule speaks of."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
+from tests.zoo import bodies
 from tests.zoo.common import FF, D, E
 from tests.zoo.parameters import Biases, Taken
 from tests.zoo.stacked import TopKRouter
@@ -125,6 +128,17 @@ class UnboundInReverse(Unbound):
         return out
 
 
+class OneBias(nn.Module):
+    """The same bias for all columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(D, D)), nn.Parameter(torch.empty(1))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
 class TwoStacks(Enumerated):
     """Two stacks, each of which is one expert's, in a loop over them both."""
 
@@ -159,5 +173,6 @@ MISSES = (
     NearMiss("parameters_shifted_segments", "bodies_are_isomorphic", ShiftedSegments),
     NearMiss("parameters_short_segments", "every_expert_is_covered", ShortSegments, may_rewrite=True),
     NearMiss("parameters_unbound_in_reverse", "bodies_are_isomorphic", UnboundInReverse, may_rewrite=True),
+    NearMiss("parameters_one_bias", "body_is_row_wise", partial(bodies.RangeLoop, OneBias), may_rewrite=True),
     NearMiss("parameters_of_two_stacks", "body_is_row_wise", TwoStacks, may_rewrite=True),
 )

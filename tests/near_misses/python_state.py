@@ -320,12 +320,39 @@ class AsksTheList(RangeLoop):
         return y * 2 if self.ask(listed) else y
 
 
+def counting():
+    """A generator that has begun stands at the same place after each number."""
+    number = 0
+    while number < 100:
+        yield number * 1.0
+        number += 1
+
+
+def begun():
+    numbers = counting()
+    next(numbers)
+    return numbers
+
+
+def nested(depth=12):
+    """A list in a list in a list ..."""
+    return [] if depth == 0 else [nested(depth - 1)]
+
+
+def innermost(lists):
+    while lists and lists[0] != 1:
+        lists = lists[0]
+    return lists
+
+
 STATE, FORM = "loop_changes_no_python_state", "loop_has_a_known_form"
 
 CONTAINERS = {
     "count": (itertools.count, lambda numbers, _: next(numbers), next),
     "range_iterator": (lambda: iter(range(1, 20)), lambda numbers, _: next(numbers), next),
     "generator": (lambda: (i * 1.0 for i in range(20)), lambda numbers, _: next(numbers), next),
+    "begun_generator": (begun, lambda numbers, _: next(numbers), next),
+    "deep_list": (nested, lambda lists, _: innermost(lists).append(1), lambda lists: len(innermost(lists))),
     "counter": (Counter, lambda counter, _: counter.update("a"), lambda counter: counter["a"]),
     "default_dict": (lambda: defaultdict(int), add_one, lambda counts: counts["a"]),
     "ordered_dict": (OrderedDict, lambda seen, e: seen.__setitem__((e, len(seen)), 1), len),

@@ -41,6 +41,22 @@ class HitLoop(Block):
         return out.view_as(hidden_states)
 
 
+class NarrowLoop(Block):
+    """The output is narrower than the input."""
+
+    def __init__(self):
+        super().__init__(partial(gelu_mlp, width=D // 2))
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        out = x.new_zeros(x.shape[0], D // 2)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
+        return out.repeat(1, 2).view_as(hidden_states)
+
+
 class FusedSwiGLU(nn.Module):
     """One linear for gate and up."""
 
@@ -52,6 +68,49 @@ class FusedSwiGLU(nn.Module):
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+class OneGate(nn.Module):
+    """One gate for all columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(D, 1), nn.Linear(D, FF), nn.Linear(FF, D)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class UnevenHalves(nn.Module):
+    """`chunk` of three columns gives two and one, which is repeated."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(D, 3, bias=False), nn.Linear(2, D, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ClampedByTensors(Block):
+    """The limits of a clamped SwiGLU are tensors."""
+
+    def __init__(self):
+        super().__init__(FusedSwiGLU)
+        self.register_buffer("limit", torch.tensor(1.497))
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            gate, up = expert.gate_up(x[tokens]).chunk(2, dim=-1)
+            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+            y = expert.down((up + 1) * (gate * torch.sigmoid(gate * 1.702)))
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out.view_as(hidden_states)
 
 
 class ReluSquared(nn.Module):
@@ -158,8 +217,8 @@ class Clamped(nn.Module):
         return 3.0 * torch.tanh(self.down(self.up(x).clamp(-1.5, 1.5)) / 3.0)
 
 
-def gelu_mlp(approximate="none"):
-    return nn.Sequential(nn.Linear(D, FF), nn.GELU(approximate=approximate), nn.Linear(FF, D))
+def gelu_mlp(approximate="none", width=D):
+    return nn.Sequential(nn.Linear(D, FF), nn.GELU(approximate=approximate), nn.Linear(FF, width))
 
 
 def three_layers():
@@ -197,12 +256,16 @@ BODIES = (
     ("residual", Residual, None, None),
     ("clamped", Clamped, None, "parallel_linear"),
     ("one_linear", one_linear, None, "parallel_linear"),
+    ("one_gate", OneGate, None, "parallel_linear"),
+    ("uneven_halves", UnevenHalves, None, "parallel_linear"),
     ("sigmoid_glu", gate_shared_by_row, None, None),
 )
 
 CASES = (
     *(Case(f"range_{name}", partial(RangeLoop, expert), activation=act, op=op) for name, expert, act, op in BODIES),
     *(Case(f"hit_{name}", partial(HitLoop, expert), activation=act, op=op) for name, expert, act, op in BODIES),
+    Case("range_narrow", NarrowLoop, activation=None, op="parallel_linear"),
+    Case("range_clamped_by_tensors", ClampedByTensors, activation=None, op="parallel_linear"),
     Case("range_dropout_eval", partial(RangeLoop, with_dropout), activation="relu", op=None, train=False),
     Case("range_scale_vector", partial(RangeLoop, ScaleVector), activation=None, op=None, must_rewrite=False),
     Case("hit_identity", partial(HitLoop, nn.Identity), activation=None, op=None, must_rewrite=False),
