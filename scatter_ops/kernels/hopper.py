@@ -115,7 +115,7 @@ def place_of(tiles, number):
 
 @gluon.jit
 def operands_at(tiles, place):
-    """The Tile at a place. It waits for what the place was loaded for, so a product should be under way."""
+    """The Tile at a place. Its loads wait for those of the place, so a product should be under way."""
     expert, first_row, end_row, column_tile = place
     first_expert = expert
     if tiles.distances_ptr is not None:
@@ -132,8 +132,9 @@ def operands_at(tiles, place):
 
 
 @gluon.jit
-def first_operands(product, tiles, STAGES: gl.constexpr):
+def first_operands(product, tiles):
     """This program's first Tile, with its first steps under way."""
+    STAGES: gl.constexpr = product.x_tiles.shape[0]
     number = gl.program_id(0)
     tile = operands_at(tiles, place_of(tiles, number))
     for early in gl.static_range(STAGES - 1):

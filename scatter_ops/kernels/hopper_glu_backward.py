@@ -113,8 +113,9 @@ def _differentiate_half(
 
 
 @gluon.jit
-def _multiply_tile(product, h, tile, stage, phase, k_size, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+def _multiply_tile(product, h, tile, stage, phase, k_size, LAYOUT: gl.constexpr):
     """The product, with the first parts of h under way behind its steps; stage and phase after it."""
+    STAGES: gl.constexpr = product.x_tiles.shape[0]
     k_tiles = gl.cdiv(k_size, BLOCK_K)
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
     # No branch between products: one would make the compiler wait for each of them.
@@ -131,6 +132,64 @@ def _multiply_tile(product, h, tile, stage, phase, k_size, STAGES: gl.constexpr,
         if part < STAGES - 2:
             acc = multiply_step(product, stage, phase, acc, False)
     return warpgroup_mma_wait(0, deps=(acc,)), stage, phase
+
+
+@gluon.jit
+def _differentiate_tile(
+    product,
+    h,
+    grad_a,
+    scale,
+    grad_h,
+    scaled_a,
+    tile,
+    ahead,
+    ahead_exists,
+    stage,
+    phase,
+    alpha,
+    limit,
+    ACTIVATION: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The tile's part of dS, [BLOCK_M], and stage and phase after it, with the first steps ahead under way."""
+    STAGES: gl.constexpr = product.x_tiles.shape[0]
+    PARTS: gl.constexpr = BLOCK_N // (2 * PART)
+    H_STORES: gl.constexpr = 0 if grad_h is None else (2 if LAYOUT == "concatenated" else 1)
+    STORES: gl.constexpr = H_STORES if scaled_a is None else H_STORES + 1  # of a tile of PART columns
+    grads = split_columns(grad_a, 2 * PARTS)
+    grad_scale = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, PART_LAYOUT))
+    for part in gl.static_range(PARTS):
+        mbarrier.wait(product.ready.index(stage), phase)
+        for half in gl.static_range(2):
+            first_f = tile.column_tile * BLOCK_N + (2 * part + half) * PART
+            grad_scale += _differentiate_half(
+                gl.convert_layout(grads[2 * part + half], PART_LAYOUT, assert_trivial=True),
+                scale,
+                _h_tiles(product, h, stage, LAYOUT),
+                product.x_tiles.index(stage),
+                grad_h,
+                scaled_a,
+                tile.first_row,
+                tile.end_row,
+                first_f,
+                alpha,
+                limit,
+                half,
+                ACTIVATION,
+                LAYOUT,
+            )
+            if half == 0:
+                # By now the part before this one has left: what comes STAGES - 1 positions on takes its place.
+                tma.store_wait(STORES)
+                free = stage_before(stage, STAGES)
+                position = part + STAGES - 1
+                if position < PARTS:
+                    _load_h(product, h, free, tile.first_row, first_f + (STAGES - 1) * 2 * PART, LAYOUT)
+                else:
+                    load_step(product, ahead, position - PARTS, free, ahead_exists)
+        stage, phase = advance(stage, phase, STAGES)
+    return grad_scale, stage, phase
 
 
 @gluon.jit
@@ -157,9 +216,6 @@ def glu_backward_kernel(
     GROUP_M: gl.constexpr,
 ):
     """Everything 16 bits wide is read and written by TMA. dH takes the place of h in shared memory, part by part."""
-    PARTS: gl.constexpr = BLOCK_N // (2 * PART)
-    H_STORES: gl.constexpr = 0 if grad_h is None else (2 if LAYOUT == "concatenated" else 1)
-    STORES: gl.constexpr = H_STORES if scaled_a is None else H_STORES + 1  # of a tile of PART columns
     W_SHAPE: gl.constexpr = [BLOCK_K, BLOCK_N] if N_MAJOR else [BLOCK_N, BLOCK_K]
     x_tiles = gl.allocate_shared_memory(h.dtype, [STAGES, BLOCK_M, BLOCK_K], grad_out.layout)
     w_tiles = gl.allocate_shared_memory(h.dtype, [STAGES] + W_SHAPE, grad_out.layout)
@@ -168,7 +224,7 @@ def glu_backward_kernel(
     num_rows, num_columns = gl.load(tile_map_ptr), gl.cdiv(f_size, BLOCK_N)
     tiles = Tiles(tile_map_ptr, order_ptr, distances_ptr, None, num_rows, num_columns, None, GROUP_M)
     first, hop = gl.program_id(0), gl.num_programs(0)
-    here = first_operands(product, tiles, STAGES)
+    here = first_operands(product, tiles)
     stage, phase = 0, 0
     for number in range(first, num_tiles(tiles), hop):
         place_ahead = place_of(tiles, number + hop)
@@ -176,40 +232,26 @@ def glu_backward_kernel(
         valid = rows < here.end_row
         slots = gl.load(order_ptr + rows, mask=valid, other=0)
         scale = gl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(gl.float32)[:, None]
-        acc, stage, phase = _multiply_tile(product, h, here, stage, phase, k_size, STAGES, LAYOUT)
+        acc, stage, phase = _multiply_tile(product, h, here, stage, phase, k_size, LAYOUT)
         ahead = operands_at(tiles, place_ahead)
-        grads = split_columns(acc, 2 * PARTS)
-        grad_scale = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, PART_LAYOUT))
-        for part in gl.static_range(PARTS):
-            mbarrier.wait(product.ready.index(stage), phase)
-            for half in gl.static_range(2):
-                first_f = here.column_tile * BLOCK_N + (2 * part + half) * PART
-                grad_scale += _differentiate_half(
-                    gl.convert_layout(grads[2 * part + half], PART_LAYOUT, assert_trivial=True),
-                    scale,
-                    _h_tiles(product, h, stage, LAYOUT),
-                    x_tiles.index(stage),
-                    grad_h,
-                    scaled_a,
-                    here.first_row,
-                    here.end_row,
-                    first_f,
-                    alpha,
-                    limit,
-                    half,
-                    ACTIVATION,
-                    LAYOUT,
-                )
-                if half == 0:
-                    # By now the part before this one has left: what comes STAGES - 1 positions on takes its place.
-                    tma.store_wait(STORES)
-                    free = stage_before(stage, STAGES)
-                    position = part + STAGES - 1
-                    if position < PARTS:
-                        _load_h(product, h, free, here.first_row, first_f + (STAGES - 1) * 2 * PART, LAYOUT)
-                    else:
-                        load_step(product, ahead, position - PARTS, free, number + hop < num_tiles(tiles))
-            stage, phase = advance(stage, phase, STAGES)
+        exists = number + hop < num_tiles(tiles)
+        grad_scale, stage, phase = _differentiate_tile(
+            product,
+            h,
+            acc,
+            scale,
+            grad_h,
+            scaled_a,
+            here,
+            ahead,
+            exists,
+            stage,
+            phase,
+            alpha,
+            limit,
+            ACTIVATION,
+            LAYOUT,
+        )
         if partials_ptr is not None:
             gl.store(partials_ptr + slots.to(gl.int64) * num_partials + here.column_tile, grad_scale, mask=valid)
         here = ahead

@@ -88,11 +88,12 @@ def _activate_tiles(a, h, a_tile, handover, tiles, alpha, limit, ACTIVATION: gl.
 
 
 @gluon.jit
-def _multiply_tiles(product, handover, tiles, k_size, STAGES: gl.constexpr):
+def _multiply_tiles(product, handover, tiles, k_size):
     """What the product's warps do. A step is prefetched STAGES - 1 steps ahead, also beyond a tile's end."""
+    STAGES: gl.constexpr = product.x_tiles.shape[0]
     k_tiles = gl.cdiv(k_size, BLOCK_K)
     first, hop = gl.program_id(0), gl.num_programs(0)
-    here = first_operands(product, tiles, STAGES)
+    here = first_operands(product, tiles)
     stage, phase, tile_phase = 0, 0, 1
     for number in range(first, num_tiles(tiles), hop):
         place_ahead = place_of(tiles, number + hop)
@@ -184,7 +185,7 @@ def glu_forward_kernel(
     handover = Handover(h_tiles, handed.index(0), handed.index(1))
     gl.warp_specialize(
         [
-            (_multiply_tiles, (product, handover, tiles, k_size, STAGES)),
+            (_multiply_tiles, (product, handover, tiles, k_size)),
             (_activate_tiles, (a, h, a_tile, handover, tiles, alpha, limit, ACTIVATION, LAYOUT)),
         ],
         [ACTIVATION_WARPS],
