@@ -3,6 +3,7 @@
 Kernels check their arguments and call the function of the operator's name in `scatter_ops.cpu` or `scatter_ops.cuda`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,9 +27,16 @@ def define(schema: str) -> None:
 
 
 def kernels(
-    name: str, check: Callable[..., None], on_cpu: Callable | None = None, on_cuda: Callable | None = None
+    name: str,
+    check: Callable[..., None],
+    on_cpu: Callable | None = None,
+    on_cuda: Callable | None = None,
+    planned: bool = False,
 ) -> None:
-    """Register the implementations behind the argument check, by default the functions of the operator's name."""
+    """Register the implementations behind the argument check, by default the functions of the operator's name.
+
+    planned: on CUDA a call's launches are made again for calls like it, see scatter_ops.cuda.plans.
+    """
     cpu_function: Callable = on_cpu or getattr(cpu, name)
     check_once = once_per_signature(check)
 
@@ -40,7 +48,8 @@ def kernels(
         return kernel
 
     LIBRARY.impl(name, checked(cpu_function), "CPU")
-    LIBRARY.impl(name, checked(on_cuda or _on_cuda(name)), "CUDA")
+    cuda_kernel = checked(on_cuda or _on_cuda(name))
+    LIBRARY.impl(name, _planned(cuda_kernel) if planned else cuda_kernel, "CUDA")
     BELOW_AUTOGRAD[name] = below_autograd(getattr(OPS, name).default, cpu_function, check)
 
 
@@ -145,6 +154,16 @@ def _on_cuda(name: str) -> Callable:
         return getattr(cuda, name)(*args)
 
     return function
+
+
+def _planned(kernel: Callable) -> Callable:
+    @functools.cache
+    def with_plans() -> Callable:
+        from scatter_ops.cuda.plans import planned
+
+        return planned(kernel)
+
+    return lambda *args: with_plans()(*args)
 
 
 def _autocast_kernel(name: str, device_type: str, cast: Callable[..., tuple]) -> Callable:

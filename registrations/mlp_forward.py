@@ -10,7 +10,7 @@ from scatter_ops import checks
 
 OPTIONS = "bool transposed, str weight_on, float alpha, float limit, ScalarType? out_dtype"
 define(f"mlp_forward({ARGUMENTS}, {OPTIONS}, bool save_h) -> (Tensor out, Tensor h)")
-kernels("mlp_forward", checks.mlp_forward)
+kernels("mlp_forward", checks.mlp_forward, planned=True)
 
 
 @fake("mlp_forward", checks.mlp_forward)

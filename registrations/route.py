@@ -8,7 +8,7 @@ from registrations.sharding import PARTIAL, REPLICATED, Division, Placed, divisi
 from scatter_ops import checks
 
 define("route(Tensor topk_ids, int num_experts) -> (Tensor order, Tensor offsets)")
-kernels("route", checks.route)
+kernels("route", checks.route, planned=True)
 
 
 @fake("route", checks.route)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from scatter_ops.cuda.grouped_gemm import Routing, Rows
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
+from scatter_ops.cuda.plans import launch
 from scatter_ops.kernels.rows import dispatch_kernel
 
 MAX_BLOCK = 1024
@@ -23,9 +24,9 @@ def dispatch_rows(x: Tensor, routing: Routing, divisor: int, zero_unrouted: bool
     out = torch.empty(routing.num_slots, num_columns, dtype=x.dtype, device=x.device)
     if out.numel():
         block = column_block(num_columns)
-        dispatch_kernel[(routing.num_slots // divisor, cdiv(num_columns, block))](
-            x, out, routing.inverse_N, num_columns, x.stride(0), divisor, zero_unrouted, block
-        )
+        grid = routing.num_slots // divisor, cdiv(num_columns, block)
+        inverse_N = routing.inverse_N
+        launch(dispatch_kernel, grid, x, out, inverse_N, num_columns, x.stride(0), divisor, zero_unrouted, block)
     return out
 
 

@@ -8,6 +8,7 @@ from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.parameters import ExpertWeight
+from scatter_ops.cuda.plans import launch
 from scatter_ops.kernels.glu_forward import glu_forward_kernel
 
 try:
@@ -36,7 +37,9 @@ def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tup
     # A tile of an interleaved h has twice the columns of the others: shared memory has no room for it on its way out.
     roomy = glu.layout != "interleaved" or not save_h
     out_tma = config.tma_out and roomy and results_by_tma
-    glu_forward_kernel[grid_size(config, tiles.max_row_tiles * cdiv(f_size, block_f), a_NF.device)](
+    launch(
+        glu_forward_kernel,
+        grid_size(config, tiles.max_row_tiles * cdiv(f_size, block_f), a_NF.device),
         x,
         w,
         glu.gate_bias.data,

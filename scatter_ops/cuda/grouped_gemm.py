@@ -12,6 +12,7 @@ from scatter_ops import tuning
 from scatter_ops.cuda.device import capability, dot_precision, num_multiprocessors
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
+from scatter_ops.cuda.plans import launch
 from scatter_ops.cuda.routing import Schedule, schedule
 from scatter_ops.kernels.grouped_gemm import grouped_gemm_kernel
 
@@ -151,7 +152,9 @@ def grouped_gemm(
     x, w, options = product_options(rows, weight, config, config.block_n, n_ways=1)
     grid = grid_size(config, tiles.max_row_tiles * cdiv(weight.n, config.block_n), out.device)
     out_tma = config.tma_out and not scatter and uses_tma(config, out.device) and tma_can_read(out)
-    grouped_gemm_kernel[grid](
+    launch(
+        grouped_gemm_kernel,
+        grid,
         x,
         w,
         bias.data,

@@ -15,6 +15,7 @@ from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, tma_can_read, weight_descriptor
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.parameters import ExpertWeight
+from scatter_ops.cuda.plans import launch
 from scatter_ops.cuda.routing import Schedule
 from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX
 from scatter_ops.kernels.hopper_glu_backward import PART, glu_backward_kernel
@@ -34,7 +35,9 @@ def launch_glu_forward(
     f_size = a_NF.shape[1]
     part = H_PART.value // 2 if glu.layout == "interleaved" else H_PART.value
     grid = grid_size(config, tiles.max_row_tiles * cdiv(f_size, glu.f_size(BLOCK_N.value)), a_NF.device)
-    glu_forward_kernel[grid](
+    launch(
+        glu_forward_kernel,
+        grid,
         *operands,
         _gluon(create_ragged_descriptor(a_NF, [BLOCK_M.value, part])),
         _gluon(glu.tiles_of_h(h, BLOCK_M.value, part)) if h.numel() else None,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scatter_ops.cuda.plans import decided_by_addresses
+
 ALIGNMENT = 16  # bytes: kernels load 16 at a time through pointers of a list
 MAX_CACHED_ARRAYS = 4096
 
@@ -94,6 +96,7 @@ def expert_weight(tensors: Sequence[Tensor], transposed: bool) -> ExpertWeight:
 
 def separate_weight(gate: Sequence[Tensor], up: Sequence[Tensor], transposed: bool) -> ExpertWeight:
     """Gate and up in tensors of their own, as one weight of two ways."""
+    decided_by_addresses()
     if _spacing(gate, expert_dim=2) is not None and _spacing(up, expert_dim=2) is not None:
         first, second = (expert_weight(tensors, transposed) for tensors in (gate, up))
         distance = second.data.data_ptr() - first.data.data_ptr()
@@ -135,6 +138,7 @@ def _spacing(tensors: Sequence[Tensor], expert_dim: int) -> int | None:
     first = tensors[0]
     if first.dim() > expert_dim:
         return first.stride(0)
+    decided_by_addresses()
     strides, start = first.stride(), first.data_ptr()
     step = tensors[1].data_ptr() - start if len(tensors) > 1 else 0
     for i, tensor in enumerate(tensors):

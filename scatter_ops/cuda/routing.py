@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scatter_ops.cuda.device import on_its_device
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
+from scatter_ops.cuda.plans import launch
 from scatter_ops.kernels.routing import count_before_kernel, count_experts_kernel, place_slots_kernel
 from scatter_ops.kernels.schedule import schedule_kernel
 
@@ -26,12 +27,24 @@ def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     if num_blocks > 1:
         counts, before = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=ids.device).unbind(0)
         totals = torch.empty(bins, dtype=torch.int32, device=ids.device)
-        count_experts_kernel[(num_blocks,)](ids, counts, num_slots, num_experts, bins, SORT_BLOCK)
+        launch(count_experts_kernel, (num_blocks,), ids, counts, num_slots, num_experts, bins, SORT_BLOCK)
         columns = min(bins, 16)
-        count_before_kernel[(bins // columns,)](counts, before, totals, num_blocks, bins, columns, ROWS=128)
+        launch(count_before_kernel, (bins // columns,), counts, before, totals, num_blocks, bins, columns, ROWS=128)
     block = SORT_BLOCK if num_blocks > 1 else max(16, next_power_of_2(num_slots))
-    place_slots_kernel[(num_blocks,)](
-        ids, counts, before, totals, order_N, offsets_E, num_slots, num_experts, bins, block, num_blocks == 1
+    launch(
+        place_slots_kernel,
+        (num_blocks,),
+        ids,
+        counts,
+        before,
+        totals,
+        order_N,
+        offsets_E,
+        num_slots,
+        num_experts,
+        bins,
+        block,
+        num_blocks == 1,
     )
     return order_N, offsets_E
 
@@ -51,7 +64,9 @@ def schedule(order_N: Tensor, offsets_E: Tensor, block_m: int, with_inverse: boo
     tile_map = torch.empty(1 + 3 * max_row_tiles, dtype=torch.int32, device=order_N.device)
     inverse_N = torch.empty_like(order_N) if with_inverse else None
     inverse_blocks = cdiv(num_slots, SORT_BLOCK) if with_inverse else 0
-    schedule_kernel[(num_experts + inverse_blocks,)](
+    launch(
+        schedule_kernel,
+        (num_experts + inverse_blocks,),
         order_N,
         offsets_E,
         inverse_N,

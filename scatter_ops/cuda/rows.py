@@ -11,6 +11,7 @@ from scatter_ops.cuda.dispatch import column_block, dispatch_rows
 from scatter_ops.cuda.grouped_gemm import Routing, Rows
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.parameters import expert_bias
+from scatter_ops.cuda.plans import launch
 from scatter_ops.cuda.routing import inverse_order
 from scatter_ops.cuda.weight_grad import grouped_sum
 from scatter_ops.kernels.rows import combine_backward_kernel, combine_kernel, expand_kernel
@@ -51,9 +52,8 @@ def combine_rows(
     if out_TD.numel():
         weights = None if topk_weights_TK is None else topk_weights_TK.contiguous()
         block = column_block(num_columns)
-        combine_kernel[(num_tokens, cdiv(num_columns, block))](
-            y, weights, inverse_N, out_TD, num_columns, y.stride(0), top_k, grouped_in, block
-        )
+        grid = num_tokens, cdiv(num_columns, block)
+        launch(combine_kernel, grid, y, weights, inverse_N, out_TD, num_columns, y.stride(0), top_k, grouped_in, block)
     return out_TD
 
 

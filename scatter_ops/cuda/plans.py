@@ -1,0 +1,204 @@
+"""Launches of an earlier call made again for calls like it: where the host is slower than the device.
+
+A call whose signature (shapes, strides, dtypes, alignments, options) was met before is recorded as it runs: the
+compiled kernels, their grids, and which tensor's address each argument is. Calls like it allocate the same workspaces,
+in one piece, and launch the same kernels. Nothing that is decided depends on a tensor's values.
+
+Only what `launch` launches is recorded: a call that does anything else on the device, or reads any other tensor, has no
+plan and is always made as usual. So is one that says that more is `decided_by_addresses`.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
+
+MAX_SIGNATURES = 1024
+ALIGNMENT = 16  # bytes: what kernels are compiled for, and what descriptors ask for
+WORKSPACE_ALIGNMENT = 512
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+
+
+class Place(NamedTuple):
+    """An address: so far into a tensor, by its number among the inputs, the results and the workspace."""
+
+    tensor: int
+    offset: int
+
+
+class Address(NamedTuple):
+    """In place of the tensor that a descriptor describes: its address is all that a launch asks for."""
+
+    value: int
+
+    def data_ptr(self) -> int:
+        return self.value
+
+
+class Launch(NamedTuple):
+    """args: what is passed, with the positions of addresses and of descriptors, whose addresses are a call's own."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    args: list[Any]
+    pointers: list[tuple[int, Place]] = []
+    descriptors: list[tuple[int, Place]] = []
+
+
+class Plan(NamedTuple):
+    launches: list[Launch]
+    results: list[tuple[torch.Size, torch.dtype]]
+    workspace_bytes: int
+
+    def run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        device = inputs[0].device
+        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+        addresses = [tensor.data_ptr() for tensor in (*inputs, *results, workspace)]
+        stream = driver.active.get_current_stream(device.index)  # pyright: ignore[reportAttributeAccessIssue]
+        for compiled, grid, template, pointers, descriptors in self.launches:
+            args = template.copy()
+            for i, (tensor, offset) in pointers:
+                args[i] = addresses[tensor] + offset
+            for i, (tensor, offset) in descriptors:
+                args[i] = _described_at(args[i], Address(addresses[tensor] + offset))
+            compiled[grid](*args, stream=stream)
+        return tuple(results)
+
+
+class _Recording(TorchDispatchMode):
+    """What a call allocates and launches; not `complete` if it does something else as well."""
+
+    current = threading.local()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.complete = True
+        self.allocated: list[Tensor] = []
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ALLOCATIONS:
+            self.allocated.append(result)
+        elif not func.is_view:
+            self.complete = False
+        return result
+
+    def __enter__(self):
+        self.current.recording = self
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.current.recording = None
+        return super().__exit__(*exception)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants), recorded if the call is that makes it."""
+    compiled = kernel[grid](*args, **constants)
+    recording = getattr(_Recording.current, "recording", None)
+    if recording is not None:
+        bound = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
+        recording.launches.append(Launch(compiled, (*grid, 1, 1)[:3], bound))
+
+
+def decided_by_addresses() -> None:
+    """The call that is being made depends on where its tensors lie: no call like it is known to be the same."""
+    recording = getattr(_Recording.current, "recording", None)
+    if recording is not None:
+        recording.complete = False
+
+
+def planned(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Decorator of a function of tensors, a tensor first, lists of them and options that returns new tensors.
+
+    A signature is recorded when it is met for the second time: one that never comes again should cost nothing.
+    """
+    plans: dict[Any, Plan | None] = {}
+    met = set()
+
+    @functools.wraps(function)
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        signature = (torch.get_float32_matmul_precision(), *[_signature(arg) for arg in args])
+        plan = plans.get(signature)
+        if plan is not None and args[0].device.index == torch.cuda.current_device():
+            return plan.run(_tensors(args))
+        if signature in plans:
+            return function(*args)
+        for known in (plans, met):
+            if len(known) >= MAX_SIGNATURES:
+                known.clear()
+        if signature not in met:
+            met.add(signature)
+            return function(*args)
+        with _Recording() as recording:
+            results = function(*args)
+        plans[signature] = _plan(recording, args, results)
+        return results
+
+    return run
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    tensors = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            tensors.append(arg)
+        elif type(arg) is list:
+            tensors += arg
+    return tensors
+
+
+def _signature(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % ALIGNMENT
+    return tuple([_signature(tensor) for tensor in arg]) if type(arg) is list else (type(arg), arg)
+
+
+def _described_at(descriptor: Any, base: Any) -> Any:
+    """A copy of what passed the checks of a new one."""
+    copy = object.__new__(type(descriptor))
+    copy.__dict__.update(descriptor.__dict__, base=base)
+    return copy
+
+
+def _plan(recording: _Recording, args: Sequence[Any], results: tuple[Tensor, ...]) -> Plan | None:
+    """None where a call can't be made again from its inputs' addresses alone."""
+    allocated = {tensor.data_ptr(): tensor for tensor in recording.allocated}
+    tensors = (*_tensors(args), *results)
+    places = {tensor.data_ptr(): Place(i, 0) for i, tensor in enumerate(tensors)}
+    # Of two tensors at one address nobody could say which an argument is.
+    distinct = len(places) == len(tensors)
+    made_here = all(
+        result.data_ptr() in allocated and allocated[result.data_ptr()].shape == result.shape for result in results
+    )
+    if not recording.complete or not distinct or not made_here:
+        return None
+    workspaces, size = [], 0
+    for start, tensor in allocated.items():
+        if start not in places:
+            workspaces.append((start, tensor.nbytes, size))
+            size += -(-tensor.nbytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+
+    def place(tensor: Tensor) -> Place | None:
+        address = tensor.data_ptr()
+        within = [offset + address - start for start, extent, offset in workspaces if 0 <= address - start < extent]
+        return places.get(address) or (Place(len(tensors), within[0]) if within else None)
+
+    launches = []
+    for made in recording.launches:
+        pointers = [(i, place(arg)) for i, arg in enumerate(made.args) if isinstance(arg, Tensor)]
+        descriptors = [(i, place(arg.base)) for i, arg in enumerate(made.args) if hasattr(arg, "block_shape")]
+        if made.compiled is None or any(found is None for _, found in pointers + descriptors):
+            return None
+        numbers = [None if isinstance(arg, Tensor) else arg for arg in made.args]
+        for i, _ in descriptors:
+            numbers[i] = _described_at(numbers[i], None)
+        launches.append(Launch(made.compiled, made.grid, numbers, pointers, descriptors))
+    return Plan(launches, [(result.shape, result.dtype) for result in results], size)
