@@ -79,10 +79,11 @@ def candidates(op: str, rows_per_expert: int) -> list[Config]:
     if op == "weight_grad":
         return [
             *variants(HOPPER, regroup=[True], group_m=[1, 8, 16], tma_out=[False, True]),
-            *variants(HOPPER, regroup=[False], group_m=[16]),
+            *variants(HOPPER, regroup=[True], overlap=[True], group_m=[4, 8, 16]),
         ]
     if op == "glu_forward":
         return [
+            *variants(HOPPER, overlap=[True], regroup=[False, True], tma_out=[False], group_m=[4, 8, 16]),
             *variants(HOPPER, num_stages=[3, 4], tma_out=[False], group_m=[1, 4, 8]),
             *variants(HOPPER, tma_out=[True], group_m=[8]),
             *variants(HOPPER, num_stages=[3, 4], regroup=[True], flatten=[True], tma_out=[False], group_m=[8]),

@@ -12,7 +12,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops.cuda.glu import Glu
-from scatter_ops.cuda.grouped_gemm import Rows, grid_size, tma_can_read, weight_descriptor
+from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, tma_can_read, weight_descriptor
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.parameters import ExpertWeight
 from scatter_ops.cuda.plans import launch
@@ -20,6 +20,7 @@ from scatter_ops.cuda.routing import Schedule
 from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX
 from scatter_ops.kernels.hopper_glu_backward import PART, glu_backward_kernel
 from scatter_ops.kernels.hopper_glu_forward import H_PART, glu_forward_kernel
+from scatter_ops.kernels.hopper_weight_grad import BLOCK_ROWS, QUARTER, weight_grad_kernel
 from scatter_ops.tuning import Config
 
 STAGES = 3  # of glu_forward, whose tile of h takes the room of another
@@ -118,6 +119,30 @@ def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int)
         return None
     x = rows.data if rows.divisor else _gluon(TensorDescriptor.from_tensor(rows.data, [block_m, block_k]))
     return x, _gluon(w)
+
+
+def launch_weight_grad(config: Config, left: Tensor, right: Tensor, routing: Routing, out: Tensor) -> bool:
+    """Of grouped rows. False where only the portable kernel can do it: nothing is launched then."""
+    block_p, block_q, block_rows = BLOCK_M.value, BLOCK_N.value, BLOCK_ROWS.value
+    if not config.overlap or (config.block_m, config.block_n, config.block_k) != (block_p, block_q, block_rows):
+        return False
+    if not all(tma_can_read(x) for x in (left, right, out[0])):
+        return False
+    num_experts, p_size, q_size = out.shape
+    num_tiles = num_experts * cdiv(p_size, block_p) * cdiv(q_size, block_q)
+    weight_grad_kernel[grid_size(config, num_tiles, out.device)](
+        _gluon(create_ragged_descriptor(left, [block_rows, block_p])),
+        _gluon(create_ragged_descriptor(right, [block_rows, block_q])),
+        _gluon(TensorDescriptor.from_tensor(out, [1, block_p, QUARTER.value])),
+        routing.offsets_E,
+        num_experts,
+        p_size,
+        q_size,
+        STAGES=config.num_stages,
+        GROUP_P=config.group_m,
+        num_warps=8,
+    )
+    return True
 
 
 def _parts_of_h(h_NH: Tensor, glu: Glu, block_m: int, part: int) -> TensorDescriptor:

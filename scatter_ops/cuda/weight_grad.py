@@ -11,6 +11,11 @@ from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, select_confi
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.kernels.weight_grad import grouped_sum_kernel, weight_grad_kernel
 
+try:
+    from scatter_ops.cuda import hopper
+except ImportError:
+    hopper = None
+
 
 def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
     """[E, P, Q] = left^T @ right over each expert's rows."""
@@ -21,6 +26,9 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
     config = select_config("weight_grad", left.data, routing, p_size, q_size)
     if config.regroup:
         left, right = (regrouped(rows, routing) for rows in (left, right))
+    grouped = left.divisor == right.divisor == 0 and uses_tma(config, out.device)
+    if hopper is not None and grouped and hopper.launch_weight_grad(config, left.data, right.data, routing, out):
+        return out
     block_p, block_q = min(config.block_m, max(32, next_power_of_2(p_size))), config.block_n
     num_tiles = routing.num_experts * cdiv(p_size, block_p) * cdiv(q_size, block_q)
     left_tma, right_tma = (

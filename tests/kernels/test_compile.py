@@ -108,6 +108,16 @@ def test_hopper_takes_its_own_kernels_wherever_the_weights_lie(layout: str, list
     assert [kernel.is_gluon() for kernel in kernels] == [True, True]
 
 
+def test_hopper_takes_its_own_kernel_for_weight_gradients():
+    with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+        training_step(torch.bfloat16)
+    found = [launch for launch in launches if launch.kernel.__name__ == "weight_grad_kernel"]
+    assert [launch.kernel.is_gluon() for launch in found] == [True, True]
+    resources = offline.resources(offline.compile_launch(found[0]))
+    assert resources.stack == 0, resources
+    assert resources.shared <= 1024 * tuning.SHARED_MEMORY_KIB[9, 0], resources
+
+
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_hopper_keeps_its_kernel_for_the_activation_in_registers(layout: str):
     with offline.recorded((9, 0), rows_per_expert=4096) as launches:

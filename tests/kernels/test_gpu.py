@@ -4,7 +4,7 @@ T tokens, K experts per token, N = T * K slots, E experts, D model width, F expe
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -20,7 +20,8 @@ pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError
 from triton.runtime.jit import JITFunction
 
 from scatter_ops import cuda, tuning
-from scatter_ops.cuda import glu_backward, glu_forward, parameters
+from scatter_ops.cuda import glu_backward, glu_forward, parameters, weight_grad
+from scatter_ops.cuda.grouped_gemm import Routing, Rows
 
 pytestmark = pytest.mark.gpu
 
@@ -222,6 +223,38 @@ def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(
     for ours in results:
         for a, b in zip(ours, expected, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("p_size", "q_size"), [(256, 256), (136, 520)])
+def test_hopper_kernel_gives_the_weight_gradients_that_the_portable_one_gives(
+    p_size: int, q_size: int, poisoned_memory
+):
+    """Bitwise; one expert has no rows, one fewer than a step, and nobody reads the rows of sentinels."""
+    if torch.cuda.get_device_capability() != (9, 0) or weight_grad.hopper is None:
+        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    topk_ids = torch.randint(0, 5, (4000, 2), device="cuda")
+    topk_ids[topk_ids == 2] = 1000
+    topk_ids[topk_ids == 3] = 4
+    topk_ids[:7, 0] = 3
+    routing = Routing(*cuda.route(topk_ids, 5))
+    left, right = (torch.randn(8000, size, device="cuda", dtype=torch.bfloat16) for size in (p_size, q_size))
+    left[routing.offsets_E[-1] :] = torch.nan
+    operands = Rows(left, 0), Rows(right, 0), routing
+    with mock.patch.object(weight_grad, "hopper", None):
+        expected = weight_grad.weight_grad(*operands)
+    launched = []
+
+    def launch(*args: Any) -> bool:
+        launched.append(launch_weight_grad(*args))
+        return launched[-1]
+
+    launch_weight_grad = weight_grad.hopper.launch_weight_grad
+    with mock.patch.object(weight_grad.hopper, "launch_weight_grad", launch):
+        results = [weight_grad.weight_grad(*operands) for _ in range(3)]
+    assert launched == [True, True, True]
+    assert not expected.isnan().any()
+    for ours in results:
+        assert torch.equal(ours, expected)
 
 
 def in_layout(inputs: Layer, layout: str, transposed: bool) -> list[list[Tensor]]:
