@@ -5,7 +5,8 @@ compiled kernels, their grids, and which tensor's address each argument is. Call
 in one piece, and launch the same kernels. Nothing that is decided depends on a tensor's values.
 
 Only what `launch` launches is recorded: a call that does anything else on the device, or reads any other tensor, has no
-plan and is always made as usual. So is one that says that more is `decided_by_addresses`.
+plan and is always made as usual. So is one that says that more is `decided_by_addresses`, and one of large workspaces,
+which take turns in memory there.
 """
 
 import functools
@@ -21,6 +22,7 @@ from triton.runtime import driver
 MAX_SIGNATURES = 1024
 ALIGNMENT = 16  # bytes: what kernels are compiled for, and what descriptors ask for
 WORKSPACE_ALIGNMENT = 512
+MAX_WORKSPACE_BYTES = 2**27  # more keeps the device busy for longer than the host
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
@@ -191,6 +193,8 @@ def _plan(recording: _Recording, args: Sequence[Any], results: tuple[Tensor, ...
         within = [offset + address - start for start, extent, offset in workspaces if 0 <= address - start < extent]
         return places.get(address) or (Place(len(tensors), within[0]) if within else None)
 
+    if size > MAX_WORKSPACE_BYTES:
+        return None
     launches = []
     for made in recording.launches:
         pointers = [(i, place(arg)) for i, arg in enumerate(made.args) if isinstance(arg, Tensor)]

@@ -144,6 +144,15 @@ def test_what_has_no_plan(options: dict[str, Any], change: Callable[..., Any], l
     assert original.call_count == 4
 
 
+def test_large_workspaces_have_no_plan(launches: list[Any]):
+    original = mock.Mock(wraps=cuda.mlp_forward)
+    function = plans.planned(original)
+    with mock.patch.object(plans, "MAX_WORKSPACE_BYTES", 4096):
+        for _ in range(4):
+            function(*arguments(8, "cpu"), False)
+    assert original.call_count == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 40, 4096])
 @pytest.mark.parametrize("on", ["output", "input"])
