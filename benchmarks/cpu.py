@@ -3,7 +3,9 @@
 Everyone goes from (x, topk_weights, topk_ids) to y, and in a training step back to the gradients of x, topk_weights and
 both weights. Ours and the rivals take turns in one process, each of several calls, as a model with several layers makes
 them. A ratio is a rival's time over ours within a round; of the medians over rounds the smallest is reported, that of
-the fastest rival. In each row everyone's result is checked against the reference first: nothing is timed otherwise.
+the fastest rival. `implementation` is what ours calls in the end, called at once: the difference is PyTorch's way from
+Python to an operator and back, in a training step also autograd. In each row everyone's result is checked against the
+reference first: nothing is timed otherwise.
 
 Times are the process' CPU time: with OMP_NUM_THREADS=1 it is the elapsed time of an idle machine, and other people's
 load changes it less. Compare ratios only.
@@ -14,7 +16,9 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +29,7 @@ from torch import Tensor
 import registrations  # noqa: F401  registers the operators
 from benchmarks import report
 from benchmarks.shapes import Inputs, Shape, inputs
-from scatter_ops import reference
+from scatter_ops import cpu, reference
 
 OPS = torch.ops.scatter_moe
 SHAPES = {
@@ -94,13 +98,20 @@ def gated(h: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def contestants(shape: Shape, run: Callable[..., tuple[Tensor, ...]]) -> Sequence[Callable[..., Tensor]]:
-    few = shape.T <= FEW_TOKENS
-    return (
+def contestants(layer: Inputs, run: Callable[..., tuple[Tensor, ...]]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Rivals by name, after ours and its implementation."""
+    few = len(layer.x) <= FEW_TOKENS
+    functions = (
         *(ours, naive_loop, sorted_slices, grouped_mm),
         *([gathered_weights] if few else []),
         *([slot_loop] if few and run is forward else []),
     )
+    by_name = {function.__name__: partial(run, layer, function) for function in functions}
+    return {
+        "ours": by_name.pop("ours"),
+        "implementation": partial(composed, cpu, layer, run is step, overwrite_h=True),
+        **by_name,
+    }
 
 
 def forward(layer: Inputs, function: Callable[..., Tensor]) -> tuple[Tensor]:
@@ -116,55 +127,61 @@ def step(layer: Inputs, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     return out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)
 
 
-def expected(layer: Inputs) -> tuple[Tensor, ...]:
-    """Output and gradients by the reference."""
-    routing = reference.route(layer.topk_ids, layer.down.shape[0])
-    options = ("silu", "concatenated", False, "output", 0.0, 0.0, None)
-    arguments = (layer.x, layer.topk_weights, *routing, [layer.gate_up], [], [layer.down], [], [], [], *options)
-    out, h = reference.mlp_forward(*arguments, True)
-    needs = [True, True, True, False, True, False, False, False]
-    grads = reference.mlp_backward(layer.grad_out, h, *arguments, needs)
-    return out, *(grad for grad, need in zip(grads, needs, strict=True) if need)
+def composed(
+    implementation: ModuleType, layer: Inputs, with_gradients: bool, **backward_options: bool
+) -> tuple[Tensor, ...]:
+    """Output and gradients by the functions of an implementation, without operators and autograd."""
+    with torch.no_grad():
+        routing = implementation.route(layer.topk_ids, layer.down.shape[0])
+        weights = ([layer.gate_up], [], [layer.down], [], [], [])
+        options = ("silu", "concatenated", False, "output", 0.0, 0.0, None)
+        arguments = (layer.x, layer.topk_weights, *routing, *weights, *options)
+        out, h = implementation.mlp_forward(*arguments, with_gradients)
+        if not with_gradients:
+            return (out,)
+        needs = [True, True, True, False, True, False, False, False]
+        grads = implementation.mlp_backward(layer.grad_out, h, *arguments, needs, **backward_options)
+        return out, *(grad for grad, need in zip(grads, needs, strict=True) if need)
 
 
-def check(layer: Inputs, run: Callable[..., tuple[Tensor, ...]], everyone: Sequence[Callable[..., Tensor]]) -> float:
+def check(layer: Inputs, everyone: Mapping[str, Callable[[], tuple[Tensor, ...]]]) -> float:
     """Largest relative RMS difference of ours to the reference; raises if anyone's is too large."""
-    worst, truth = {}, expected(layer)
-    for function in everyone:
-        pairs = zip(run(layer, function), truth, strict=False)
-        worst[function.__name__] = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+    worst, truth = {}, composed(reference, layer, True)
+    for name, function in everyone.items():
+        pairs = zip(function(), truth, strict=False)
+        worst[name] = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
     if not all(error < TOLERANCE[layer.x.dtype] for error in worst.values()):
         raise ArithmeticError(f"differs from the reference: {worst}")
     return worst["ours"]
 
 
 def measure(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]], rounds: int) -> dict[str, Any]:
-    layer, everyone = inputs(SHAPES[name], dtype, "cpu"), contestants(SHAPES[name], run)
-    error = check(layer, run, everyone)
-    turns = max(3, int(SECONDS_A_ROUND / cpu_seconds(lambda: run(layer, ours)) / CALLS_A_TURN / len(everyone)))
-    times: dict[str, list[float]] = {function.__name__: [] for function in everyone}
+    layer = inputs(SHAPES[name], dtype, "cpu")
+    everyone = contestants(layer, run)
+    error = check(layer, everyone)
+    turns = max(3, int(SECONDS_A_ROUND / cpu_seconds(everyone["ours"]) / CALLS_A_TURN / len(everyone)))
+    times: dict[str, list[float]] = {key: [] for key in everyone}
     for _ in range(rounds):
-        one_round = {name: [] for name in times}
+        one_round = {key: [] for key in everyone}
         for _ in range(turns):
-            for function in random.sample(everyone, len(everyone)):
-                one_round[function.__name__].append(cpu_seconds(lambda f=function: run(layer, f)))
+            for key in random.sample(list(everyone), len(everyone)):
+                one_round[key].append(cpu_seconds(everyone[key]))
         for key, values in one_round.items():
             times[key].append(1e3 * statistics.median(values))
 
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    ratios = {
-        function.__name__: statistics.median(
-            theirs / mine for theirs, mine in zip(times[function.__name__], times["ours"], strict=True)
-        )
-        for function in everyone[1:]
-    }
+    def ratio(key: str, to: str) -> float:
+        return statistics.median(theirs / mine for theirs, mine in zip(times[key], times[to], strict=True))
+
+    rivals = [key for key in everyone if key not in ("ours", "implementation")]
+    ratios = {key: ratio(key, "ours") for key in rivals}
     return {
         "shape": name,
         "dtype": str(dtype).removeprefix("torch."),
         "what": run.__name__,
-        **{f"{key}_ms": ms for key, ms in medians.items()},
+        **{f"{key}_ms": statistics.median(values) for key, values in times.items()},
         "fastest rival": min(ratios, key=lambda rival: ratios[rival]),
         "ratio": min(ratios.values()),
+        "ratio of the implementation": min(ratio(key, "implementation") for key in rivals),
         "error": error,
     }
 

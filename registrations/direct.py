@@ -13,11 +13,12 @@ from torch import Tensor
 MAX_SIGNATURES = 1024
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 USUAL_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
+UNUSUAL_KEYS = ~USUAL_KEYS.raw_repr()
 
 
 def nobody_watches() -> bool:
     """Whether no dispatch mode, no function transform and no tracer is active: they add keys to the usual ones."""
-    return not (torch._C._dispatch_tls_local_include_set() - USUAL_KEYS).raw_repr()
+    return not torch._C._dispatch_tls_local_include_set().raw_repr() & UNUSUAL_KEYS
 
 
 def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None]) -> Callable:
@@ -43,7 +44,7 @@ def once_per_signature(
     passed = set()
 
     def check_once(*args) -> bool:
-        signature = tuple([_signature(value) for value in args])
+        signature = _signature(args)
         if signature in passed:
             return True
         if not concerns(args):
@@ -75,7 +76,15 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN_TYPES and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
-def _signature(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return type(value), value.shape, value.dtype, value.device, value.layout
-    return tuple([_signature(entry) for entry in value]) if isinstance(value, list) else value
+def _signature(values: Sequence[Any]) -> tuple:
+    """Of each tensor, those in lists too, what a check may look at; anything else as it is."""
+    return tuple(
+        [
+            (type(value), value.shape, value.dtype, value.device, value.layout)
+            if isinstance(value, Tensor)
+            else _signature(value)
+            if isinstance(value, list)
+            else value
+            for value in values
+        ]
+    )

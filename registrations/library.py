@@ -55,7 +55,7 @@ def kernels(
 
 def call(name: str, *args) -> Any:
     """The operator, with its derivative; where nobody watches, without a way through the dispatcher to it."""
-    return WITH_AUTOGRAD[name](*args) if nobody_watches() else getattr(OPS, name).default(*args)
+    return WITH_AUTOGRAD[name](*args, inside=True) if nobody_watches() else getattr(OPS, name).default(*args)
 
 
 def fake(name: str, check: Callable[..., None]) -> Callable[[Callable], Callable]:
@@ -76,7 +76,8 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
     """Register the derivative of an operator whose arguments may be tensor lists.
 
     setup_context(ctx, output, *arguments) saves what backward needs; backward(ctx, *grads) returns the gradients of the
-    leading arguments, a list of gradients for a tensor list.
+    leading arguments, a list of gradients for a tensor list. ctx.inside: whether `call` calls, whose callers alone have
+    the outputs that they don't pass on.
     """
     below = BELOW_AUTOGRAD[name]
 
@@ -84,8 +85,8 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
         """Sees the tensors that require a gradient alone, by their places among all arguments with lists opened."""
 
         @staticmethod
-        def forward(ctx, arguments, places, *differentiable):
-            output = below(*arguments)
+        def forward(ctx, arguments, places, inside, *differentiable):
+            output, ctx.inside = below(*arguments), inside
             setup_context(ctx, output, *arguments)
             ctx.places = places
             return output
@@ -93,14 +94,14 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
         @staticmethod
         def backward(ctx, *grads):
             flat = _flatten(backward(ctx, *grads))
-            return None, None, *[flat[i] for i in ctx.places]
+            return None, None, None, *[flat[i] for i in ctx.places]
 
-    def kernel(*arguments):
+    def kernel(*arguments, inside=False):
         if torch.is_grad_enabled():
             flat = _flatten(arguments)
             places = [i for i, value in enumerate(flat) if isinstance(value, Tensor) and value.requires_grad]
             if places:
-                return Derivative.apply(arguments, places, *[flat[i] for i in places])
+                return Derivative.apply(arguments, places, inside, *[flat[i] for i in places])
         return below(*arguments)
 
     LIBRARY.impl(name, kernel, "Autograd")

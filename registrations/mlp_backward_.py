@@ -16,7 +16,7 @@ define(f"mlp_backward_(Tensor grad_out, Tensor(a!) h, {SIGNATURE}")
 
 def mlp_backward_cpu(*arguments) -> tuple[Tensor, ...]:
     _mark_as_changed(arguments[1])
-    return cpu.mlp_backward(*arguments)
+    return cpu.mlp_backward(*arguments, overwrite_h=True)
 
 
 def mlp_backward_cuda(*arguments) -> tuple[Tensor, ...]:

@@ -50,7 +50,7 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
         x = grad_out.new_empty(0, ctx.model_width, dtype=ctx.x_dtype)
     remaining = iter(tensors)
     parameters = [[next(remaining) for _ in range(length)] for length in ctx.lengths]
-    name = "mlp_backward_" if _read_for_the_last_time(h) else "mlp_backward"
+    name = "mlp_backward_" if (h.is_cuda or ctx.inside) and _read_for_the_last_time(h) else "mlp_backward"
     grads = call(name, grad_out, h, x, topk_weights, order, offsets, *parameters, *ctx.options, ctx.needs)
     grad_x, grad_topk_weights = (grad if need else None for grad, need in zip(grads[:2], ctx.needs[:2], strict=True))
     parameter_grads = [
@@ -64,7 +64,7 @@ def _read_for_the_last_time(h: Tensor) -> bool:
     """Whether this backward pass is the last that reads h: the graph isn't retained. Never while a compiler traces
     (h is a tensor of another kind then): a mutation of what the forward pass saved would mean a copy of it.
     """
-    if not h.is_cuda or type(h) is not Tensor:
+    if type(h) is not Tensor:
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 

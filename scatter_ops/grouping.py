@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ def segments(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-class Groups(NamedTuple):
+@dataclass
+class Groups:
     """The rows of each expert, read from offsets on the host.
 
     experts: those that have tokens, ascending; sizes: the number of rows of each, and last the sentinels'. Splitting
@@ -27,22 +28,27 @@ class Groups(NamedTuple):
     experts: list[int]
     sizes: list[int]
     num_valid: int
-    num_experts: int
+    offsets_E: Tensor
+    _row_experts: Tensor | None = None
 
     @classmethod
     def read(cls, offsets_E: Tensor, num_rows: int) -> "Groups":
-        ends, hit, sizes, start = offsets_E.tolist(), [], [], 0
-        for expert, end in enumerate(ends):
+        hit, sizes, start = [], [], 0
+        for expert, end in enumerate(offsets_E.tolist()):
             if end > start:
                 hit.append(expert)
                 sizes.append(end - start)
                 start = end
-        return cls(hit, [*sizes, num_rows - start], start, len(ends))
+        return cls(hit, [*sizes, num_rows - start], start, offsets_E)
 
     def each(self) -> Iterator["Groups"]:
         """Each expert's rows alone."""
         for expert, size in zip(self.experts, self.sizes, strict=False):
-            yield Groups([expert], [size, 0], size, self.num_experts)
+            yield Groups([expert], [size, 0], size, self.offsets_E)
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets_E.shape[0]
 
     @property
     def num_rows(self) -> int:
@@ -54,9 +60,12 @@ class Groups(NamedTuple):
             return [rows if size == 1 else rows.expand(size, *rows.shape[1:]) for size in self.sizes[:-1]]
         return (rows,) if self.sizes[0] == rows.shape[0] else rows.split_with_sizes(self.sizes)
 
-    def row_experts(self) -> list[int]:
-        """The expert of each row that has one."""
-        return [e for e, size in zip(self.experts, self.sizes, strict=False) for _ in range(size)]
+    def row_experts(self) -> Tensor:
+        """The expert of each row that has one, int32."""
+        if self._row_experts is None:
+            numbers = [e for e, size in zip(self.experts, self.sizes, strict=False) for _ in range(size)]
+            self._row_experts = int32_tensor(numbers)
+        return self._row_experts
 
 
 def int32_tensor(values: list[int]) -> Tensor:

@@ -53,6 +53,8 @@ def activated(
     limit: float,
 ) -> Tensor:
     """A in the dtype of h. scale, bias: see `pre_activation`."""
+    if scale_N1 is None:
+        return activate(*gate_and_up(h_NH, layout), activation, alpha, limit)
     values = [
         activate(*gate_and_up(pre_activation(h, scale, bias), layout), activation, alpha, limit).to(h_NH.dtype)
         for h, scale, bias in blocks(h_NH, scale_N1, bias_NH)

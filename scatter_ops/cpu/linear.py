@@ -6,9 +6,10 @@ N slots, E experts; `in` and `out` are the widths of the linear layer.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from scatter_ops.cpu.products import by_expert, by_row, calls_outweigh_copies
+from scatter_ops.cpu.products import grouped_mm_serves, product
 from scatter_ops.cpu.routing import expand_backward, slot_rows, token_rows, zero_sentinels
 from scatter_ops.cpu.stacked import stacked_grads
 from scatter_ops.grouping import Groups
@@ -62,11 +63,7 @@ def grouped_linear(
 
     Written to `out` if it is given, or added to `add_to`, a result of this function that is overwritten.
     """
-    y = add_to if out is None else out
-    if y is None:
-        y = rows.new_empty(groups.num_rows, weight[0].shape[-1 if transposed else -2])
-    product = by_row if calls_outweigh_copies(weight, groups) else by_expert
-    product(rows, weight, groups, bias, transposed, y, add_to is not None)
+    y = product(rows, weight, groups, bias, transposed, add_to if out is None else out, add_to is not None)
     return zero_sentinels(y, groups.num_valid)
 
 
@@ -78,9 +75,11 @@ def grouped_weight_grad(
     If `out` is given they are written to it, and the other experts' are left alone.
     """
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
+    if out is None and grouped_mm_serves(groups, left, right):
+        return F.grouped_mm(left.t(), right, offs=groups.offsets_E)
     if out is None:
         out = stacked_grads((groups.num_experts, left.shape[1], right.shape[1]), rows, groups)
     for e, left_rows, right_rows in zip(groups.experts, groups.split(left), groups.split(right), strict=False):
-        product = torch.mul if left_rows.shape[0] == 1 else torch.mm  # the product of one row is elementwise
-        product(left_rows.t(), right_rows, out=out[e])
+        matmul = torch.mul if left_rows.shape[0] == 1 else torch.mm  # the product of one row is elementwise
+        matmul(left_rows.t(), right_rows, out=out[e])
     return out

@@ -15,7 +15,7 @@ from scatter_ops.activations import split
 from scatter_ops.cpu.activations import activate, activate_backward, gate_and_up, pre_activation
 from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
 from scatter_ops.cpu.mlp_forward import projection_bias, slot_weights
-from scatter_ops.cpu.parts import blocks, parts
+from scatter_ops.cpu.parts import at_once, blocks, parts
 from scatter_ops.cpu.routing import (
     combine_grouped,
     slot_rows,
@@ -48,12 +48,14 @@ def mlp_backward(
     limit: float,
     out_dtype: torch.dtype | None,
     needs: Sequence[bool],
+    overwrite_h: bool = False,
 ) -> tuple[Tensor, ...]:
     on_input, separate, dtype = weight_on == "input", layout == "separate", accumulation_dtype(x_TD.dtype)
     top_k, width = topk_weights_TK.shape[1], h_NH.shape[-1] // (2 if separate else 1)
     groups = Groups.read(offsets_E, order_N.numel())
     parameters = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
-    grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs)
+    whole = at_once(groups, width)
+    grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs, whole)
     dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
     scale_N1 = slot_weights(topk_weights_TK, order_N, dtype if on_input else topk_weights_TK.dtype)
     scaled_dy_ND = dy_ND if on_input or not (needs[4] or needs[7]) else _scaled(dy_ND, scale_N1)
@@ -67,16 +69,20 @@ def mlp_backward(
     bias_NH = projection_bias(biases, x_TD, width, offsets_E, order_N.numel()) if on_input else None
     x_ND = _scaled(token_rows(x_TD, order_N, top_k), scale_N1) if needs[2] or needs[3] else None
     ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
-    dx_ND = x_TD.new_empty(order_N.numel(), x_TD.shape[1]) if needs[0] else None
-    rows = (h_NH, scale_N1, bias_NH, dy_ND, scaled_dy_ND, x_ND, ds_N, dx_ND)
-    for part, h, scale, bias, dy, scaled_dy, x, ds, dx in parts(groups, width, *rows):
+    dx_ND = x_TD.new_empty(order_N.numel(), x_TD.shape[1]) if needs[0] and not whole else None
+    dpre_NH = h_NH if overwrite_h else torch.empty_like(h_NH) if whole else None
+    rows = (h_NH, dpre_NH, scale_N1, bias_NH, dy_ND, scaled_dy_ND, x_ND, ds_N, dx_ND)
+    for part, h, dpre, scale, bias, dy, scaled_dy, x, ds, dx in [(groups, *rows)] if whole else parts(groups, *rows):
         da = grouped_linear(dy, down, part, [], not transposed) if through_down else None
-        a, dpre = _through_activation(da, ds, h, scale, bias, on_input, activation, layout, alpha, limit)
+        dpre = torch.empty_like(h) if dpre is None else dpre
+        a = _through_activation(da, ds, h, dpre, scale, bias, on_input, activation, layout, alpha, limit)
+        del da  # what is freed at once needn't come from the system, which takes as long as computing it
         if needs[4]:
-            grouped_weight_grad(a, scaled_dy, part, transposed, out=grads[4])
+            grads[4] = grouped_weight_grad(a, scaled_dy, part, transposed, out=None if whole else grads[4])
         if ds is not None and down_bias and not on_input:
             _add_bias_share(ds, dy, down_bias, part)
-        _projection_grads(dpre, None if on_input else scale, x, dx, weights, part, transposed, needs, grads)
+        dx = _projection_grads(dpre, None if on_input else scale, x, dx, weights, part, transposed, needs, grads, whole)
+        dx_ND = dx if whole else dx_ND
     if ds_N is not None:
         ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, slot_rows(order_N))
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
@@ -98,21 +104,24 @@ def _projection_grads(
     groups: Groups,
     transposed: bool,
     needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> None:
-    """Write the gradients of x, gate_up, up and their biases; dx is None if it isn't needed, x if no weight's is.
+    grads: list[Tensor],
+    whole: bool,
+) -> Tensor | None:
+    """Put the gradients of gate_up, up and their biases in their places, and return that of x, in dx if it is given.
 
     scale: what dpre is still to be multiplied by, and x has been, if any; dx lacks the router weight.
     """
     for i, dpre in enumerate(dpre_NH.chunk(len(weights), dim=1)):
         if needs[2 + i]:
             assert x_ND is not None
-            grouped_weight_grad(x_ND, dpre, groups, transposed, out=grads[2 + i])
+            out = None if whole else grads[2 + i]
+            grads[2 + i] = grouped_weight_grad(x_ND, dpre, groups, transposed, out)
         if needs[5 + i]:
             sum_groups(dpre if scale_N1 is None else _scaled(dpre, scale_N1), groups, out=grads[5 + i])
-        if dx_ND is not None:
+        if needs[0]:
             out, add_to = (dx_ND, None) if i == 0 else (None, dx_ND)
-            grouped_linear(dpre, weights[i], groups, [], not transposed, out, add_to)
+            dx_ND = grouped_linear(dpre, weights[i], groups, [], not transposed, out, add_to)
+    return dx_ND
 
 
 def _new_grads(
@@ -121,11 +130,12 @@ def _new_grads(
     parameters: Sequence[Sequence[Tensor]],
     groups: Groups,
     needs: Sequence[bool],
+    whole: bool,
 ) -> list[Tensor]:
-    """Of shape [0], but those of the parameters that are needed."""
+    """Of shape [0], but those of the parameters that are written part by part."""
     grads = [x_TD.new_empty(0), topk_weights_TK.new_empty(0)]
     for parameter, dims, need in zip(parameters, (2, 2, 2, 1, 1, 1), needs[2:], strict=True):
-        if need:
+        if need and not (whole and dims == 2):
             grads.append(stacked_grads((groups.num_experts, *parameter[0].shape[-dims:]), x_TD, groups))
         else:
             grads.append(x_TD.new_empty(0))
@@ -136,6 +146,7 @@ def _through_activation(
     da_NF: Tensor | None,
     ds_N: Tensor | None,
     h_NH: Tensor,
+    dpre_NH: Tensor,
     scale_N1: Tensor,
     bias_NH: Tensor | None,
     on_input: bool,
@@ -143,16 +154,18 @@ def _through_activation(
     layout: str,
     alpha: float,
     limit: float,
-) -> tuple[Tensor, Tensor]:
-    """A and dpre'; dS is written if it is needed. da is overwritten; without it nothing but A is computed."""
-    dtype, rounded_a, dpre_NH = accumulation_dtype(h_NH.dtype), [], torch.empty_like(h_NH)
+) -> Tensor:
+    """A; dpre', which may take the place of h, is written, and dS if it is needed. da is overwritten; without it
+    nothing but A is computed.
+    """
+    dtype, rounded_a = accumulation_dtype(h_NH.dtype), []
     for h, scale, bias, da, ds, dpre in blocks(h_NH, scale_N1 if on_input else None, bias_NH, da_NF, ds_N, dpre_NH):
         pre = pre_activation(h.to(dtype), scale, bias)
         gate, up = gate_and_up(pre, layout)
         if da is None:
             a = activate(gate, up, activation, alpha, limit)
         else:
-            da, wide = da.to(dtype), dpre if dpre.dtype == dtype else pre
+            da, wide = da.to(dtype), dpre if dpre.dtype == dtype and not on_input else pre
             a = activate_backward(da, gate, up, activation, alpha, limit, *split(wide, layout))
             if ds is not None and on_input:
                 torch.linalg.vecdot(wide, h.to(dtype), out=ds)
@@ -161,7 +174,7 @@ def _through_activation(
             if wide is not dpre:
                 dpre.copy_(wide)
         rounded_a.append(a.to(h.dtype))
-    return rounded_a[0] if len(rounded_a) == 1 else torch.cat(rounded_a), dpre_NH
+    return rounded_a[0] if len(rounded_a) == 1 else torch.cat(rounded_a)
 
 
 def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], groups: Groups) -> None:

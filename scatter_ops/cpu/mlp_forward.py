@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scatter_ops.cpu.activations import activated
 from scatter_ops.cpu.linear import grouped_linear
-from scatter_ops.cpu.parts import parts
+from scatter_ops.cpu.parts import at_once, parts
 from scatter_ops.cpu.routing import combine_grouped, expand, token_rows, zero_sentinels
 from scatter_ops.grouping import Groups, accumulation_dtype, experts
 
@@ -37,22 +37,31 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
     groups = Groups.read(offsets_E, order_N.numel())
-    rows_ND, y_ND = token_rows(x_TD, order_N, top_k), x_TD.new_empty(order_N.numel(), x_TD.shape[1])
-    width = gate_up[0].shape[-1 if transposed else -2]
-    h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width) if save_h or up else None
+    rows_ND, width = token_rows(x_TD, order_N, top_k), gate_up[0].shape[-1 if transposed else -2]
     scale_N1 = slot_weights(topk_weights_TK, order_N, accumulation_dtype(x_TD.dtype)) if on_input else None
     bias_NH, biases = None, (gate_up_bias, up_bias) if up else (gate_up_bias,)
     if on_input:
         bias_NH = projection_bias(biases, x_TD, width, offsets_E, order_N.numel())
         gate_up_bias = up_bias = ()
-    for part, rows, h, scale, bias, y in parts(groups, width, rows_ND, h_NH, scale_N1, bias_NH, y_ND):
+
+    def of_rows(groups, rows, scale, bias, h, y) -> tuple[Tensor, Tensor]:
+        """h and y of these rows; written to them where they are given."""
         if up:
-            grouped_linear(rows, gate_up, part, gate_up_bias, transposed, out=h[:, :width])
-            grouped_linear(rows, up, part, up_bias, transposed, out=h[:, width:])
+            h = rows.new_empty(groups.num_rows, 2 * width) if h is None else h
+            grouped_linear(rows, gate_up, groups, gate_up_bias, transposed, out=h[:, :width])
+            grouped_linear(rows, up, groups, up_bias, transposed, out=h[:, width:])
         else:
-            h = grouped_linear(rows, gate_up, part, gate_up_bias, transposed, out=h)
+            h = grouped_linear(rows, gate_up, groups, gate_up_bias, transposed, out=h)
         a = activated(h, scale, bias, layout, activation, alpha, limit)
-        grouped_linear(a, down, part, down_bias, transposed, out=y)
+        return h, grouped_linear(a, down, groups, down_bias, transposed, out=y)
+
+    if at_once(groups, width):
+        h_NH, y_ND = of_rows(groups, rows_ND, scale_N1, bias_NH, None, None)
+    else:
+        y_ND = x_TD.new_empty(order_N.numel(), x_TD.shape[1])
+        h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width) if save_h else None
+        for part in parts(groups, rows_ND, scale_N1, bias_NH, h_NH, y_ND):
+            of_rows(*part)
     scale_TK = None if on_input else topk_weights_TK
     out_TD = combine_grouped(y_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype)
     if h_NH is None or not save_h:

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from scatter_ops.grouping import Groups
 
-FEW_ELEMENTS = 2**14  # of h, for one expert: below, a call takes longer than the cache saves
+FEW_ELEMENTS = 2**18  # of h, for one expert: below, calls take longer than the cache saves
 BLOCK_ELEMENTS = 2**18
 
 
-def parts(groups: Groups, width: int, *rows: Tensor | None) -> Iterable[tuple[Any, ...]]:
-    """The groups and the rows (or None) that belong to each part: all at once where experts have few rows, which takes
-    the fewest calls; expert by expert otherwise, without the sentinels' rows. width: of h.
-    """
-    if groups.num_valid * width <= len(groups.experts) * FEW_ELEMENTS:
-        return ((groups, *rows),)
+def at_once(groups: Groups, width: int) -> bool:
+    """Whether the rows of all experts are taken at once: where an expert has few. width: of h."""
+    return groups.num_valid * width <= len(groups.experts) * FEW_ELEMENTS
+
+
+def parts(groups: Groups, *rows: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """Each expert's group and those of the rows (or None) that belong to it; without the sentinels' rows."""
     splits = (repeat(None) if tensor is None else groups.split(tensor) for tensor in rows)
     return zip(groups.each(), *splits, strict=False)
 

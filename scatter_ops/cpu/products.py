@@ -1,20 +1,46 @@
-"""Two ways of multiplying grouped rows with their experts' matrices on the CPU, and which takes less time.
+"""Three ways of multiplying grouped rows with their experts' matrices on the CPU, and which takes the least time.
 
-Both write W_e x + b_e to the rows of y, or add W_e x to them, for the rows that have an expert.
+After products of any size Python's own code is out of the caches and a call from it takes several microseconds: the
+loop over the experts is left to PyTorch where that can be.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from scatter_ops.grouping import Groups, experts, int32_tensor
+from scatter_ops.grouping import Groups, experts
 
-CALL_ELEMENTS = 2**12  # of a matrix, that are copied and read again in the time of one call of a product
-CALL_ELEMENTS_IN_HALF_PRECISION = 2**17  # there such a call takes several times longer
+# Of a matrix, that are copied and read again in the time of one call of a product: longer in half precision.
+CALL_ELEMENTS = {torch.float32: 2**14, torch.float64: 2**13, torch.bfloat16: 2**17, torch.float16: 2**17}
+GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 16  # bytes
 
 
-def by_expert(
+def product(
+    rows: Tensor,
+    weight: Sequence[Tensor],
+    groups: Groups,
+    bias: Sequence[Tensor],
+    transposed: bool,
+    y: Tensor | None,
+    add: bool,
+) -> Tensor:
+    """W_e x + b_e, written or added to the rows of y if that is given; undefined for rows without an expert."""
+    if _calls_outweigh_copies(weight, groups):
+        return _by_row(rows, weight, groups, bias, transposed, y, add)
+    if y is None and not bias and len(weight) == 1 and grouped_mm_serves(groups, rows, weight[0]):
+        return F.grouped_mm(rows, weight[0] if transposed else weight[0].mT, offs=groups.offsets_E)
+    return _by_expert(rows, weight, groups, bias, transposed, _or_new(y, rows, weight, groups, transposed), add)
+
+
+def grouped_mm_serves(groups: Groups, *matrices: Tensor) -> bool:
+    """Whether PyTorch's loop takes these matrices, and takes less time: it goes over the experts without rows, too."""
+    return len(groups.experts) > 1 and 2 * len(groups.experts) >= groups.num_experts and all(map(_is_aligned, matrices))
+
+
+def _by_expert(
     rows: Tensor,
     weight: Sequence[Tensor],
     groups: Groups,
@@ -22,7 +48,7 @@ def by_expert(
     transposed: bool,
     y: Tensor,
     add: bool,
-) -> None:
+) -> Tensor:
     """One product for each expert with rows, its matrix read where it is."""
     weights = experts(weight, 2)
     if isinstance(weights, Tensor):
@@ -34,44 +60,62 @@ def by_expert(
     if not bias and not add:
         for x_part, matrix, y_part in zip(x_parts, matrices, y_parts, strict=False):
             torch.mm(x_part, matrix, out=y_part)
-        return
+        return y
     biases = experts(bias, 1)
     addends = y_parts if add else [biases[e] for e in groups.experts]
     for addend, x_part, matrix, y_part in zip(addends, x_parts, matrices, y_parts, strict=False):
         torch.addmm(addend, x_part, matrix, out=y_part)
+    return y
 
 
-def by_row(
+def _by_row(
     rows: Tensor,
     weight: Sequence[Tensor],
     groups: Groups,
     bias: Sequence[Tensor],
     transposed: bool,
-    y: Tensor,
+    y: Tensor | None,
     add: bool,
-) -> None:
+) -> Tensor:
     """One batched product of all rows, each with a copy of its expert's matrix."""
     num_rows, row_experts = groups.num_valid, groups.row_experts()
     matrices = _select(weight, 2, row_experts)
     matrices = matrices if transposed else matrices.mT
-    x_N1D, y_N1F = rows[:num_rows].unsqueeze(1).expand(num_rows, 1, -1), y[:num_rows].unsqueeze(1)
+    x_N1D = rows.expand(num_rows, 1, -1) if rows.shape[0] == 1 else rows[:num_rows].unsqueeze(1)
+    if y is None and not bias and num_rows == groups.num_rows:
+        return torch.bmm(x_N1D, matrices).squeeze(1)
+    y = _or_new(y, rows, weight, groups, transposed)
+    y_N1F = y[:num_rows].unsqueeze(1)
     if not bias and not add:
         torch.bmm(x_N1D, matrices, out=y_N1F)
     else:
         addend = y_N1F if add else _select(bias, 1, row_experts).unsqueeze(1)
         torch.baddbmm(addend, x_N1D, matrices, out=y_N1F)
+    return y
 
 
-def calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
-    """Whether `by_row` takes less time: the limits are where both take about as long."""
+def _calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
+    """Whether a product by row takes less time than one by expert: the limits are where both take about as long."""
     num_hit, (rows, columns) = len(groups.experts), weight[0].shape[-2:]
-    call = CALL_ELEMENTS_IN_HALF_PRECISION if weight[0].itemsize == 2 else CALL_ELEMENTS
-    return num_hit > 1 and groups.num_valid * rows * columns <= num_hit * call
+    return num_hit > 1 and groups.num_valid * rows * columns <= num_hit * CALL_ELEMENTS[weight[0].dtype]
 
 
-def _select(parameters: Sequence[Tensor], expert_dim: int, row_experts: list[int]) -> Tensor:
+def _is_aligned(matrix: Tensor) -> bool:
+    """Whether it has dense rows or columns, each of which begins where PyTorch's loop asks for."""
+    *_, row, column = matrix.stride()
+    *_, num_rows, num_columns = matrix.shape
+    dense = (column == 1 and row >= num_columns) or (row == 1 and column >= num_rows)
+    aligned = max(row, column) * matrix.itemsize % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
+    return matrix.dtype in GROUPED_MM_DTYPES and min(num_rows, num_columns) > 1 and dense and aligned
+
+
+def _or_new(y: Tensor | None, rows: Tensor, weight: Sequence[Tensor], groups: Groups, transposed: bool) -> Tensor:
+    return rows.new_empty(groups.num_rows, weight[0].shape[-1 if transposed else -2]) if y is None else y
+
+
+def _select(parameters: Sequence[Tensor], expert_dim: int, row_experts: Tensor) -> Tensor:
     """A copy of its expert's parameter for each row."""
     per_expert = experts(parameters, expert_dim)
     if isinstance(per_expert, Tensor):
-        return per_expert.index_select(0, int32_tensor(row_experts))
-    return torch.stack([per_expert[e] for e in row_experts])
+        return per_expert.index_select(0, row_experts)
+    return torch.stack([per_expert[e] for e in row_experts.tolist()])

@@ -6,22 +6,24 @@ T tokens, K experts per token, N = T * K slots, E experts, D model width.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scatter_ops.cpu.stacked import stacked_grads
 from scatter_ops.grouping import Groups, accumulation_dtype, int32_tensor
 
 SUM = 0  # the mode of torch.embedding_bag
-FEW_SLOTS = 256  # up to here one call that sorts takes less time than several that don't
+FEW_SLOTS = 2048  # up to here one call that sorts takes less time than several that don't
+MANY_SLOTS = 2**15  # from here on sorting takes less time the fewer bytes a key has
 VERY_FEW_SLOTS = 32  # up to here Python's own lists take less time than five calls of PyTorch
 
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     if topk_ids_TK.numel() <= VERY_FEW_SLOTS:
         return _route_lists(topk_ids_TK.reshape(-1).tolist(), num_experts)
-    keys_N = topk_ids_TK.reshape(-1).clamp(-1, num_experts)
-    keys_N = keys_N.masked_fill_(keys_N < 0, num_experts)  # num_experts: sentinels
-    keys_N, order_N = keys_N.to(_smallest_int(num_experts)).sort(stable=True)
+    keys_N = F.threshold(topk_ids_TK.reshape(-1), -1, num_experts).clamp_(max=num_experts)  # num_experts: sentinels
+    keys_N = keys_N if keys_N.numel() < MANY_SLOTS else keys_N.to(_smallest_int(num_experts))
+    keys_N, order_N = keys_N.sort(stable=True)
     experts_E = torch.arange(num_experts, dtype=keys_N.dtype)
     return order_N.int(), torch.searchsorted(keys_N, experts_E, right=True, out_int32=True)
 
@@ -66,7 +68,9 @@ def combine_grouped(
 ) -> Tensor:
     """The weighted sum of each token's grouped rows of y."""
     if order_N.numel() == top_k:
-        return _sum_of_one_token(y_ND[:num_valid], topk_weights_TK, order_N[:num_valid], out_dtype or y_ND.dtype)
+        if num_valid < top_k:
+            y_ND, order_N = y_ND[:num_valid], order_N[:num_valid]
+        return _sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype or y_ND.dtype)
     return sum_slots(y_ND, topk_weights_TK, slot_rows(order_N), num_valid, top_k, out_dtype)
 
 
@@ -74,8 +78,10 @@ def _sum_of_one_token(y_ND: Tensor, topk_weights_1K: Tensor | None, order_N: Ten
     dtype = accumulation_dtype(y_ND.dtype)
     if topk_weights_1K is None:
         return y_ND.sum(0, keepdim=True, dtype=dtype).to(out_dtype)
-    weights_1N = topk_weights_1K.index_select(1, order_N).to(dtype)
-    return torch.mm(weights_1N, y_ND.to(dtype)).to(out_dtype)
+    weights_1N = topk_weights_1K.index_select(1, order_N)
+    if weights_1N.dtype == y_ND.dtype == out_dtype:
+        return torch.mm(weights_1N, y_ND)
+    return torch.mm(weights_1N.to(dtype), y_ND.to(dtype)).to(out_dtype)
 
 
 def sum_slots(
@@ -88,15 +94,19 @@ def sum_slots(
 ) -> Tensor:
     """The weighted sum of each token's rows of y. rows_N: the row of each slot, not read from num_valid on.
 
-    embedding_bag reads the rows where they are and sums them in one pass.
+    embedding_bag reads the rows where they are and sums them in one pass, in fp32 those of a lower precision too. But
+    it rounds ties up, which unweighted sums of bfloat16 often are: it is given fp32 then.
     """
-    out_dtype, dtype, num_slots, padding = out_dtype or y_ND.dtype, accumulation_dtype(y_ND.dtype), rows_N.numel(), None
+    out_dtype, num_slots, padding = out_dtype or y_ND.dtype, rows_N.numel(), None
+    alike = topk_weights_TK is not None and topk_weights_TK.dtype == y_ND.dtype == out_dtype
+    dtype = y_ND.dtype if alike else accumulation_dtype(y_ND.dtype)
     if num_valid < num_slots:
         padding = num_valid  # the first sentinel's row: embedding_bag doesn't read it
         rows_N = rows_N.clamp(max=num_valid)
     scale_N = None if topk_weights_TK is None else topk_weights_TK.to(dtype).reshape(-1)
     first_T = torch.arange(0, num_slots, top_k, dtype=rows_N.dtype)
-    out_TD = torch.embedding_bag(y_ND.to(dtype), rows_N, first_T, False, SUM, False, scale_N, False, padding)[0]
+    dense_ND = y_ND.to(dtype).contiguous()
+    out_TD = torch.embedding_bag(dense_ND, rows_N, first_T, False, SUM, False, scale_N, False, padding)[0]
     return out_TD.to(out_dtype)
 
 
@@ -171,5 +181,4 @@ def zero_sentinels(rows: Tensor, num_valid: int) -> Tensor:
 
 
 def _smallest_int(largest: int) -> torch.dtype:
-    """Sorting time grows with the bytes of the key."""
     return next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(t).max)

@@ -242,4 +242,4 @@ def test_mlp_backward_marks_h_as_changed(device):
     arguments = Case("mlp_backward_", options=SILU).arguments(SIZES, device=device)
     version = arguments[1]._version
     OPS.mlp_backward_(*arguments)
-    assert arguments[1]._version == version + 1
+    assert arguments[1]._version > version
