@@ -22,7 +22,7 @@ class Ops(TorchDispatchMode):
         namespace, _, name = func.name().partition("::")
         if namespace == "scatter_moe":
             self.calls[name] = self.calls.get(name, 0) + 1
-            self.needs = args[-1] if name == "mlp_backward" else self.needs
+            self.needs = args[-1] if name.startswith("mlp_backward") else self.needs
         return func(*args, **(kwargs or {}))
 
 
