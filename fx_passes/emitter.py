@@ -18,7 +18,7 @@ from fx_passes.ids import rows_of_ids
 from fx_passes.loop_invariant import mark_as_ours
 from fx_passes.low_rank import low_rank
 from fx_passes.mlp_body import Linear, Mlp, as_linear, without_router_weight
-from fx_passes.ops import fake_tensor, known_tensor, same_size
+from fx_passes.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
 from fx_passes.parameter_views import Cut, Index, Step
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
@@ -100,8 +100,11 @@ class Emitter:
         """`output` with the tokens in as many dims as the region has them."""
         sizes = self.region.output.shape[: self.region.token_dims]
         gathered = [value.source for value in self.region.body.of(Gathered)]
-        dims = len(sizes) + 1
-        rows = next(source for source in (self.region.ids_TK, *gathered) if known_tensor(source).dim() == dims)
+        rows = next(
+            source
+            for source in (self.region.ids_TK, *gathered, *self.graph.nodes)
+            if same_sizes(sizes_of(source)[: len(sizes)], sizes)
+        )
         own = [size if isinstance(size, int) else self._method("size", rows, at) for at, size in enumerate(sizes)]
         return self._method("unflatten", output, 0, tuple(own))
 

@@ -9,6 +9,7 @@ takes these steps back. Each answer has the tensor they started from and, for ea
     ()          nothing: the dim has size one, or repeats
     ("r", i)    dim i, each entry repeated in place (repeat_interleave)
     ("t", i)    dim i, repeated as a whole (repeat)
+    ("outer", i), ("inner", i)    dim i, cut in two
 
 A dim that was made by indexing with the experts of rows is ("p", label): the row's own expert.
 """
@@ -151,7 +152,7 @@ def _repeat(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 
 def _reshape(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
-    """Dims of size one come and go, the first two are flattened, a repeated dim falls into its two."""
+    """Dims of size one come and go, two are flattened, one is cut in two, a repeated one falls into its two."""
     before, after = list(sizes_of(node.args[0])), list(sizes_of(node))
     if fake_tensor(node) is None or _dtype(node) != _dtype(node.args[0]):
         return None
@@ -170,16 +171,24 @@ def _reshape(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
             del old[:2]
         elif old and old[0][1][:1] in (("r",), ("t",)):
             repeated, kind, source = old[0][0], old[0][1][0], old[0][1][1]
-            rest = after[len(dims) + 1] if len(dims) + 1 < len(after) else 1
+            rest = _next(after, dims)
             length = rest if kind == "t" else size
             if not same_size(length, sizes_of(inner.start)[source]) or not same_size(size * rest, repeated):
                 return None
             first, second = ((), (source,)) if kind == "t" else ((source,), ())
             dims.append(first)
             old[0] = (rest, second)
+        elif old and len(old[0][1]) == 1 and same_size(size * _next(after, dims), old[0][0]):
+            dims.append(("outer", *old[0][1]))
+            old[0] = (_next(after, dims[:-1]), ("inner", *old[0][1]))
         else:
             return None
     return tuple(dims) if not old else None
+
+
+def _next(sizes: list[int | torch.SymInt], dims: list[Dim]) -> int | torch.SymInt:
+    """The size after that of the dim which follows `dims`."""
+    return sizes[len(dims) + 1] if len(dims) + 1 < len(sizes) else 1
 
 
 def _merged(first: Dim, second: Dim) -> Dim | None:

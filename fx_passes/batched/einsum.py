@@ -8,7 +8,7 @@ from torch import fx
 
 from fx_passes.batched.inputs import resolve
 from fx_passes.batched.row_graph import RowGraph, features_of
-from fx_passes.batched.rows import Input, Labels, Rows, Seen, Total
+from fx_passes.batched.rows import Input, Labels, Rows, Seen, Total, are_tokens
 from fx_passes.body import Gathered, PerExpert, SlotGathered, Value
 from fx_passes.region import Rejected
 from fx_passes.views import View
@@ -80,16 +80,18 @@ def _row_of(graph: RowGraph, rows: Operand, counted: str, vector: str, labels: L
 def _total(graph: RowGraph, node: fx.Node, rows: Operand, weights: Operand, out: str) -> Total | None:
     """`einsum("tkd,tk->td", y, weights)`."""
     (row_letters, row), (letters, table) = rows, weights
-    if not isinstance(row, Rows) or row.unit or not isinstance(table, Input) or len(row_letters) != 3:
+    if not isinstance(row, Rows) or row.unit or not isinstance(table, Input) or len(features_of(row.value)) != 1:
         return None
     names = dict(zip(row_letters, row.labels, strict=False))
-    if [names.get(c) for c in out] != ["T", None] or out[-1] != row_letters[-1] or set(letters) != set(names):
+    tokens = tuple(names.get(letter, "") for letter in out[:-1])
+    if not are_tokens(tokens) or out[-1] != row_letters[-1] or set(letters) != set(names):
         return None
     columns = table.moved(lambda view: _reordered(view, letters, "".join(names), " "))
     value = resolve(graph, columns, row.labels, SlotGathered)
     if value is None:
         return None
-    return Total(graph.op(node, "mul", torch.mul, (row.value, value), {}, features_of(row.value)))
+    weighted = graph.op(node, "mul", torch.mul, (row.value, value), {}, features_of(row.value))
+    return Total(weighted, token_dims=len(tokens))
 
 
 def _reordered(view: View, letters: str, counted: str, rest: str) -> View:

@@ -1,7 +1,7 @@
 """What a tensor from outside is beside rows: tokens, a weight for each slot, or experts' parameters.
 
 An input gets its meaning from where it stands: the dim that is lined up with the tokens of the rows is the dim of
-tokens. T tokens, K experts per token, N = T * K slots, E experts, M = E * T pairs.
+tokens. T tokens (B * S in two dims), K experts per token, N = T * K slots, E experts, M = E * T pairs.
 """
 
 from dataclasses import replace
@@ -85,6 +85,8 @@ def _resolve_view(graph: RowGraph, view: View, labels: Labels) -> Value | None:
         if found is None:
             return None
         stands.update(found)
+    if ("outer" in stands or "inner" in stands) and not _is_whole(stands):
+        return None
     features = view.dims[len(labels) :]
     if set(stands) == {"p"} or stands == {"E": 0}:
         return _parameter(graph, view.start, features)
@@ -93,15 +95,24 @@ def _resolve_view(graph: RowGraph, view: View, labels: Labels) -> Value | None:
     own = tuple((dim,) for dim in range(1, start.dim()))
     if (stands == {"T": 0} or single) and start.dim() == 2 and features == own:
         return graph.leaf(Gathered, view.start, start.shape[1:])
+    if stands == {"B": 0, "S": 1} and start.dim() == 3 and features == own[1:]:
+        return graph.leaf(Gathered, view.start, start.shape[2:])
     if not stands or features.count(()) != len(features):
         return None
     units = (1,) * len(features)
     if stands == {"T": 0, "K": 1} or (stands == {"N": 0} and (start.dim() == 1 or single)):
         return graph.leaf(SlotGathered, view.start, units, trailing=len(units))
-    if stands == {"T": 0, "E": 1} or (stands == {"T": 1, "E": 0} and start.dim() == 2):
+    if stands in ({"T": 0, "E": 1}, {"B": 0, "S": 1, "E": 2}) or (stands == {"T": 1, "E": 0} and start.dim() == 2):
         first = stands["E"] == 0
         return graph.leaf(SlotGathered, view.start, units, trailing=len(units), table=True, experts_first=first)
     return None
+
+
+def _is_whole(stands: dict[str, int | str]) -> bool:
+    """Whether both parts of a dim of tokens stand where they belong: then it is noted as a whole."""
+    outer, inner = stands.pop("outer", None), stands.pop("inner", None)
+    stands["T"] = outer if outer is not None else -1
+    return outer == inner
 
 
 def _parameter(graph: RowGraph, stacked: fx.Node, features: tuple[Dim, ...]) -> Value | None:
@@ -118,8 +129,10 @@ def _counted(label: str, dim: Dim) -> dict[str, int | str] | None:
         return {}
     if dim[0] == "p":
         return {"p": label} if dim[1] == label else None
-    if len(dim) == 1 and label in ("T", "K", "E"):
+    if len(dim) == 1 and label in ("T", "K", "E", "B", "S"):
         return {label: dim[0]}
+    if dim[0] == {"B": "outer", "S": "inner"}.get(label):
+        return {dim[0]: dim[1]}
     if label in ("N", "M"):
         if dim[0] == {"N": "r", "M": "t"}[label]:
             return {"T": dim[1]}

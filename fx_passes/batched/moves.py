@@ -1,11 +1,12 @@
 """Rows in other dims, each as it was; or each row in another shape; or a part of each row."""
 
+import torch
 from torch import fx
 
 from fx_passes.batched.row_graph import RowGraph, features_of
-from fx_passes.batched.rows import PARTS, Labels, Rows
+from fx_passes.batched.rows import Labels, Rows, in_parts
 from fx_passes.body import Op
-from fx_passes.ops import arg, fake_tensor, known_tensor, normalized_dim, op_name, same_size, varargs
+from fx_passes.ops import arg, fake_tensor, known_tensor, normalized_dim, op_name, same_size, same_sizes, varargs
 from fx_passes.region import Rejected
 
 MOVES = frozenset("view reshape flatten unflatten squeeze unsqueeze permute transpose swapaxes getitem".split())
@@ -31,19 +32,21 @@ def _reshaped(graph: RowGraph, node: fx.Node, rows: Rows) -> Rows:
     if rows.unit:
         raise refused(node)
     after, features = known_tensor(node).shape, features_of(rows.value)
-    for labels in (rows.labels, *graph.shapes):
-        sizes = [graph.sizes[label] for label in labels]
-        if len(after) > len(labels) and all(map(same_size, after, sizes)) and _regroups(rows.labels, labels):
-            own = tuple(after[len(labels) :])
-            if len(own) == len(features) and all(map(same_size, own, features)):
-                return Rows(labels, rows.value)
-            return Rows(labels, graph.op(node, "reshape", "reshape", (rows.value, -1, *own), {}, own))
+    regrouped = [labels for labels in (rows.labels, *graph.shapes) if _counts_rows(graph, labels, after, rows)]
+    for labels in regrouped:
+        if same_sizes(after[len(labels) :], features):
+            return Rows(labels, rows.value)
+    for labels in regrouped:
+        own = tuple(after[len(labels) :])
+        return Rows(labels, graph.op(node, "reshape", "reshape", (rows.value, -1, *own), {}, own))
     raise refused(node)
 
 
-def _regroups(before: Labels, after: Labels) -> bool:
-    """Whether row-major order is the same."""
-    return before == after or any({before, after} == {(whole,), parts} for whole, parts in PARTS.items())
+def _counts_rows(graph: RowGraph, labels: Labels, shape: torch.Size, rows: Rows) -> bool:
+    """Whether the first dims of `shape` count `rows` as `labels` say, in the same row-major order."""
+    sizes = [graph.sizes[label] for label in labels]
+    same = len(shape) > len(labels) and all(map(same_size, shape, sizes))
+    return same and in_parts(labels) == in_parts(rows.labels)
 
 
 def _permuted(node: fx.Node, rows: Rows) -> Rows:

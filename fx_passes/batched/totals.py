@@ -14,7 +14,7 @@ from fx_passes.accumulation import have_one_width
 from fx_passes.aliasing import allocates
 from fx_passes.batched.moves import refused
 from fx_passes.batched.row_graph import RowGraph, features_of
-from fx_passes.batched.rows import Labels, Rows, Seen, Total
+from fx_passes.batched.rows import Labels, Rows, Seen, Total, are_tokens
 from fx_passes.loop_rules import asks_for_metadata
 from fx_passes.ops import arg, is_inplace, known_tensor, normalized_dim, op_name, same_size, sizes_of
 from fx_passes.region import Rejected
@@ -34,9 +34,9 @@ def summed(node: fx.Node, rows: Rows) -> Total:
         raise refused(node)
     place = normalized_dim(dim, known_tensor(node.args[0]).dim())
     left = rows.labels[:place] + rows.labels[place + 1 :]
-    if place >= len(rows.labels) or left != ("T",) or len(features_of(rows.value)) != 1:
+    if place >= len(rows.labels) or not are_tokens(left) or len(features_of(rows.value)) != 1:
         raise Rejected("slots_of_a_token_are_summed", node, "not the sum over the experts of each token")
-    return Total(rows.value)
+    return Total(rows.value, token_dims=len(left))
 
 
 def added_up(graph: RowGraph, node: fx.Node, seen: Callable[[Any], Seen | None]) -> Total:

@@ -2,16 +2,31 @@
 
 table[:, e, None]    table[:, e : e + 1]    table.unbind(-1)[e].unsqueeze(-1)    table.t()[e].unsqueeze(-1)
 (weights * (ids == e)).sum(-1, keepdim=True)
+torch.where((ids == e).any(-1, keepdim=True), scores[:, e, None], 0)            of any table
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, example, fake_tensor, is_last_dim, normalized_dim, only_pick, op_name, start_of_one
+from fx_passes.aliasing import writers_of
+from fx_passes.facts import fact
+from fx_passes.ids import is_single_choice
+from fx_passes.ops import (
+    ZEROS,
+    arg,
+    example,
+    fake_tensor,
+    is_last_dim,
+    normalized_dim,
+    only_pick,
+    op_name,
+    start_of_one,
+)
+from fx_passes.statements import Mask, with_one_token_dim
 from fx_passes.views import Dim, views_of
 
 CASTS = frozenset("to float half bfloat16 double type_as".split())
@@ -19,16 +34,26 @@ CASTS = frozenset("to float half bfloat16 double type_as".split())
 
 @dataclass(frozen=True)
 class Weights:
-    """A table [T, E]; or [T, K], a weight for each of `ids`."""
+    """A table [T, E], of which the entries of `ids` count where these are known; or `by_slot` one for each of `ids`."""
 
     source: fx.Node
     ids: fx.Node | None = None
+    by_slot: bool = False
 
 
 @dataclass(frozen=True)
 class Column:
     weights: Weights
     expert: int
+
+    def kept(self, ids: fx.Node, expert: int) -> "Column":
+        """This column where `expert` is one of a token's `ids`, and zero elsewhere."""
+        own = (self.weights.ids or ids, self.expert) == (ids, expert)
+        return Column(replace(self.weights, ids=ids), expert if own else NO_EXPERT)
+
+
+NO_EXPERT = -1
+"""Whose column it is where a mask keeps the tokens of another expert."""
 
 
 def column_of(node: Any, dims: int) -> Column | None:
@@ -42,7 +67,7 @@ def column_of(node: Any, dims: int) -> Column | None:
         source, dim, expert = picked
         table = _table(source, dim, dims)
         return Column(Weights(table), expert) if table is not None else None
-    masked = _masked_sum(node, dims)
+    masked = _masked_sum(node, dims) or _kept_column(node, dims)
     if masked is not None:
         return masked
     tokens: tuple[Dim, ...] = tuple((dim,) for dim in range(dims))
@@ -106,27 +131,57 @@ def _table(source: fx.Node, dim: int, dims: int) -> fx.Node | None:
 
 def _masked_sum(node: fx.Node, dims: int) -> Column | None:
     """`(weights * (ids == e)).sum(-1)`, `where(ids == e, weights, 0).sum(-1)`."""
-    masked = arg(node, 0, "input")
-    if op_name(node) != "sum" or not is_last_dim(arg(node, 1, "dim"), masked) or "dtype" in node.kwargs:
+    source = arg(node, 0, "input")
+    if op_name(node) != "sum" or not is_last_dim(arg(node, 1, "dim"), source) or "dtype" in node.kwargs:
         return None
-    for weights, mask in _masked(masked):
+    for weights, mask in masked(source):
         chosen = _chosen(mask)
         tensor = fake_tensor(weights)
         if chosen is not None and tensor is not None and tensor.dim() == dims + 1 and tensor.is_floating_point():
-            return Column(Weights(weights, chosen[0]), chosen[1])
+            return Column(Weights(weights, chosen[0], by_slot=True), chosen[1])
     return None
 
 
-def _masked(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+def _kept_column(node: fx.Node, dims: int) -> Column | None:
+    """A column that a mask of the expert's tokens keeps."""
+    for weights, mask in masked(node):
+        keeps = tokens_of_expert(mask, dims)
+        column = column_of(weights, dims) if keeps is not None else None
+        if column is not None and keeps is not None:
+            return column.kept(*keeps)
+    return None
+
+
+def tokens_of_expert(mask: Any, dims: int) -> tuple[fx.Node, int] | None:
+    """(ids, e) where `mask` is true for the tokens that have e among their ids; `dims` count tokens."""
+    known, tensor = fact(mask), fake_tensor(mask)
+    if not isinstance(known, Mask) or tensor is None or not isinstance(known.expert, int) or known.slot is not None:
+        return None
+    is_column = known.dims[-1] == "1" or (known.dims[-1] == "K" and is_single_choice(known.ids))
+    own = known.dims[:-1] if is_column else known.dims
+    by_token = len(own) == dims and with_one_token_dim(own) == ("T",)
+    return (known.ids, known.expert) if by_token else None
+
+
+def masked(node: Any) -> Iterator[tuple[Any, Any]]:
     """(weights, mask) of a product or a choice."""
+    if fake_tensor(node) is None:
+        return
     name, operands = op_name(node), node.args
     if name in ("mul", "multiply") and len(operands) == 2:
         yield operands[0], operands[1]
         yield operands[1], operands[0]
-    elif name == "where" and len(operands) == 3 and type(operands[2]) in (int, float) and operands[2] == 0:
+    elif name == "where" and len(operands) == 3 and _is_zero(operands[2]):
         yield operands[1], operands[0]
     elif name == "masked_fill" and arg(node, 2, "value") == 0:
         yield operands[0], _negated(arg(node, 1, "mask"))
+
+
+def _is_zero(value: Any) -> bool:
+    """The number, or fresh zeros."""
+    if fake_tensor(value) is not None:
+        return op_name(value) in ZEROS and not any(writers_of(value))
+    return type(value) in (int, float) and value == 0
 
 
 def _negated(mask: Any) -> Any:

@@ -47,7 +47,7 @@ def summed_stacks(graph: fx.Graph) -> Iterator[Mixture]:
         nodes = () if op_name(node) == "stack" else tuple(node.all_input_nodes)
         total = _total(_State(node, tuple(labels), (*nodes, node)))
         if total is not None and total.weights is not None:
-            weights = Weights(total.weights, total.ids)
+            weights = Weights(total.weights, total.ids, by_slot=total.ids is not None)
             yield Mixture(outputs, tuple(range(len(outputs))), weights, total.nodes, total.node)
 
 

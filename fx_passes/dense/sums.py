@@ -12,8 +12,20 @@ from typing import Any
 from torch import fx
 
 from fx_passes.aliasing import allocates
-from fx_passes.dense.columns import CASTS, Column, Weights, column_of
-from fx_passes.ops import ZEROS, arg, fake_tensor, is_inplace, normalized_dim, op_name, same_sizes, sizes_of
+from fx_passes.dense.columns import CASTS, Column, Weights, column_of, masked, tokens_of_expert
+from fx_passes.ids import is_single_choice
+from fx_passes.ops import (
+    ZEROS,
+    arg,
+    fake_tensor,
+    is_inplace,
+    known_tensor,
+    normalized_dim,
+    op_name,
+    same_sizes,
+    sizes_of,
+)
+from fx_passes.views import views_of
 
 _SUMS = frozenset(("add", "iadd", "add_"))
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"))
@@ -157,22 +169,60 @@ def stacked(node: Any) -> tuple[tuple[fx.Node, ...], int] | None:
 
 
 def _term(node: Any) -> Term | None:
-    """`weights_e * expert(x)`, and casts of it."""
-    casts = []
-    while fake_tensor(node) is not None and op_name(node) in CASTS:
-        casts.append(node)
-        node = arg(node, 0, "input")
-    if fake_tensor(node) is None or op_name(node) not in ("mul", "multiply") or len(node.args) != 2:
+    """`weights_e * expert(x)`, casts of it, or what a mask keeps of it."""
+    if fake_tensor(node) is None:
         return None
-    dims = len(sizes_of(node))
+    if op_name(node) in CASTS:
+        return _followed(_term(arg(node, 0, "input")), node)
+    dims = len(sizes_of(node)) - 1
+    for product, mask in masked(node):
+        keeps = tokens_of_expert(mask, dims)
+        if keeps is not None:
+            zeros = [source for source in node.all_input_nodes if source.all_input_nodes == [product]]
+            return _kept(_term(product) or _of_one_choice(product, *keeps), (*zeros, node), *keeps)
+    return _weighted(node, dims)
+
+
+def _followed(term: Term | None, *nodes: fx.Node) -> Term | None:
+    return replace(term, nodes=(*term.nodes, *nodes)) if term is not None else None
+
+
+def _kept(term: Term | None, nodes: tuple[fx.Node, ...], ids: fx.Node, expert: int) -> Term | None:
+    """`term`, of which a mask keeps the tokens that have the expert among their ids; zeros like it may be the rest."""
+    return _followed(replace(term, column=term.column.kept(ids, expert)), *nodes) if term is not None else None
+
+
+def _weighted(node: fx.Node, dims: int) -> Term | None:
+    for output, factor in _factors(node):
+        column = column_of(factor, dims)
+        if column is not None:
+            return Term(output, column, (node,))
+    return None
+
+
+def _of_one_choice(node: Any, ids: fx.Node, expert: int) -> Term | None:
+    """`weights * expert(x)`, where a token has one id and one weight."""
+    for output, factor in _factors(node) if is_single_choice(ids) else ():
+        tokens = tuple((dim,) for dim in range(len(sizes_of(factor)) - 1))
+        for view in views_of(factor):
+            stands_alike = view.dims in ((*tokens, ()), (*tokens, (len(tokens),)))
+            if (
+                stands_alike
+                and same_sizes(sizes_of(view.start), sizes_of(ids))
+                and known_tensor(view.start).is_floating_point()
+            ):
+                return Term(output, Column(Weights(view.start, ids, by_slot=True), expert), (node,))
+    return None
+
+
+def _factors(node: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(output, weights [..., 1]) of a product."""
+    if fake_tensor(node) is None or op_name(node) not in ("mul", "multiply") or len(node.args) != 2:
+        return
     for output, factor in (node.args, node.args[::-1]):
         sizes = sizes_of(factor)
-        if not _have_one_shape(output, node) or sizes[-1:] != (1,) or len(sizes) != dims:
-            continue
-        column = column_of(factor, dims - 1)
-        if column is not None:
-            return Term(output, column, (node, *casts))
-    return None
+        if _have_one_shape(output, node) and sizes[-1:] == (1,) and len(sizes) == len(sizes_of(node)):
+            yield output, factor
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any] | None:

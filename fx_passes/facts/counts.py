@@ -40,12 +40,14 @@ def _reduce(node: fx.Node, inner: Fact | None) -> Fact | None:
         return _counted_table(node)
     if isinstance(inner, Mask) and dims is None:
         return Occupied(inner)
-    if not isinstance(inner, (OneHot, Mask)) or dims is None or arg(node, 2, "keepdim", False):
+    keepdim = arg(node, 2, "keepdim", False)
+    if not isinstance(inner, (OneHot, Mask)) or dims is None:
         return None
     kept = tuple(label for at, label in enumerate(inner.dims) if at not in dims and at - len(inner.dims) not in dims)
     if [label for label in inner.dims if label not in kept] == ["K"]:
-        return replace(inner, dims=kept, reduced=True)
-    if kept != ("E",) or isinstance(inner, Mask):
+        with_one = tuple("1" if label == "K" else label for label in inner.dims)
+        return replace(inner, dims=with_one if keepdim else kept, reduced=True)
+    if kept != ("E",) or isinstance(inner, Mask) or keepdim:
         return None
     return Counts(inner.ids, inner.num_classes, positive=op_name(node) == "any", reduced=inner.reduced)
 

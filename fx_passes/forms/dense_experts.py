@@ -5,8 +5,9 @@
     y = torch.bmm(activation(h), down)
     out = (y * table.t()[..., None]).sum(0)
 
-or with einsum, "td,edf->etf" or "td,edf->tef". The weights may be on the input (llama4), where zero rows stay zero up
-to the sum. Tokens may be repeated and added up by their numbers, to zeros or to a tensor that is there already:
+or with einsum, "td,edf->etf" or "td,edf->tef". Tokens may stand in two dims, "bsd,edf->bsef" with a table [B, S, E], or
+come to stand so before the sum, y.view(E, B, S, D). The weights may be on the input (llama4), where zero rows stay zero
+up to the sum. Tokens may be repeated and added up by their numbers, to zeros or to a tensor that is there already:
 
     tokens = torch.arange(T).repeat(E)
     rows = x[tokens] * table.t().reshape(-1, 1)                                     # or x.gather(0, ...)
@@ -15,24 +16,31 @@ to the sum. Tokens may be repeated and added up by their numbers, to zeros or to
 A mixture in which every expert counts is left as it is.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from fx_passes.accumulation import closure
-from fx_passes.batched.rows import PAIRS, Total
+from fx_passes.batched.rows import PAIRS, PAIRS_BY_BATCH, Total
 from fx_passes.batched.walk import Walk
 from fx_passes.body import PerExpert, SlotGathered
 from fx_passes.forms.summation import summation
 from fx_passes.loop_rules import ids_are_distinct
-from fx_passes.ops import fake_tensor, known_tensor, op_name, same_size
+from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes, sizes_of
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.sparsity import adds_nothing_where_unchosen, chosen_by
+from fx_passes.statements import TOKENS_BY_BATCH
 from fx_passes.views import views_of
 
 NAME = "dense_experts"
+
+Size = int | torch.SymInt
+
+_STEPS_FROM_TABLE = 4
 
 UNCHOSEN = "an expert with weight zero is not computed: an infinite or NaN result of it would have given NaN"
 
@@ -50,7 +58,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Unproven:
-    """Rows of all experts with weights that are zero but for the top-k, and what they were seen to break at `node`."""
+    """Rows of all experts beside weights that are zero but for the top-k, and the rule that is broken at `node`."""
 
     node: fx.Node
     reason: Rejected
@@ -73,10 +81,11 @@ def match(found: Mixture | Unproven) -> MoERegion:
     body = found.walk.body(found.total.rows)
     ids = _chosen(found)
     end = summation(found.node, found.total, found.products)
+    _require_sizes_before(found)
     return MoERegion(
         form=NAME,
         ids_TK=ids,
-        top_k=int(known_tensor(ids).shape[1]),
+        top_k=int(known_tensor(ids).shape[-1]),
         num_experts=found.num_experts,
         body=body,
         routing=frozenset((*found.products, *found.walk.steps)),
@@ -87,7 +96,16 @@ def match(found: Mixture | Unproven) -> MoERegion:
         deviations=(UNCHOSEN,),
         buffers=end.buffers,
         addend=end.addend,
+        token_dims=found.total.token_dims,
     )
+
+
+def _require_sizes_before(found: Mixture) -> None:
+    """Where tokens have several dims, something had these before the experts, whose output has them too."""
+    count = found.total.token_dims
+    sizes, earlier = sizes_of(found.node)[:count], (n for n in found.node.graph.nodes if n < found.products[0])
+    if count > 1 and not any(same_sizes(sizes_of(node)[:count], sizes) for node in earlier):
+        raise Rejected("rows_belong_to_tokens", found.node, "tokens stand in dims that they did not have before")
 
 
 def _stacked(node: fx.Node) -> Iterator[fx.Node]:
@@ -103,22 +121,63 @@ def _is_stack_of_matrices(node: fx.Node) -> bool:
 
 
 def _mixture(products: list[fx.Node], stacked: fx.Node) -> Mixture | Unproven | None:
-    first, num_experts = products[0], known_tensor(stacked).shape[0]
-    sizes = known_tensor(first).shape
-    if len(sizes) != 3 or not isinstance(num_experts, int):
+    num_experts = known_tensor(stacked).shape[0]
+    if not isinstance(num_experts, int):
         return None
-    tokens = sizes[1] if same_size(sizes[0], num_experts) else sizes[0]
     everything = closure(products, stops=frozenset())
-    walk = Walk(everything, PAIRS, {"T": tokens, "K": 0, "N": tokens, "E": num_experts, "M": num_experts * tokens})
-    for node in first.graph.nodes:
+    found = None
+    for tokens in _token_sizes(products[0], num_experts, everything):
+        found = _mixture_of(products, everything, num_experts, tokens)
+        if isinstance(found, Mixture):
+            return found
+    return found
+
+
+def _token_sizes(product: fx.Node, num_experts: int, after: frozenset[fx.Node]) -> list[tuple[Size, ...]]:
+    """The sizes that tokens may have in `product`, with the experts before or behind them, or in what is made of it."""
+    sizes = sizes_of(product)[:-1]
+    places = [place for place in (0, len(sizes) - 1) if sizes and same_size(sizes[place], num_experts)]
+    found = [sizes[:place] + sizes[place + 1 :] for place in places if len(sizes) in (2, 3)]
+    if len(sizes) != 2:
+        return found
+    cut = (sizes_of(node) for node in sorted(after) if op_name(node) in ("view", "reshape", "unflatten"))
+    by_batch = [own[1:3] for own in cut if len(own) == 4 and same_size(own[0], num_experts)]
+    whole = [own for own in by_batch for tokens in found if same_size(own[0] * own[1], tokens[0])]
+    return [*whole[:1], *found]
+
+
+def _mixture_of(
+    products: list[fx.Node], everything: frozenset[fx.Node], num_experts: int, tokens: tuple[Size, ...]
+) -> Mixture | Unproven | None:
+    count = math.prod(tokens)
+    sizes = {"T": count, "K": 0, "N": count, "E": num_experts, "M": num_experts * count}
+    by_batch = dict(zip(TOKENS_BY_BATCH, tokens, strict=False)) if len(tokens) == 2 else {}
+    walk = Walk(everything, PAIRS_BY_BATCH if by_batch else PAIRS, sizes | by_batch)
+    for node in products[0].graph.nodes:
         try:
             seen = walk.seen(node) if node in everything else None
         except Rejected as reason:
-            return Unproven(node, reason) if any(map(_chosen_by, walk.tables)) else None
+            meets = any(map(_chosen_by, walk.tables)) or any(map(_comes_of_chosen, _inputs_of(everything)))
+            return Unproven(node, reason) if meets else None
         if isinstance(seen, Total):
             own = tuple(product for product in products if product < node)
             return Mixture(own, node, seen, walk, num_experts)
     return None
+
+
+def _inputs_of(nodes: frozenset[fx.Node]) -> set[fx.Node]:
+    return {source for node in nodes for source in node.all_input_nodes} - nodes
+
+
+def _comes_of_chosen(node: Any) -> bool:
+    """Whether `node` is, or was lately made of, a table that is zero but for the top-k."""
+    for _ in range(_STEPS_FROM_TABLE):
+        if fake_tensor(node) is None:
+            return False
+        if any(chosen_by(node, experts) is not None for experts in (-1, -2)):
+            return True
+        node = arg(node, 0, "input")
+    return False
 
 
 def _chosen(found: Mixture) -> fx.Node:

@@ -9,19 +9,22 @@
     out = (y * table.unsqueeze(-1)).sum(1)                                   # or einsum, or bmm
     out = (y.gather(1, ids.unsqueeze(-1).expand(-1, -1, D)) * weights.unsqueeze(-1)).sum(1)
 
-Tokens may be counted by several dims, [B, S, D]. A mixture in which every expert counts is left as it is.
+    out = out + torch.where((ids == e).any(-1, keepdim=True), scores[:, e, None] * expert(x), 0)
+
+The mask, or that of a top-1 router's tokens, may as well stand by the weights. Tokens may be counted by several dims,
+[B, S, D]. A mixture in which every expert counts is left as it is.
 """
 
 from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.dense.columns import Weights
+from fx_passes.dense.columns import NO_EXPERT, Weights
 from fx_passes.dense.stacks import summed_stacks
 from fx_passes.dense.sums import Mixture, weighted_sums
 from fx_passes.dense.token_body import token_body
 from fx_passes.forms.dense_experts import UNCHOSEN
-from fx_passes.ids import ids_are_distinct
+from fx_passes.ids import ids_are_distinct, is_single_choice
 from fx_passes.ops import is_inplace, known_tensor, same_size
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.sparsity import chosen_by
@@ -43,9 +46,9 @@ def match(found: Mixture) -> MoERegion:
     return MoERegion(
         form=NAME,
         ids_TK=ids,
-        top_k=int(known_tensor(ids).shape[-1]),
+        top_k=int(known_tensor(ids).shape[-1]) if known_tensor(ids).dim() > dims else 1,
         num_experts=len(order),
-        body=body.scaled(found.weights.source, table=found.weights.ids is None),
+        body=body.scaled(found.weights.source, table=not found.weights.by_slot),
         routing=inner | _columns(found),
         inner=inner,
         result=found.result,
@@ -60,7 +63,9 @@ def match(found: Mixture) -> MoERegion:
 def _order(found: Mixture) -> list[int]:
     """The places of experts 0, 1, ... among the outputs."""
     numbers = sorted(found.experts)
-    width = known_tensor(found.weights.source).shape[-1] if found.weights.ids is None else len(numbers)
+    if NO_EXPERT in numbers:
+        raise Rejected("every_expert_is_covered", found.result, "a mask keeps other tokens than those of the expert")
+    width = known_tensor(found.weights.source).shape[-1] if not found.weights.by_slot else len(numbers)
     if numbers != list(range(len(numbers))) or not same_size(width, len(numbers)):
         raise Rejected(
             "every_expert_is_covered", found.result, f"outputs of experts {numbers[:8]}, and weights of {width}"
@@ -71,14 +76,14 @@ def _order(found: Mixture) -> list[int]:
 def _chosen(found: Mixture) -> fx.Node:
     """The ids outside of which an expert has weight zero."""
     weights: Weights = found.weights
-    if weights.ids is not None:
+    if weights.by_slot and weights.ids is not None:
         return weights.ids
-    chosen = chosen_by(weights.source)
+    chosen = weights.ids or chosen_by(weights.source)
     if chosen is None:
         raise Rejected(
             "weights_are_zero_outside_the_top_k", found.result, "every expert may count for every token: it stays dense"
         )
-    if not ids_are_distinct(chosen):
+    if not is_single_choice(chosen) and not ids_are_distinct(chosen):
         raise Rejected("repeated_ids_are_counted", found.result, "the ids of a token may repeat")
     return chosen
 
@@ -86,11 +91,12 @@ def _chosen(found: Mixture) -> fx.Node:
 def _columns(found: Mixture) -> frozenset[fx.Node]:
     """What lies between the weights and the products with them."""
     stops = {found.weights.source, found.weights.ids, found.addend, *found.outputs, *found.nodes}
+    first = min(source for source in (found.weights.source, found.weights.ids) if source is not None)
     seen: set[fx.Node] = set()
     stack = [source for node in found.nodes for source in node.all_input_nodes]
     while stack:
         node = stack.pop()
-        if node not in stops and node not in seen and node > found.weights.source:
+        if node not in stops and node not in seen and node > first:
             seen.add(node)
             stack.extend(node.all_input_nodes)
     return frozenset(seen)

@@ -22,7 +22,7 @@ QUICK = frozenset(
     sorted_slots gathered_einsum gathered_batched_mm gathered_norm dense_einsum
     dense_added_by_number dense_modules_sum dense_modules_gather expert_by_name
     dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated
-    switch_lists flat_paired""".split()
+    switch_lists flat_paired dense_sequences_einsum dense_sequences_cut dense_modules_where""".split()
 )
 
 

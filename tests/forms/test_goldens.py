@@ -1282,3 +1282,48 @@ v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_wei
 v27 = .view_as(v26, hidden_states)
 return (v27)""",
         )
+
+    def test_dense_experts_cut_into_sequences(self):
+        self.assertExpectedInline(
+            self.golden("dense_sequences_cut"),
+            """\
+v5 = .reshape(hidden_states, -1, 16)
+v6 = linear(v5, gate_weight, None)
+v7 = softmax(v6, dim=-1)
+v8 = .topk(v7, 2, dim=-1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = zeros_like(v6)
+v12 = .scatter_(v11, -1, v10, v9)
+v13 = scatter_moe.route(v10, 4)
+v14 = getitem(v13, 0)
+v15 = getitem(v13, 1)
+v16 = .clamp(v10, 0, 3)
+v17 = .long(v16)
+v18 = .gather(v12, 1, v17)
+v19 = scatter_moe.mlp(v5, v18, v14, v15, [gate_up_proj], [], [down_proj], [gate_up_proj_bias], [], [], silu, concatenated, True, output, 1.702, 7.0, torch.float32)
+v20 = .unflatten(v19, 0, (2, 12))
+return (v20)""",
+        )
+
+    def test_dense_modules_kept_by_a_mask(self):
+        self.assertExpectedInline(
+            self.golden("dense_modules_where"),
+            """\
+v14 = linear(x, gate_weight, None)
+v15 = .softmax(v14, dim=-1)
+v16 = .topk(v15, 2, dim=-1)
+v17 = getitem(v16, 1)
+v18 = .flatten(v17, 0, 1)
+v19 = scatter_moe.route(v18, 4)
+v20 = getitem(v19, 0)
+v21 = getitem(v19, 1)
+v22 = .clamp(v18, 0, 3)
+v23 = .flatten(v15, 0, 1)
+v24 = .long(v22)
+v25 = .gather(v23, 1, v24)
+v26 = .flatten(x, 0, 1)
+v27 = scatter_moe.mlp(v26, v25, v20, v21, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v28 = .unflatten(v27, 0, (2, 12))
+return (v28)""",
+        )

@@ -8,6 +8,7 @@ from tests.near_misses import (
     counts,
     dense,
     dense_modules,
+    dense_sequences,
     dtypes,
     escapes,
     exits,
@@ -67,6 +68,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *gathered.MISSES,
     *dense.MISSES,
     *dense_modules.MISSES,
+    *dense_sequences.MISSES,
     *capacity.MISSES,
     *without_parameters.MISSES,
 )

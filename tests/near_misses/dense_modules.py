@@ -6,7 +6,15 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import D, E, K, SwiGLU
-from tests.zoo.dense_modules import AddedInPlace, Dense, GatheredOutputs, MaskedWeights, StackedEinsum, SumOfProducts
+from tests.zoo.dense_modules import (
+    AddedInPlace,
+    Dense,
+    GatheredOutputs,
+    MaskedWeights,
+    StackedEinsum,
+    SumOfProducts,
+    Where,
+)
 
 
 class Soft(SumOfProducts):
@@ -148,6 +156,64 @@ class WeightsWritten(MaskedWeights):
         return (out * weights.sum(dim=-1, keepdim=True)).view_as(hidden_states)
 
 
+class WhereRepeated(Where):
+    """Two choices may be the same expert, whose scores count once."""
+
+    def add_up(self, x, scores, ids):
+        return super().add_up(x, scores, ids // 2)
+
+
+class WhereLeftOut(Where):
+    """The first expert's tokens get nothing of it."""
+
+    def add_up(self, x, scores, ids):
+        return sum(
+            torch.where((ids == e).any(dim=-1, keepdim=True), self.experts[e](x) * scores[..., e : e + 1], 0)
+            for e in range(1, E)
+        )
+
+
+class WhereOfAnother(Where):
+    """What is kept of an expert are the tokens of the next."""
+
+    def add_up(self, x, scores, ids):
+        return sum(
+            torch.where((ids == (e + 1) % E).any(dim=-1, keepdim=True), expert(x) * scores[..., e : e + 1], 0)
+            for e, expert in enumerate(self.experts)
+        )
+
+
+class WhereOtherwise(Where):
+    """What isn't kept is not zero."""
+
+    def add_up(self, x, scores, ids):
+        return sum(
+            torch.where((ids == e).any(dim=-1, keepdim=True), expert(x) * scores[..., e : e + 1], 0.01)
+            for e, expert in enumerate(self.experts)
+        )
+
+
+class WhereUnchosen(Where):
+    """What is kept are the tokens that did not choose the expert."""
+
+    def add_up(self, x, scores, ids):
+        return sum(
+            torch.where((ids == e).any(dim=-1, keepdim=True), 0, expert(x) * scores[..., e : e + 1])
+            for e, expert in enumerate(self.experts)
+        )
+
+
+class WhereWritten(Where):
+    """The scores change after an expert's share was computed, and before it is used."""
+
+    def add_up(self, x, scores, ids):
+        scores = scores * 1.0
+        columns = [torch.where((ids == e).any(dim=-1, keepdim=True), scores[..., e : e + 1], 0) for e in range(E)]
+        scores.mul_(2.0)
+        out = sum(columns[e] * expert(x) for e, expert in enumerate(self.experts))
+        return out * scores.sum(dim=-1, keepdim=True)
+
+
 def block(expert):
     return lambda: SumOfProducts(expert)
 
@@ -169,5 +235,11 @@ MISSES = (
     NearMiss("dense_modules_read_between", "no_intermediate_escapes", ReadBetween),
     NearMiss("dense_modules_first_features", None, FirstFeatures),
     NearMiss("dense_modules_cascade", "bodies_are_isomorphic", Cascade),
+    NearMiss("dense_modules_where_repeated", "repeated_ids_are_counted", WhereRepeated),
+    NearMiss("dense_modules_where_left_out", "every_expert_is_covered", WhereLeftOut),
+    NearMiss("dense_modules_where_of_another", "every_expert_is_covered", WhereOfAnother),
+    NearMiss("dense_modules_where_otherwise", None, WhereOtherwise),
+    NearMiss("dense_modules_where_unchosen", None, WhereUnchosen),
+    NearMiss("dense_modules_where_written", "nothing_is_written_inside", WhereWritten),
     NearMiss("dense_modules_weights_written", "nothing_is_written_inside", WeightsWritten),
 )

@@ -5,6 +5,7 @@ from tests.zoo import (
     deepseek,
     dense,
     dense_modules,
+    dense_sequences,
     flat,
     gathered,
     gpt_oss,
@@ -51,6 +52,7 @@ ZOO: tuple[Case, ...] = (
     *gathered.CASES,
     *dense.CASES,
     *dense_modules.CASES,
+    *dense_sequences.CASES,
     *without_parameters.CASES,
 )
 

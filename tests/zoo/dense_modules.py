@@ -67,6 +67,44 @@ class MaskedWeights(Block):
         return out.view_as(hidden_states)
 
 
+class Where(Block):
+    """A mask keeps what the experts make of the tokens that chose them, times any scores; tokens in two dims."""
+
+    def forward(self, x):
+        scores = self.gate(x).softmax(dim=-1)
+        ids = scores.topk(K, dim=-1).indices
+        return self.add_up(x, scores, ids)
+
+    def add_up(self, x, scores, ids):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + torch.where((ids == e).any(dim=-1, keepdim=True), expert(x) * scores[..., e : e + 1], 0)
+        return out
+
+
+class KeptScores(Where):
+    """The mask stands by the scores, of flat tokens."""
+
+    def add_up(self, x, scores, ids):
+        x, scores, ids = x.reshape(-1, D), scores.reshape(-1, E), ids.reshape(-1, K)
+        return sum(
+            expert(x) * (scores[:, e] * (ids == e).any(dim=1)).unsqueeze(-1) for e, expert in enumerate(self.experts)
+        )
+
+
+class WhereTopOne(Where):
+    """One choice a token, and its weight; what is not kept are fresh zeros. Tokens in one dim."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        weights, ids = self.gate(x).softmax(dim=-1).max(dim=-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            y = expert(x) * weights.unsqueeze(-1)
+            out += torch.where((ids == e).unsqueeze(-1), y, torch.zeros_like(y))
+        return out.view_as(hidden_states)
+
+
 class StackedEinsum(Dense):
     """Outputs stacked between tokens and features, summed by einsum."""
 
@@ -133,6 +171,9 @@ CASES = (
     Case("dense_modules_in_place", AddedInPlace),
     Case("dense_modules_beside_shared", BesideShared),
     Case("dense_modules_masked", MaskedWeights),
+    Case("dense_modules_where", Where),
+    Case("dense_modules_kept_scores", KeptScores),
+    Case("dense_modules_where_top_1", WhereTopOne, top_k=1),
     Case("dense_modules_einsum", StackedEinsum),
     Case("dense_modules_product", StackedProduct),
     Case("dense_modules_matmul", StackedMatmul),
