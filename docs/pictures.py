@@ -8,7 +8,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 WIDTH, LABELS, VALUES, BAR, GAP, TOP = 760, 210, 110, 18, 8, 44
 OURS, OTHERS = "#1565c0", "#90a4ae"
-OUR_KINDS = ("stacked", "modules")
+OUR_KINDS = ("stacked", "modules", "one buffer")
 """Ways of writing experts in `benchmarks/compile_time.py` that are rewritten; the rest is there to compare."""
 
 

@@ -37,8 +37,8 @@ def experts_of_each(expert: Any) -> int | None:
     return number
 
 
-def expert_parameter(parameters: list[torch.Tensor], _expert: torch.Tensor | int) -> torch.Tensor:
-    """The one of `parameters` that is the expert's."""
+def expert_parameter(parameters: list[torch.Tensor] | torch.Tensor, _expert: torch.Tensor | int) -> torch.Tensor:
+    """The one of `parameters`, a tensor for each expert or all in one, that is the expert's."""
     return parameters[0]
 
 

@@ -81,7 +81,9 @@ class Unifier:
     def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
         first = nodes[0]
         if first.target is expert_parameter and len(nodes) == 1:
-            return PerExpert(first, tensors=tuple(first.args[0]))
+            parameters = first.args[0]
+            are_stacked = isinstance(parameters, fx.Node)
+            return PerExpert(first, stacked=parameters) if are_stacked else PerExpert(first, tensors=tuple(parameters))
         if all(map(is_inplace, nodes)):
             written = self.value(tuple(node.all_input_nodes[0] for node in nodes))
             if self.writes.issuperset(nodes):

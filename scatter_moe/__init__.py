@@ -24,6 +24,7 @@ from scatter_moe.moe import MoE
 from scatter_moe.parallel_linear import ParallelLinear
 from scatter_moe.parameters import expert_parameters, router_parameters, set_dropout
 from scatter_moe.peft import extend_when_imported
+from scatter_moe.stack_experts import stack_experts
 from scatter_moe.transformers import register_when_imported
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "router_parameters",
     "routers",
     "set_dropout",
+    "stack_experts",
 ]
 
 install()

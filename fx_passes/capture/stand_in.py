@@ -13,7 +13,7 @@ of expert 1, ...], e)`; at the end each guard on the stand-in becomes one guard 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -26,8 +26,10 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._guards import ChainedSource, Guard, Source, dataclass_with_cached_hash
 
-from fx_passes.capture.likeness import Path, are_alike, copy_without_identity, parts_of, tensor_at
+from fx_passes.capture.stacked import guard_stack, read_buffer
+from fx_passes.expert_stacks import ExpertStack, stack_of
 from fx_passes.hook_guards import HOOKS
+from fx_passes.likeness import Path, are_alike, copy_without_identity, parts_of, tensor_at
 from fx_passes.markers import expert_parameter
 
 _numbers = itertools.count()
@@ -48,13 +50,19 @@ class StandInSource(ChainedSource):
 
 
 class StandIn(NamedTuple):
-    """`paths` leads from a tensor of the stand-in, by id, to its place in an expert."""
+    """`paths` leads from a tensor of the stand-in, by id, to its place in an expert.
+
+    `container` is where the ModuleList comes from, `sources` are where its experts do: where they are stacked only the
+    first one, whose guards then serve for all.
+    """
 
     source: StandInSource
     module: nn.Module
     experts: tuple[nn.Module, ...]
     sources: tuple[Source, ...]
     paths: dict[int, Path]
+    container: Source
+    stack: ExpertStack | None
 
 
 def stand_in_for(tx: Any, container: Any) -> tuple[StandIn, VariableTracker] | None:
@@ -68,11 +76,13 @@ def stand_in_for(tx: Any, container: Any) -> tuple[StandIn, VariableTracker] | N
     experts, sources = tuple(map(_module_of, items)), tuple(map(_source_of, items))
     if len(items) < 2 or any(item is None for item in (*experts, *sources)):
         return None
-    if not are_alike(experts) or _has_pending_writes(tx.output.side_effects, experts):
+    stack = stack_of(container.value)
+    if not (stack or are_alike(experts)) or _has_pending_writes(tx.output.side_effects, experts):
         return None
     module, paths = copy_without_identity(experts[0])
     source = StandInSource(sources[0], next(_numbers))
-    return StandIn(source, module, experts, sources, paths), VariableBuilder(tx, source)(module)
+    variable = VariableBuilder(tx, source)(module)
+    return StandIn(source, module, experts, sources[:1] if stack else sources, paths, container.source, stack), variable
 
 
 def is_module_list(container: Any) -> bool:
@@ -104,9 +114,10 @@ def _source_of(item: VariableTracker) -> Source | None:
 
 def _has_pending_writes(side_effects: Any, experts: tuple[nn.Module, ...]) -> bool:
     """Whether the trace wrote to an expert, or to a container in it, which the module itself doesn't show yet."""
-    parts = {id(part) for expert in experts for module in expert.modules() for part in parts_of(module)}
     known = side_effects.id_to_variable.items()
-    return any(number in parts and side_effects.is_modified(variable) for number, variable in known)
+    written = {number for number, variable in known if side_effects.is_modified(variable)}
+    modules = (module for expert in experts for module in expert.modules()) if written else ()
+    return any(id(part) in written for module in modules for part in parts_of(module))
 
 
 def replace_parameters(tx: Any, stand_in: StandIn, expert: fx.Node) -> bool:
@@ -121,8 +132,8 @@ def replace_parameters(tx: Any, stand_in: StandIn, expert: fx.Node) -> bool:
         path = stand_in.paths.get(id(node.meta["grapharg"].example))
         if path is None:
             return False
-        parameters = list(_parameters(tx, stand_in, node, path))
-        if any(parameter.op != "placeholder" for parameter in parameters):
+        parameters = _parameters(tx, stand_in, node, path)
+        if parameters is None:
             return False
         with graph.inserting_after(expert):
             chosen = graph.call_function(expert_parameter, (parameters, expert))
@@ -131,11 +142,15 @@ def replace_parameters(tx: Any, stand_in: StandIn, expert: fx.Node) -> bool:
     return True
 
 
-def _parameters(tx: Any, stand_in: StandIn, node: fx.Node, path: Path) -> Iterator[fx.Node]:
-    """The inputs of the graph for the tensor at `path` of each expert."""
+def _parameters(tx: Any, stand_in: StandIn, node: fx.Node, path: Path) -> fx.Node | list[fx.Node] | None:
+    """The inputs of the graph for the tensor at `path` of each expert, or the one for all where they are stacked."""
+    if stand_in.stack is not None:
+        return read_buffer(tx, stand_in.container, stand_in.stack, path)
+    inputs = []
     for expert, source in zip(stand_in.experts, stand_in.sources, strict=True):
         own = _moved(node.meta["grapharg"].source, {stand_in.source: source})
-        yield VariableBuilder(tx, own)(tensor_at(expert, path)).as_proxy().node
+        inputs.append(VariableBuilder(tx, own)(tensor_at(expert, path)).as_proxy().node)
+    return inputs if all(parameter.op == "placeholder" for parameter in inputs) else None
 
 
 def is_left_in(graph: fx.Graph, stand_in: StandIn) -> bool:
@@ -153,6 +168,9 @@ def guard_every_expert(output: Any, stand_ins: list[StandIn]) -> None:
     for guard in on_stand_ins:
         guards.inner.discard(guard)
     needed = [needed for guard in on_stand_ins if (needed := _needed(guard)) is not None]
+    for stand_in in stand_ins:
+        if stand_in.stack is not None:
+            guard_stack(output, stand_in.container, stand_in.stack)
     for number in range(max((len(stand_in.sources) for stand_in in stand_ins), default=0)):
         own = {stand_in.source: stand_in.sources[number] for stand_in in stand_ins if number < len(stand_in.sources)}
         moved: dict[Source, Source] = {**own}
@@ -219,6 +237,7 @@ def _moved(source: Source, moved: dict[Source, Source]) -> Source:
     return moved[source]
 
 
-def _sources_in(source: Source) -> list[str]:
+@functools.lru_cache(maxsize=1 << 16)
+def _sources_in(source: Source) -> tuple[str, ...]:
     fields = (field.name for field in dataclasses.fields(source))
-    return [name for name in fields if isinstance(getattr(source, name), Source)]
+    return tuple(name for name in fields if isinstance(getattr(source, name), Source))

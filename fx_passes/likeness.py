@@ -12,13 +12,13 @@ Path = tuple[tuple[str, ...], str, str]
 
 _TENSORS = ("_parameters", "_buffers")
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-_CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset)
+CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset)
 
 
 def are_alike(modules: Sequence[nn.Module]) -> bool:
     """Whether all have the same code and structure, equal attributes, and tensors of their own, equal in kind."""
     first = modules[0]
-    tensors = [id(tensor) for module in modules for _, tensor in _tensors_in(module)]
+    tensors = [id(tensor) for module in modules for _, tensor in tensors_in(module)]
     has_own = len(set(map(id, modules))) == len(modules) and len(set(tensors)) == len(tensors)
     return has_own and all(_is_alike(first, module) for module in modules[1:])
 
@@ -36,7 +36,7 @@ def tensor_at(module: nn.Module, path: Path) -> Tensor:
     return vars(module)[kind][name]
 
 
-def _tensors_in(module: nn.Module, names: tuple[str, ...] = ()) -> Iterator[tuple[Path, Tensor]]:
+def tensors_in(module: nn.Module, names: tuple[str, ...] = ()) -> Iterator[tuple[Path, Tensor]]:
     """All tensors of a module and of those in it, each as often as it occurs."""
     for kind in _TENSORS:
         for name, tensor in vars(module)[kind].items():
@@ -44,7 +44,7 @@ def _tensors_in(module: nn.Module, names: tuple[str, ...] = ()) -> Iterator[tupl
                 yield (names, kind, name), tensor
     for name, child in vars(module)["_modules"].items():
         if child is not None:
-            yield from _tensors_in(child, (*names, name))
+            yield from tensors_in(child, (*names, name))
 
 
 def _is_alike(first: nn.Module | None, other: nn.Module | None) -> bool:
@@ -64,7 +64,7 @@ def _is_what_vars_show(kind: type) -> bool:
 
 def _is_equal(first: Any, other: Any, compare: Callable[[Any, Any], bool] | None = None) -> bool:
     """Equal plain data, or the same object. `compare` tells it of the items of a dict."""
-    if type(first) is not type(other) or type(first) not in _CONTAINERS:
+    if type(first) is not type(other) or type(first) not in CONTAINERS:
         return (
             type(first) is type(other) and repr(first) == repr(other) if type(first) in _CONSTANTS else first is other
         )
@@ -104,7 +104,7 @@ def parts_of(module: nn.Module) -> Iterator[Any]:
     while stack:
         part = stack.pop()
         yield part
-        if type(part) in _CONTAINERS:
+        if type(part) in CONTAINERS:
             stack.extend(part.values() if isinstance(part, dict) else part)
 
 
@@ -121,7 +121,7 @@ def _copy_data(value: Any) -> Any:
     """`value` without what could be found elsewhere by its identity; what all experts share stays as it is."""
     if type(value) in (dict, OrderedDict):
         return type(value)((key, _copy_data(item)) for key, item in value.items())
-    return type(value)(map(_copy_data, value)) if type(value) in _CONTAINERS else value
+    return type(value)(map(_copy_data, value)) if type(value) in CONTAINERS else value
 
 
 def _copy_attribute(name: str, attribute: Any, names: tuple[str, ...], paths: dict[int, Path]) -> Any:
