@@ -70,10 +70,12 @@ class ExpertStack:
         return nn.Parameter(self.buffer(path), self._tensors[path][0].requires_grad)
 
     def _verify(self, container: nn.ModuleList) -> None:
-        self._watch = Watch(container)
+        """The watch comes first, to miss no write, and is kept last: another thread may ask meanwhile."""
+        watch = Watch(container)
         self._holds = self._is_as_made(container)
         kinds = ((path, *_kind_of(tensors[0])) for path, tensors in self._tensors.items())
         self.kind = len(self.experts), *kinds
+        self._watch = watch
 
     def _is_as_made(self, container: nn.ModuleList) -> bool:
         if tuple(container) != self.experts or not are_alike(self.experts):

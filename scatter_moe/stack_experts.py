@@ -25,6 +25,7 @@ def stack_experts(model: Model) -> Model:
     parameter as an input again: moving the model to another device or dtype, loading a checkpoint with `assign=True`, a
     new parameter or hook, freezing some of the experts, FSDP. A copy of the model is not stacked. Call it again then. A
     write to one expert between forward and backward counts as a write to all of its layer: backward raises.
+    `safetensors.torch.save_model` refuses tensors that are parts of a larger storage; `save_file` takes them.
 
     Args:
         model: one with ModuleLists named `experts`, or such a list, whatever its name. Call it where the model has its

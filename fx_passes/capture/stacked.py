@@ -35,7 +35,11 @@ class BufferSource(ChainedSource):
 
 def read_buffer(tx: Any, experts: Source, stack: ExpertStack, path: Path) -> fx.Node:
     """The input of the graph that is the buffer at `path`. The guard on the list replaces Dynamo's on the tensor."""
-    source, example = BufferSource(experts, path), stack.example(path)
+    source = BufferSource(experts, path)
+    known = tx.output.input_source_to_var.get(source)
+    if known is not None:
+        return known.as_proxy().node
+    example = stack.example(path)
     node = VariableBuilder(tx, source)(example).as_proxy().node
     node.meta["grapharg"].example_strong_ref = example
     guards = tx.output.guards

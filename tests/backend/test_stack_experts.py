@@ -35,6 +35,41 @@ class Two(nn.Module):
         return x
 
 
+class Twice(RangeLoop):
+    """The same experts in two loops."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + super().forward(hidden_states.flip(1))
+
+
+class Regularized(RangeLoop):
+    """Parameters are read one by one, too."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + sum(expert.w1.weight.square().sum() for expert in self.experts)
+
+
+class Written(RangeLoop):
+    """A parameter is written before the loop."""
+
+    def forward(self, hidden_states):
+        with torch.no_grad():
+            self.experts[1].w2.weight.mul_(0.5)
+        return super().forward(hidden_states)
+
+
+class Biased(nn.Module):
+    """An expert with biases and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(D, D), nn.Linear(D, D)
+        self.register_buffer("scale", torch.rand(D))
+
+    def forward(self, x):
+        return self.down(self.up(x).relu()) * self.scale
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     fresh_dynamo()
@@ -62,6 +97,20 @@ def test_a_graph_has_one_input_a_name(block):
         assert_same(observe(compiled, module, x, seed=seed), observe(eager, eager, twin, seed=seed))
     assert (rewritten(), len(graphs)) == (1, 1)
     assert len(inputs_for_experts(graphs[0])) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [Twice, Regularized, Written, partial(RangeLoop, Biased)],
+    ids=["twice", "regularized", "written", "biases and buffers"],
+)
+def test_what_else_a_forward_does(block):
+    eager, module = pair(block)
+    compiled = compile_ours(module)
+    for seed in range(2):
+        x, twin = hidden_states(seed=seed), hidden_states(seed=seed)
+        assert_same(observe(compiled, module, x, seed=seed), observe(eager, eager, twin, seed=seed))
+    assert rewritten() >= 1
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -114,7 +163,7 @@ def narrower(module):
         expert.w2.weight.data = expert.w2.weight.data[:, :2]
 
 
-@pytest.mark.parametrize("recursive", [False, True], ids=["", "recursive_dict_tags"])
+@pytest.mark.parametrize("recursive", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "change", [move_one, swap_two, narrower, changes.freeze_expert, changes.expert_hook, changes.swap_expert_class]
 )
