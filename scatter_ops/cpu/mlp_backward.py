@@ -54,7 +54,7 @@ def mlp_backward(
     top_k, width = topk_weights_TK.shape[1], h_NH.shape[-1] // (2 if separate else 1)
     groups = Groups.read(offsets_E, order_N.numel())
     parameters = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
-    whole = at_once(groups, width)
+    whole = at_once(order_N.numel(), width, h_NH)
     grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs, whole)
     dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
     scale_N1 = slot_weights(topk_weights_TK, order_N, dtype if on_input else topk_weights_TK.dtype)

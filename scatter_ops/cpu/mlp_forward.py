@@ -55,7 +55,7 @@ def mlp_forward(
         a = activated(h, scale, bias, layout, activation, alpha, limit)
         return h, grouped_linear(a, down, groups, down_bias, transposed, out=y)
 
-    if at_once(groups, width):
+    if at_once(order_N.numel(), width, x_TD):
         h_NH, y_ND = of_rows(groups, rows_ND, scale_N1, bias_NH, None, None)
     else:
         y_ND = x_TD.new_empty(order_N.numel(), x_TD.shape[1])

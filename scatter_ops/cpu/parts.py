@@ -1,4 +1,4 @@
-"""In which parts the CPU takes the rows of the fused expert MLP: few calls for few rows, cached rows for many."""
+"""In which parts the CPU takes the rows of the fused expert MLP: few calls for few rows, little memory for many."""
 
 from collections.abc import Iterable
 from itertools import repeat
@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from scatter_ops.cpu.stacked import MAPPED_BYTES
 from scatter_ops.grouping import Groups
 
-FEW_ELEMENTS = 2**18  # of h, for one expert: below, calls take longer than the cache saves
 BLOCK_ELEMENTS = 2**18
 
 
-def at_once(groups: Groups, width: int) -> bool:
-    """Whether the rows of all experts are taken at once: where an expert has few. width: of h."""
-    return groups.num_valid * width <= len(groups.experts) * FEW_ELEMENTS
+def at_once(num_rows: int, width: int, like: Tensor) -> bool:
+    """Whether the rows of all experts are taken at once: while a product of this width takes no fresh pages."""
+    return num_rows * width * like.itemsize < MAPPED_BYTES
 
 
 def parts(groups: Groups, *rows: Tensor | None) -> Iterable[tuple[Any, ...]]:

@@ -69,7 +69,7 @@ def test_equals_the_naive_loop(case: Case, device: str, dtype: torch.dtype):
 @every(lambda case: case.op in ("mlp", "mlp_forward", "mlp_backward"))
 def test_mlp_expert_by_expert(case: Case, monkeypatch: pytest.MonkeyPatch):
     """As the CPU takes many rows: one expert after the other, its activations in blocks of rows."""
-    monkeypatch.setattr("scatter_ops.cpu.parts.FEW_ELEMENTS", 0)
+    monkeypatch.setattr("scatter_ops.cpu.parts.MAPPED_BYTES", 0)
     monkeypatch.setattr("scatter_ops.cpu.parts.BLOCK_ELEMENTS", 100)
     test = test_equals_the_naive_loop if case.op == "mlp" else test_equals_the_reference
     test(case, "cpu", torch.float64)
