@@ -27,6 +27,10 @@ from fx_passes.statements import Counts, Mask
 from fx_passes.totals import total_of
 
 
+_NODES_BACK = 64
+"""How many nodes back to look for the counts that a number is made of."""
+
+
 @dataclass(frozen=True, eq=False)
 class Counted:
     """The numbers of slots by expert, as the tensor `node` has them.
@@ -123,7 +127,10 @@ def _numbers(capture: Any, tx: Any, tensor: TensorVariable) -> ListVariable | No
     """The items of `tensor`, if it counts the slots of experts."""
     node = tensor.as_proxy().node
     known = fact(node)
-    if not isinstance(known, Counts) or known.positive or any(writers_of(storage_of(node))):
+    if not isinstance(known, Counts) or known.positive:
+        return None
+    if any(writers_of(storage_of(node))):
+        capture.reject(tx, "nothing_is_written_inside", "the experts' numbers of slots change once they were counted")
         return None
     if node not in capture.numbers:
         counted = counted_by(capture, tx, node)
@@ -160,7 +167,23 @@ def as_bound(capture: Any, tx: Any, bound: VariableTracker) -> VariableTracker:
         loops = [scope.event for scope in capture.scopes if scope.event.can_be_unrolled]
         if loops:
             capture.trace_again_unrolled(loops)
+        if _is_made_of_counts(bound.as_proxy().node):
+            detail = "rows are cut where it isn't known that the slots of an expert begin or end"
+            capture.reject(tx, "segments_are_those_of_an_expert", detail)
     return number or bound
+
+
+def _is_made_of_counts(node: fx.Node) -> bool:
+    """Whether `node` is computed from how many slots experts have."""
+    seen, stack = {node}, [node]
+    while stack and len(seen) < _NODES_BACK:
+        node = stack.pop()
+        if isinstance(fact(node), Counts):
+            return True
+        new = set(node.all_input_nodes) - seen
+        seen |= new
+        stack.extend(new)
+    return False
 
 
 def counted_by(capture: Any, tx: Any, node: fx.Node) -> Counted | None:

@@ -208,20 +208,21 @@ class PutBackByAnotherSort(WrittenBlock):
 
 
 STATE, GUARDS = "loop_changes_no_python_state", "guards_only_skip_empty_experts"
+BOUNDS = "segments_are_those_of_an_expert"
 WRITES, COVERED = "segments_are_written_once", "every_expert_is_covered"
 
 MISSES = (
-    NearMiss("bounds_tensors_shifted", None, TensorsShifted),
+    NearMiss("bounds_tensors_shifted", BOUNDS, TensorsShifted),
     NearMiss("bounds_tensors_changed", GUARDS, TensorsChanged),
     NearMiss("bounds_tensors_changed_and_copied", GUARDS, TensorsChangedAndCopied),
-    NearMiss("bounds_start_written", None, StartWritten),
+    NearMiss("bounds_start_written", BOUNDS, StartWritten),
     NearMiss("bounds_tensors_skip_singles", GUARDS, TensorsSkipSingles),
     NearMiss("bounds_skipped_by_neighbour", STATE, SkippedByNeighbour),
     NearMiss("bounds_start_shown", "parts_are_only_put_together", StartShown),
     NearMiss("bounds_starts_out_of_turn", STATE, StartsOutOfTurn),
     NearMiss("bounds_tensor_starts_out_of_turn", STATE, TensorStartsOutOfTurn),
-    NearMiss("bounds_from_one", None, BoundsFromOne),
-    NearMiss("bounds_swapped", None, BoundsSwapped),
+    NearMiss("bounds_from_one", BOUNDS, BoundsFromOne),
+    NearMiss("bounds_swapped", BOUNDS, BoundsSwapped),
     NearMiss("bounds_written_twice", COVERED, WrittenTwice),
     NearMiss("bounds_written_in_part", WRITES, WrittenInPart),
     NearMiss("bounds_one_not_written", COVERED, OneNotWritten),

@@ -297,7 +297,7 @@ MISSES = (
     NearMiss("segments_reversed", FORM, Reversed),
     NearMiss("segments_shifted", FORM, Shifted),
     NearMiss("segments_of_first_slot", FORM, OfFirstSlot),
-    NearMiss("segments_of_changed_counts", None, CountsChanged),
+    NearMiss("segments_of_changed_counts", "nothing_is_written_inside", CountsChanged),
     NearMiss("segments_of_written_rows", "nothing_is_written_inside", RowsWritten),
     NearMiss("segments_tied", "bodies_are_isomorphic", Tied),
     NearMiss("segments_with_mixed_rows", "body_is_row_wise", MixedRows),
