@@ -13,9 +13,9 @@ INTRODUCTION = """\
 # Gallery
 
 Left: the experts as somebody wrote them, from the zoo of naive programs (`tests/zoo`). Right: the graph that Inductor
-gets instead. The graphs are the goldens of `tests/forms/test_goldens.py`: a test fails when one changes. Names that
-start with a dot are methods of tensors; `scatter_moe.*` are [operators](ops.md). What stands before the first of them
-is the program's own router, untouched."""
+gets instead. The graphs are the goldens in `tests/forms/goldens`: a test fails when one changes. Names that start with a
+dot are methods of tensors; `scatter_moe.*` are [operators](ops.md). What stands before the first of them is the
+program's own router, untouched."""
 
 
 def text() -> str:
@@ -32,8 +32,8 @@ def text() -> str:
 
 def goldens() -> Iterator[tuple[str, str, str]]:
     """Title, name of the zoo's case and expected graph of each golden test."""
-    tree = ast.parse((ROOT / "tests" / "forms" / "test_goldens.py").read_text())
-    for function in ast.walk(tree):
+    files = sorted((ROOT / "tests" / "forms" / "goldens").glob("test_*.py"))
+    for function in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
             strings = [
                 node.value

@@ -26,7 +26,6 @@ from fx_passes.ops import known_tensor
 from fx_passes.statements import Counts, Mask
 from fx_passes.totals import total_of
 
-
 _NODES_BACK = 64
 """How many nodes back to look for the counts that a number is made of."""
 

@@ -5,11 +5,13 @@ import torch
 
 import scatter_moe
 from tests.backend.harness import assert_same, can_be_cached, compile_ours, fresh_dynamo, graphs, observe, rewritten
+from tests.forms.table import TABLE
 from tests.zoo import ZOO, hidden_states
 from tests.zoo.common import D
 
 MUST = [case for case in ZOO if case.must_rewrite]
 MAY = [case for case in ZOO if not case.must_rewrite]
+FORM_OF = {name: form for form, row in TABLE.items() for name in row.programs}
 NEVER_CACHED = ("phimoe_445_train", "sorted_slots_under_autocast")
 """These hold what AOTAutograd's cache takes in no graph: an autograd function, a switch of autocast."""
 WITH_INDUCTOR = ("stacked_sentinel", "mixtral_445", "gpt_oss_5", "range_lora")
@@ -21,6 +23,7 @@ QUICK = frozenset(
     weight_on_input fp32_accumulator range_gelu_bias hit_swiglu_fused range_lora hit_layer_norm_first
     sorted_slots gathered_einsum gathered_batched_mm gathered_norm dense_einsum
     dense_added_by_number dense_modules_sum dense_modules_gather expert_by_name
+    slot_columns segments_array segments_residual
     dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated
     switch_lists flat_paired dense_sequences_einsum dense_sequences_cut dense_modules_where""".split()
 )
@@ -64,6 +67,7 @@ def test_explain_describes_the_region(case):
     report = scatter_moe.explain(case.make(), hidden_states())
     assert len(report.regions) == case.regions
     region = report.regions[0]
+    assert {region.form for region in report.regions} == {FORM_OF[case.name]}
     assert (region.num_experts, region.top_k) == (case.num_experts, case.top_k)
     if case.op is not None:
         assert region.op == case.op

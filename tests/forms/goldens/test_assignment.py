@@ -1,0 +1,98 @@
+"""The graphs that the form "assignment" is rewritten to, pinned."""
+
+from tests.forms.golden import Golden
+
+
+class Goldens(Golden):
+    def test_assignment(self):
+        self.assertExpectedInline(
+            self.golden("switch_assignment"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 1, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .to(v18, torch.float32)
+v21 = .squeeze(v19, -1)
+v22 = .squeeze(v20, -1)
+v23 = .view(v21, -1, 1)
+v24 = scatter_moe.route(v23, 4)
+v25 = getitem(v24, 0)
+v26 = getitem(v24, 1)
+v27 = .view(v22, -1, 1)
+v28 = scatter_moe.mlp(v14, v27, v25, v26, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v29 = .view_as(v28, hidden_states)
+return (v29)""",
+        )
+
+    def test_assignment_with_dropped_tokens(self):
+        self.assertExpectedInline(
+            self.golden("switch_dropped"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 1, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .to(v18, torch.float32)
+v21 = .squeeze(v19, -1)
+v22 = .squeeze(v20, -1)
+v23 = one_hot(v21, 4)
+v24 = .cumsum(v23, dim=0)
+v25 = sub(v24, 1)
+v26 = getitem(v21, (slice(None, None, None), None))
+v27 = .gather(v25, 1, v26)
+v28 = .squeeze(v27, 1)
+v29 = lt(v28, 4)
+v30 = where(v29, v21, 4)
+v31 = .clone(v14)
+v32 = .view(v30, -1, 1)
+v33 = scatter_moe.route(v32, 4)
+v34 = getitem(v33, 0)
+v35 = getitem(v33, 1)
+v36 = .view(v22, -1, 1)
+v37 = scatter_moe.mlp(v14, v36, v34, v35, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v38 = ge(v32, 0)
+v39 = lt(v32, 4)
+v40 = logical_and(v38, v39)
+v41 = where(v40, v37, v31)
+v42 = .view_as(v41, hidden_states)
+return (v42)""",
+        )
+
+    def test_assignment_of_listed_outputs(self):
+        self.assertExpectedInline(
+            self.golden("switch_lists"),
+            """\
+v19 = .reshape(hidden_states, -1, 16)
+v20 = linear(v19, switch_weight, switch_bias)
+v21 = softmax(v20, dim=-1)
+v22 = max(v21, dim=-1)
+v23 = getitem(v22, 0)
+v24 = getitem(v22, 1)
+v25 = eq(v24, 0)
+v26 = eq(v24, 1)
+v27 = eq(v24, 2)
+v28 = eq(v24, 3)
+v29 = sum(v25)
+v30 = sum(v26)
+v31 = sum(v27)
+v32 = sum(v28)
+v33 = stack([v29, v30, v31, v32])
+v34 = .to(v33, cpu, torch.float32)
+v35 = .view(v24, -1, 1)
+v36 = scatter_moe.route(v35, 4)
+v37 = getitem(v36, 0)
+v38 = getitem(v36, 1)
+v39 = .reshape(v37, (-1, 1))
+v40 = ones_like(v39, dtype=torch.float32)
+v41 = scatter_moe.mlp(v19, v40, v37, v38, [experts_0_layer1_weight, experts_1_layer1_weight, experts_2_layer1_weight, experts_3_layer1_weight], [], [experts_0_layer2_weight, experts_1_layer2_weight, experts_2_layer2_weight, experts_3_layer2_weight], [experts_0_layer1_bias, experts_1_layer1_bias, experts_2_layer1_bias, experts_3_layer1_bias], [], [experts_0_layer2_bias, experts_1_layer2_bias, experts_2_layer2_bias, experts_3_layer2_bias], relu, plain, False, output, 1.702, 7.0, torch.float32)
+v42 = .view(v23, -1, 1)
+v43 = mul(v41, v42)
+v44 = .view(v43, (2, 12, 16))
+v45 = .sum(v21, 0)
+return (v44, v34, v45, v23)""",
+        )

@@ -1,0 +1,128 @@
+"""For each form the programs of the zoo that it takes, and near misses that are left for a rule that is named.
+
+Its file is `fx_passes/forms/NAME.py`, its goldens are in `tests/forms/goldens/test_NAME*.py`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    programs: tuple[str, ...]
+    near_misses: tuple[str, ...]
+
+
+def row(programs: str, near_misses: str) -> Row:
+    return Row(tuple(programs.split()), tuple(near_misses.split()))
+
+
+TABLE = {
+    "hit_loop": row(
+        """
+        mixtral_451 mixtral_457 qwen2_moe_457 qwen3_moe_451 stacked_sentinel stacked_unnormalized stacked_top_1
+        stacked_top_all stacked_no_sentinel stacked_relu2 gpt_oss_5 granite_5 hit_flatten hit_unpacked
+        hit_column hit_where unique_ids hit_flat_weights hit_swiglu hit_swiglu_fused hit_geglu_bias
+        hit_gelu_bias hit_gelu_tanh hit_relu_squared hit_three_layers hit_layer_norm_first hit_rms_norm_after
+        hit_lora hit_residual hit_clamped hit_one_linear hit_one_gate hit_uneven_halves hit_sigmoid_glu
+        views_hit_halves hit_shared_norm
+        """,
+        """
+        hit_without_first hit_twice hit_busy_experts hit_hits_of_other_ids hit_previous_rows
+        """,
+    ),
+    "range_loop": row(
+        """
+        mixtral_436 mixtral_445 qwen2_moe_445 olmoe_445 deepseek_v3_457 deepseek_v3_enumerate deepseek_reference
+        deepseek_local stacked_range phimoe_445_eval phimoe_445_train jamba_445 any_guard any_guard_continue
+        sum_guard len_guard plus_equals zip_masks hit_tolist weight_on_input unweighted fp32_accumulator
+        closure_over_experts sigmoid_top expert_by_name expert_by_item dropped_one_hot dropped_one_hot_padding
+        listed_all_at_once listed_all_nonzero listed_kept_dim listed_unbound any_mask_rows any_mask_where
+        any_mask_argmax any_mask_nonzero dense_gate_column multi_hot sequence_mask sequence_rows sequence_where
+        sequence_flat_output flat_to_tokens range_swiglu range_swiglu_fused range_geglu_bias range_gelu_bias
+        range_gelu_tanh range_relu_squared range_three_layers range_layer_norm_first range_rms_norm_after
+        range_lora range_residual range_clamped range_one_linear range_one_gate range_uneven_halves
+        range_sigmoid_glu range_narrow range_clamped_by_tensors range_dropout_eval parameters_taken
+        parameters_biases parameters_addmm parameters_einsum views_halves views_halves_in_one_index views_chunks
+        views_every_other views_halves_of_the_stack views_three_to_four views_thirds views_halves_of_biases
+        views_unbound views_enumerated views_segments views_experts_last views_halves_of_modules
+        temporaries_weighted temporaries_activated temporaries_gated temporaries_residual segments_of_slots
+        segments_of_slots_inference segments_of_slots_index_add hit_identity_experts hit_item_more_classes
+        """,
+        """
+        range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
+        listed_slots_as_tokens parameters_next_bias temporaries_input_written
+        """,
+    ),
+    "slot_loop": row(
+        "slots_then_experts slot_columns experts_then_slots sequence_slots",
+        """
+        slots_weight_of_another slots_guard_of_another slots_pair_left_out slots_first_twice
+        """,
+    ),
+    "assignment": row(
+        """
+        switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
+        switch_lists_copied
+        """,
+        "assigned_any_mask assigned_then_added assigned_to_view assigned_without_one",
+    ),
+    "flat_pairs": row(
+        """
+        deepseek_v2_train flat_weighted_inside flat_weighted_in_place flat_copied flat_paired
+        flat_paired_weighted
+        """,
+        "flat_tiled flat_mean flat_rows_written flat_ids_written paired_first_slot",
+    ),
+    "sorted_slots": row(
+        """
+        sorted_slots_under_autocast sorted_slots sorted_slots_argsort sorted_slots_norm
+        sorted_slots_expert_parallel
+        """,
+        """
+        slots_other_offsets slots_sorted_twice slots_clamped_first slots_sentinels_add_up
+        """,
+    ),
+    "sorted_segments": row(
+        """
+        deepseek_v2_infer granite_45x segments_split segments_sliced segments_skipped segments_array
+        segments_written segments_for_loop
+        """,
+        "segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last",
+    ),
+    "segments": row(
+        "segments_tensors segments_residual segments_projections",
+        "bounds_tensors_shifted bounds_one_not_written bounds_written_before_use",
+    ),
+    "gathered_weights": row(
+        """
+        gathered_einsum gathered_from_the_end gathered_clamped gathered_matmul gathered_norm gathered_batched_mm
+        gathered_expert_parallel
+        """,
+        """
+        gathered_other_experts gathered_sum_over_tokens gathered_frozen_down gathered_flat_ids_written
+        """,
+    ),
+    "dense_experts": row(
+        """
+        gpt_oss_457_dense dense_einsum dense_einsum_transposed dense_masked_softmax dense_llama4
+        dense_added_by_number dense_picked_by_number
+        """,
+        """
+        dense_all_soft dense_all_threshold dense_all_repeated_ids dense_all_biased_inputs
+        """,
+    ),
+    "dense_modules": row(
+        """
+        dense_sum stack_gather dense_modules_sum dense_modules_in_place dense_modules_beside_shared
+        dense_modules_masked dense_modules_einsum dense_modules_product dense_modules_matmul
+        dense_modules_gather dense_modules_index dense_modules_norm
+        """,
+        """
+        dense_modules_soft dense_modules_repeated_ids dense_modules_tied dense_modules_weights_written
+        """,
+    ),
+    "fixed_capacity": row(
+        "",
+        "capacity_gshard capacity_grouped capacity_expert_choice",
+    ),
+}
