@@ -13,8 +13,8 @@ INTRODUCTION = """\
 # Gallery
 
 Left: the experts as somebody wrote them, from the zoo of naive programs (`tests/zoo`). Right: the graph that Inductor
-gets instead. The graphs are the goldens in `tests/forms/goldens`: a test fails when one changes. Names that start with a
-dot are methods of tensors; `scatter_moe.*` are [operators](ops.md). What stands before the first of them is the
+gets instead. The graphs are the goldens in `tests/forms/goldens`: a test fails when one changes. Names that start with
+a dot are methods of tensors; `scatter_moe.*` are [operators](ops.md). What stands before the first of them is the
 program's own router, untouched."""
 
 
