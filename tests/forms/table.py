@@ -106,6 +106,7 @@ TABLE = {
         """
         gpt_oss_457_dense dense_einsum dense_einsum_transposed dense_masked_softmax dense_llama4
         dense_added_by_number dense_picked_by_number
+        dense_sequences_einsum dense_sequences_experts_first dense_sequences_cut
         """,
         """
         dense_all_soft dense_all_threshold dense_all_repeated_ids dense_all_biased_inputs
@@ -116,6 +117,7 @@ TABLE = {
         dense_sum stack_gather dense_modules_sum dense_modules_in_place dense_modules_beside_shared
         dense_modules_masked dense_modules_einsum dense_modules_product dense_modules_matmul
         dense_modules_gather dense_modules_index dense_modules_norm
+        dense_modules_where dense_modules_kept_scores dense_modules_where_top_1
         """,
         """
         dense_modules_soft dense_modules_repeated_ids dense_modules_tied dense_modules_weights_written
