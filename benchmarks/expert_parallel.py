@@ -219,18 +219,6 @@ def crossover(name: str, mesh: DeviceMesh, arguments: argparse.Namespace) -> lis
     return rows
 
 
-def all_ranks(min_ctas: int) -> DeviceMesh:
-    """NCCL with at least so many thread blocks, as many as it likes for 0."""
-    num_ranks = (dist.get_world_size(),)
-    if not torch.cuda.is_available():
-        return init_device_mesh("cpu", num_ranks)
-    if not min_ctas:
-        return init_device_mesh("cuda", num_ranks)
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.min_ctas = min_ctas
-    return init_device_mesh("cuda", num_ranks, backend_override={0: options})
-
-
 def scaled(shape: Shape, scale: int) -> Shape:
     return shape._replace(T=shape.T // scale, D=shape.D // scale, F=shape.F // scale)
 
@@ -241,7 +229,6 @@ def main() -> None:
     parser.add_argument("--crossover", action="store_true", help="the exchanges alone")
     parser.add_argument("--chunks", action="store_true", help="`two chunks` too; needs GPUs")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--min-ctas", type=int, default=64, help="thread blocks of NCCL at least; 0: its own choice")
     parser.add_argument("--scale", type=int, default=1, help="divides T, D and F: to try the command without GPUs")
     parser.add_argument("--dry", action="store_true", help="record nothing")
     arguments = parser.parse_args()
@@ -249,15 +236,14 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    mesh = all_ranks(arguments.min_ctas)
+    mesh = init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
     measured = crossover if arguments.crossover else measure
     rows = [row for name in arguments.shapes for row in measured(name, mesh, arguments)]
     if dist.get_rank() == 0:
         if arguments.scale == 1 and not arguments.dry:
             benchmark = "exchange_crossover" if arguments.crossover else "expert_parallel"
             nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
-            settings = {"rounds": arguments.rounds, "gpus": mesh.size(), "min_ctas": arguments.min_ctas, "nccl": nccl}
-            report.append(benchmark, rows, **settings)
+            report.append(benchmark, rows, rounds=arguments.rounds, gpus=mesh.size(), nccl=nccl)
         title = (
             "the exchanges alone, forward and backward" if arguments.crossover else "one expert layer, training step"
         )
