@@ -16,6 +16,7 @@ from fx_passes.forms import FORMS
 from fx_passes.lengths import sum_masks
 from fx_passes.loop_invariant import is_left_for_ours
 from fx_passes.mode_rules import switches_grad_mode
+from fx_passes.products_in_place import put_products_in_place
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
@@ -52,6 +53,7 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     for form in FORMS:
         for candidate in _candidates(form, gm.graph, outcome):
             changed |= _rewrite_candidate(form, candidate, outcome)
+    changed |= put_products_in_place(gm.graph)
     for node in gm.graph.nodes:
         if not switches_grad_mode(node) and not is_left_for_ours(node):
             outcome.remaining_events.update(events_of(node))

@@ -7,6 +7,10 @@
 The counts, and where segments begin and end, may be numbers or tensors. How the rows came to lie so, and what becomes
 of them, is not looked at: row i of `out` is the work of the expert to whose segment row i of `rows` belongs. An expert
 may be a single linear layer.
+
+    rows, slots = x[order // K], zeros.index_add(0, order, out)                        # `order` is a sort of the ids
+
+Such a copy at either side of a linear layer is spared: the layer reads and writes rows where they are.
 """
 
 from collections.abc import Iterator

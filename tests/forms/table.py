@@ -90,7 +90,10 @@ TABLE = {
         "segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last",
     ),
     "segments": row(
-        "segments_tensors segments_residual segments_projections",
+        """
+        segments_tensors segments_residual segments_projections segments_projections_written
+        segments_projections_detached segments_projections_elsewhere segments_projections_read_twice
+        """,
         "bounds_tensors_shifted bounds_one_not_written bounds_written_before_use",
     ),
     "gathered_weights": row(
