@@ -19,8 +19,8 @@ def rounding_table() -> str:
 def fine_tune_table() -> str:
     """All runs of `benchmarks/fine_tune.py`: gaps over seeds."""
     lines = [
-        "| trained | steps | seeds | experts | largest gap | median gap | at most grouped_mm's | median of the rms |",
-        "|---|---:|---:|---|---:|---:|---:|---:|",
+        "| trained | dtype | steps | seeds | experts | largest gap | median gap | at most grouped_mm's | median of the rms |",
+        "|---|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     records = pictures.records("fine_tune")
     lines += [row for record in records for row in _rows(record)]
@@ -40,7 +40,8 @@ def _rows(record: dict) -> Iterator[str]:
         way = "scatter_moe" if way == "experts implementation" else way
         seeds = "-" if way == "grouped_mm" else f"{within} of {len(gaps)} seeds"
         numbers = f"{max(gaps):.1e} | {statistics.median(gaps):.1e} | {seeds} | {rms}"
-        yield f"| {trained} | {record['settings']['steps']} | {len(rows)} | {way} | {numbers} |"
+        dtype = "bf16 autocast" if record["settings"]["bf16"] else "fp32"
+        yield f"| {trained} | {dtype} | {record['settings']['steps']} | {len(rows)} | {way} | {numbers} |"
 
 
 def _caption(record: dict) -> str:
