@@ -19,7 +19,8 @@ def rounding_table() -> str:
 def fine_tune_table() -> str:
     """All runs of `benchmarks/fine_tune.py`: gaps over seeds."""
     lines = [
-        "| trained | dtype | steps | seeds | experts | largest gap | median gap | at most grouped_mm's | median of the rms |",
+        "| trained | dtype | steps | seeds | experts | largest gap | median gap "
+        "| at most grouped_mm's | median of the rms |",
         "|---|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     records = pictures.records("fine_tune")
