@@ -1,6 +1,6 @@
-"""What an iteration computes from outside the loop alone, the same in each: it may stay once the loop is gone.
+"""What an iteration computes from outside the loop alone: it may stay once the loop is gone.
 
-    1.0 + self.norm.weight          W.view(E, F, D)
+    1.0 + self.norm.weight          W.view(E, F, D)          W[0] + B[0] @ A[0]
 
 It must have no effect, and code of ours alone may read it: what follows the loop would see that an iteration ran.
 """
@@ -8,10 +8,10 @@ It must have no effect, and code of ours alone may read it: what follows the loo
 from torch import fx
 
 from fx_passes.capture import events_of
-from fx_passes.ops import POINTWISE, is_inplace, op_name
+from fx_passes.ops import OF_PARAMETERS, is_inplace, op_name
 
 _MADE_BY_REWRITE = "scatter_moe_made_by_rewrite"
-_VIEWS = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "getattr"))
+_VIEWS = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "getattr", "t"))
 
 
 def mark_as_ours(node: fx.Node) -> None:
@@ -25,7 +25,8 @@ def is_left_for_ours(node: fx.Node) -> bool:
 
 
 def _is_invariant(node: fx.Node) -> bool:
-    if op_name(node) not in POINTWISE | _VIEWS or is_inplace(node):
+    picks = op_name(node) == "getitem" and len(node.all_input_nodes) == 1
+    if (op_name(node) not in OF_PARAMETERS | _VIEWS and not picks) or is_inplace(node):
         return False
     return all(not events_of(source) or _is_invariant(source) for source in node.all_input_nodes)
 

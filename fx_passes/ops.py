@@ -67,6 +67,11 @@ POINTWISE = frozenset(
     """.split()
 )
 
+OF_PARAMETERS = POINTWISE | frozenset(
+    "linear matmul mm bmm addmm baddbmm einsum sum mean norm softmax cat stack".split()
+)
+"""What may be computed of parameters alone: it has no effect and draws nothing at random."""
+
 _WRITES_STATISTICS = frozenset("batch_norm instance_norm embedding embedding_bag".split())
 _INPLACE_ARGUMENT = {
     **dict.fromkeys("relu relu6 silu mish hardswish hardsigmoid selu".split(), 1),

@@ -18,7 +18,7 @@ from fx_passes.facts import counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
-from fx_passes.ops import POINTWISE, fake_tensor, is_inplace, known_tensor, op_name, out_of_place
+from fx_passes.ops import OF_PARAMETERS, POINTWISE, fake_tensor, is_inplace, known_tensor, op_name, out_of_place
 from fx_passes.parameter_views import chosen_by, has_expert, viewed
 from fx_passes.simplify import simplified
 from fx_passes.statements import Fact, Mask, Rows
@@ -147,7 +147,20 @@ class Unifier:
         args = self._structure(tuple(node.args for node in nodes), first)
         kwargs = self._structure(tuple(dict(node.kwargs) for node in nodes), first)
         rows = any(has_rows(value) for value in nested_values((args, kwargs)))
-        return simplified(Op(op_name(first) or "", first, args, kwargs, rows))
+        value = simplified(Op(op_name(first) or "", first, args, kwargs, rows))
+        return self._computed(nodes, value) if isinstance(value, Op) and not rows else value
+
+    def _computed(self, nodes: tuple[fx.Node, ...], op: Op) -> Value:
+        """`W[e] + B[e] @ A[e]`: what every expert computes alike of its parameters is a parameter, too.
+
+        It stays where it is computed, once for each expert: neither for each of its slots, nor once for all experts.
+        """
+        operands = list(nested_values((op.args, op.kwargs)))
+        is_pure = op.name in OF_PARAMETERS and fake_tensor(op.node) is not None and not any(map(is_inplace, nodes))
+        is_own = any(isinstance(operand, PerExpert) for operand in operands)
+        alone = all(isinstance(operand, (PerExpert, Shared)) for operand in operands)
+        once_each = len(set(self.experts)) == len(nodes) and all(isinstance(expert, int) for expert in self.experts)
+        return PerExpert(op.node, tensors=nodes) if is_pure and is_own and alone and once_each else op
 
     def _structure(self, items: tuple[Any, ...], at: fx.Node) -> Any:
         """The same place of an argument list in all copies."""

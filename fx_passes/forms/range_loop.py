@@ -20,7 +20,8 @@ its own by `experts == e`. The mask may also hold where any slot of a token is t
     out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]
 
 An expert's weights may be modules of its own or any views of what all experts have: `W[e, :F]`, `W[e].chunk(2)`,
-`W.unbind(0)[e]`, `W[e * F : (e + 1) * F]`.
+`W.unbind(0)[e]`, `W[e * F : (e + 1) * F]`. They may be computed in the loop of its own parameters alone, as a merged
+LoRA is: `W[e] + scale * B[e] @ A[e]`.
 
 Tokens may stay in two dims, a batch of sequences, with ids [B, S, K]: `m` is then [B, S], positions are `b, s, k`.
 

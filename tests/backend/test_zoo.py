@@ -25,7 +25,8 @@ QUICK = frozenset(
     dense_added_by_number dense_modules_sum dense_modules_gather expert_by_name
     slot_columns segments_array segments_residual
     dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated
-    switch_lists flat_paired dense_sequences_einsum dense_sequences_cut dense_modules_where""".split()
+    switch_lists flat_paired dense_sequences_einsum dense_sequences_cut dense_modules_where
+    merged_loop merged_stacked""".split()
 )
 
 

@@ -47,10 +47,12 @@ TABLE = {
         views_unbound views_enumerated views_segments views_experts_last views_halves_of_modules
         temporaries_weighted temporaries_activated temporaries_gated temporaries_residual segments_of_slots
         segments_of_slots_inference segments_of_slots_index_add hit_identity_experts hit_item_more_classes
+        merged_loop merged_normalised merged_stacked
         """,
         """
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         listed_slots_as_tokens parameters_next_bias temporaries_input_written
+        merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         """,
     ),
     "slot_loop": row(
@@ -64,7 +66,10 @@ TABLE = {
         switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
         switch_lists_copied
         """,
-        "assigned_any_mask assigned_then_added assigned_to_view assigned_without_one",
+        """
+        assigned_any_mask assigned_then_added assigned_to_view assigned_without_one copied_by_token
+        switch_lists_first_come switch_lists_assigned_twice switch_lists_outputs_returned
+        """,
     ),
     "flat_pairs": row(
         """
@@ -85,7 +90,7 @@ TABLE = {
     "sorted_segments": row(
         """
         deepseek_v2_infer granite_45x segments_split segments_sliced segments_skipped segments_array
-        segments_written segments_for_loop
+        segments_written segments_for_loop merged_segments
         """,
         "segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last",
     ),
@@ -113,6 +118,7 @@ TABLE = {
         """,
         """
         dense_all_soft dense_all_threshold dense_all_repeated_ids dense_all_biased_inputs
+        dense_sequences_soft dense_sequences_mean_over_sequence dense_sequences_cut_as_it_lies
         """,
     ),
     "dense_modules": row(
@@ -121,9 +127,11 @@ TABLE = {
         dense_modules_masked dense_modules_einsum dense_modules_product dense_modules_matmul
         dense_modules_gather dense_modules_index dense_modules_norm
         dense_modules_where dense_modules_kept_scores dense_modules_where_top_1
+        merged_dense_modules
         """,
         """
         dense_modules_soft dense_modules_repeated_ids dense_modules_tied dense_modules_weights_written
+        dense_modules_where_repeated dense_modules_where_left_out dense_modules_where_of_another
         """,
     ),
     "fixed_capacity": row(
