@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.adversarial.model import E, FF, K, Model
+from tests.adversarial.model import E, FF, K, Model, counting, innermost, nested
 
 
 class Program(Model):
@@ -92,6 +92,14 @@ LOOPS = {
         addition="parts.append(y)",
         after="out = out.index_add(0, at, torch.cat(parts) * w.flatten()[order, None])",
     ),
+    "flat": Loop(
+        "slots = torch.zeros_like(rows)\nfor e in range(E):",
+        "s = (flat == e).nonzero().squeeze(-1); at = t = s // ids.shape[1]",
+        rows="rows[s]",
+        weight="y = y * flat_w[s, None]",
+        addition="slots[s] = y",
+        after="out = slots.view(*ids.shape, -1).sum(1)",
+    ),
 }
 
 BODIES = {
@@ -102,6 +110,8 @@ BODIES = {
     "gated": "g, u = (x[t] @ self.gate_up[e]).chunk(2, -1); y = (F.silu(g) * u) @ self.down[e]",
     "biased": "y = F.linear(F.gelu(x[t] @ self.up[e] + self.up_bias[e]), self.down[e].t(), self.down_bias[e])",
     "normed": "y = F.layer_norm(x[t] @ self.square[e], (4,))",
+    "one_gate": "y = (F.silu(x[t] @ self.column[e]) * (x[t] @ self.up[e])) @ self.down[e]",
+    "one_bias": "y = F.silu(x[t] @ self.up[e] + self.scale[e, None]) @ self.down[e]",
     "scaled": "y = (x[t] @ self.square[e]) * self.scale[e]",
 }
 
@@ -136,6 +146,9 @@ MUTATIONS = {
     "other_weights": ("body", "y = y * w[t, 0, None]"),
     "table": ("body", "y = y * logits[t, e, None]"),
     "keep": ("body", "y = y * (x > 0)[t]"),
+    "number_is": ("body", "one = 1; y = y * 2 if e is one else y"),
+    "row_of_row": ("body", "y = y + self.square[e][e]"),
+    "next_number": ("body", "y = y * next(numbers)"),
     "asserts": ("body", "torch._check(y.shape[0] < 100)"),
     "ask_list": ("body", "y = y * 2 if isinstance(t, list) else y"),
     "skip": ("begin", "if e == 2:\n    continue"),
@@ -148,6 +161,7 @@ MUTATIONS = {
     "tokens": ("end", "last = len(t)"),
     "counter": ("end", "self.count += 1"),
     "iterator": ("end", "last = next(numbers)"),
+    "deep": ("end", "innermost(deep).append(1)"),
     "attribute": ("end", "self.kept = x[t]"),
     "buffer": ("end", "self.served[e] += 1"),
     "buffer_in_place": ("end", "self.total.add_(1)"),
@@ -167,6 +181,11 @@ MUTATIONS = {
     "alias": ("masked", "out = x"),
     "strided": ("masked", "out = torch.zeros_like(x.t().contiguous().t())"),
     "halves": ("masked", "last = out[:, :2]"),
+    "begun_generator": ("masked", "numbers = counting(); next(numbers)"),
+    "flat_ids_written": ("masked", "flat.clamp_(max=1)"),
+    "flat_weights_written": ("masked", "flat_w.mul_(2)"),
+    "rows_written": ("masked", "rows.mul_(2)"),
+    "last_number_is": ("after", "two = 2; out = out * 2 if e is two else out"),
     "written_after": ("after", "x.add_(1); last = x"),
     "number_after": ("after", "last = e"),
     "last_again": (
@@ -202,13 +221,14 @@ class Program:
             *self._at("routed"),
             MASK,
             "out = torch.zeros_like(x)",
-            "seen, last, numbers = [], 0.0, itertools.count()",
+            "seen, last, numbers, deep = [], 0.0, itertools.count(), nested(12)",
+            "flat, flat_w, rows = ids.reshape(-1), w.reshape(-1), x.repeat_interleave(ids.shape[1], 0)",
             *self._at("masked"),
             loop.head,
             *(indented(line, 4) for line in in_loop if line),
             loop.after,
             *self._at("after"),
-            "return out, last, seen",
+            "return out, last, seen, deep",
         ]
         return PREAMBLE + "\n".join(indented(line, 8) for line in lines) + "\n"
 
