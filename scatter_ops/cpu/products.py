@@ -83,7 +83,7 @@ def _by_row(
     matrices = matrices if transposed else matrices.mT
     x_N1D = rows.expand(num_rows, 1, -1) if rows.shape[0] == 1 else rows[:num_rows].unsqueeze(1)
     if y is None and not bias and num_rows == groups.num_rows:
-        return torch.bmm(x_N1D, matrices).squeeze(1)
+        return torch.bmm(x_N1D, matrices).squeeze_(1)  # no view: whoever gets it may write to it
     y = _or_new(y, rows, weight, groups, transposed)
     y_N1F = y[:num_rows].unsqueeze(1)
     if not bias and not add:

@@ -111,6 +111,18 @@ def test_one_frozen_expert_of_a_list(device):
     assert expected.keys() != results(OPS.mlp, arguments).keys()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grouped_out", [False, True])
+def test_results_can_be_written_to(grouped_out, bias, device):
+    """Experts write to what a linear layer gave them: `y += x`."""
+    case = Case("parallel_linear", bias=bias, options={"grouped_in": False, "grouped_out": grouped_out})
+    arguments = case.arguments(Sizes(T=5, K=2, E=4, D=4, F=5), device=device)
+    out = getattr(OPS, case.op)(*arguments)
+    out.mul_(2.0)
+    out.sum().backward()
+    assert arguments[X].grad is not None
+
+
 def test_gradients_of_a_list_can_be_changed_in_place(device):
     """They share one storage; clipping, zeroing and accumulating must not notice."""
     arguments = Case("mlp", parameters="list", options=SILU).arguments(SIZES, device=device)
