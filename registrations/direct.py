@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_SIGNATURES = 1024
+SCALARS = {str, bool, int, float, torch.dtype, type(None)}
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 USUAL_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
 UNUSUAL_KEYS = ~USUAL_KEYS.raw_repr()
@@ -80,11 +81,11 @@ def _signature(values: Sequence[Any]) -> tuple:
     """Of each tensor, those in lists too, what a check may look at; anything else as it is."""
     return tuple(
         [
-            (type(value), value.shape, value.dtype, value.device, value.layout)
-            if isinstance(value, Tensor)
+            value
+            if type(value) in SCALARS
             else _signature(value)
             if isinstance(value, list)
-            else value
+            else (type(value), value.shape, value.dtype, value.device, value.layout)
             for value in values
         ]
     )

@@ -75,7 +75,8 @@ def grouped_weight_grad(
     If `out` is given they are written to it, and the other experts' are left alone.
     """
     left, right = (rows, grad_rows) if transposed else (grad_rows, rows)
-    if out is None and grouped_mm_serves(groups, left, right):
+    every_row = left.shape[0] == right.shape[0]  # and not one that stands for all
+    if out is None and every_row and grouped_mm_serves(groups, left, right):
         return F.grouped_mm(left.t(), right, offs=groups.offsets_E)
     if out is None:
         out = stacked_grads((groups.num_experts, left.shape[1], right.shape[1]), rows, groups)

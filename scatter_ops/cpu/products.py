@@ -30,7 +30,8 @@ def product(
     """W_e x + b_e, written or added to the rows of y if that is given; undefined for rows without an expert."""
     if _calls_outweigh_copies(weight, groups):
         return _by_row(rows, weight, groups, bias, transposed, y, add)
-    if y is None and not bias and len(weight) == 1 and grouped_mm_serves(groups, rows, weight[0]):
+    every_row = rows.shape[0] == groups.num_rows  # and not one that stands for all
+    if y is None and not bias and len(weight) == 1 and every_row and grouped_mm_serves(groups, rows, weight[0]):
         return F.grouped_mm(rows, weight[0] if transposed else weight[0].mT, offs=groups.offsets_E)
     return _by_expert(rows, weight, groups, bias, transposed, _or_new(y, rows, weight, groups, transposed), add)
 
@@ -102,11 +103,11 @@ def _calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
 
 def _is_aligned(matrix: Tensor) -> bool:
     """Whether it has dense rows or columns, each of which begins where PyTorch's loop asks for."""
-    *_, row, column = matrix.stride()
-    *_, num_rows, num_columns = matrix.shape
-    dense = (column == 1 and row >= num_columns) or (row == 1 and column >= num_rows)
-    aligned = max(row, column) * matrix.itemsize % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
-    return matrix.dtype in GROUPED_MM_DTYPES and min(num_rows, num_columns) > 1 and dense and aligned
+    (row, column), (num_rows, num_columns) = matrix.stride()[-2:], matrix.shape[-2:]
+    if column != 1:
+        row, column, num_columns = column, row, num_rows
+    dense = column == 1 and row >= num_columns and matrix.dtype in GROUPED_MM_DTYPES
+    return dense and row * matrix.itemsize % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
 
 
 def _or_new(y: Tensor | None, rows: Tensor, weight: Sequence[Tensor], groups: Groups, transposed: bool) -> Tensor:
