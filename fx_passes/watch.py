@@ -5,7 +5,7 @@ hooks, and which tensors they have, of what kind and where. Values of tensors ar
 every write changes; what is empty is looked at for having become more. So a look costs little.
 """
 
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,15 +22,16 @@ class Watch:
     def __init__(self, module: nn.Module) -> None:
         _, *self._inner = modules = list(module.modules())
         containers = [part for each in modules for part in parts_of(each) if type(part) in CONTAINERS]
-        self._can_notice = not any(container and type(container) in (list, set) for container in containers)
+        self._others = [(part, tuple(part)) for part in containers if part and type(part) in (list, set)]
         self._empty = [container for container in containers if not container]
         self._dicts = [container for container in containers if container and isinstance(container, dict)]
         self._tensors = [value for part in self._dicts for value in part.values() if isinstance(value, Tensor)]
         self._seen = self._look()
 
     def shows_no_change(self) -> bool:
-        """False in doubt: a list that isn't empty has no version."""
-        return self._can_notice and not any(self._empty) and self._look() == self._seen
+        if any(self._empty) or self._look() != self._seen:
+            return False
+        return all(len(now) == len(seen) and all(map(is_, now, seen)) for now, seen in self._others)
 
     def _look(self) -> tuple[list[Any], ...]:
         return (

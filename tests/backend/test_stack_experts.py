@@ -163,13 +163,43 @@ def narrower(module):
         expert.w2.weight.data = expert.w2.weight.data[:, :2]
 
 
+class Listed(SwiGLU):
+    """With containers that are no dicts: a list, and the names of buffers that are not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = [1.0, 2.0]
+        self.register_buffer("shift", torch.zeros(D), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.factors[1] + self.shift
+
+
+def write_to_a_list(module):
+    module.experts[2].factors[1] = 3.0
+
+
+def append_to_a_list(module):
+    module.experts[2].factors.append(3.0)
+
+
 @pytest.mark.parametrize("recursive", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
-    "change", [move_one, swap_two, narrower, changes.freeze_expert, changes.expert_hook, changes.swap_expert_class]
+    "change",
+    [
+        move_one,
+        swap_two,
+        narrower,
+        write_to_a_list,
+        append_to_a_list,
+        changes.freeze_expert,
+        changes.expert_hook,
+        changes.swap_expert_class,
+    ],
 )
 def test_what_takes_experts_apart_is_noticed(change, recursive, monkeypatch):
     """With Dynamo's shortcut for modules whose dicts are unchanged, too."""
-    eager, module = pair()
+    eager, module = pair(partial(RangeLoop, Listed))
     compiled = compile_ours(module, "eager")
     x = hidden_states(requires_grad=False)
     warnings = []
