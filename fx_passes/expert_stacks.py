@@ -36,11 +36,13 @@ class ExpertStack:
     """
 
     def __init__(self, container: nn.ModuleList) -> None:
+        """Of alike experts whose tensors lie in one buffer a name."""
         self.experts = tuple(container)
         self._tensors = {
             path: tuple(tensor_at(expert, path) for expert in self.experts) for path, _ in tensors_in(self.experts[0])
         }
-        self._verify(container)
+        self._watch, self._holds = Watch(container), True
+        self.kind = self._kind()
 
     def holds(self, container: nn.ModuleList) -> bool:
         """Whether the experts of the list are these, still alike, and their tensors where they were put."""
@@ -72,10 +74,13 @@ class ExpertStack:
     def _verify(self, container: nn.ModuleList) -> None:
         """The watch comes first, to miss no write, and is kept last: another thread may ask meanwhile."""
         watch = Watch(container)
-        self._holds = self._is_as_made(container)
-        kinds = ((path, *_kind_of(tensors[0])) for path, tensors in self._tensors.items())
-        self.kind = len(self.experts), *kinds
+        self._holds, self.kind = self._is_as_made(container), self._kind()
         self._watch = watch
+
+    def _kind(self) -> tuple[Any, ...]:
+        firsts = ((path, tensors[0]) for path, tensors in self._tensors.items())
+        kinds = ((path, first.shape, first.dtype, first.device, first.requires_grad) for path, first in firsts)
+        return len(self.experts), *kinds
 
     def _is_as_made(self, container: nn.ModuleList) -> bool:
         if tuple(container) != self.experts or not are_alike(self.experts):
@@ -92,10 +97,6 @@ class ExpertStack:
         )
         share = all(own.untyped_storage().data_ptr() == storage for own in tensors)
         return are_own and are_in_order and share and first.is_contiguous()
-
-
-def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 class _Stacked(torch.autograd.Function):

@@ -65,9 +65,10 @@ def _is_what_vars_show(kind: type) -> bool:
 def _is_equal(first: Any, other: Any, compare: Callable[[Any, Any], bool] | None = None) -> bool:
     """Equal plain data, or the same object. `compare` tells it of the items of a dict."""
     if type(first) is not type(other) or type(first) not in CONTAINERS:
-        return (
-            type(first) is type(other) and repr(first) == repr(other) if type(first) in _CONSTANTS else first is other
-        )
+        is_data = type(first) is type(other) and type(first) in _CONSTANTS
+        return first is other or (is_data and repr(first) == repr(other))
+    if not first and not other:
+        return True
     if type(first) in (set, frozenset):
         return first == other and all(type(item) in _CONSTANTS for item in (*first, *other))
     if isinstance(first, dict):

@@ -115,7 +115,9 @@ def _source_of(item: VariableTracker) -> Source | None:
 def _has_pending_writes(side_effects: Any, experts: tuple[nn.Module, ...]) -> bool:
     """Whether the trace wrote to an expert, or to a container in it, which the module itself doesn't show yet."""
     known = side_effects.id_to_variable.items()
-    written = {number for number, variable in known if side_effects.is_modified(variable)}
+    written = {
+        number for number, variable in known if variable.source is not None and side_effects.is_modified(variable)
+    }
     modules = (module for expert in experts for module in expert.modules()) if written else ()
     return any(id(part) in written for module in modules for part in parts_of(module))
 
