@@ -58,6 +58,7 @@ class Emitter:
     def _classes(self, one_hot: fx.Node) -> fx.Node:
         """The class of each token; what has none is nobody's."""
         rows = self._method("flatten", one_hot, 0, -2) if known_tensor(one_hot).dim() > 2 else one_hot
+        rows = self._method("int", rows) if known_tensor(one_hot).dtype == torch.bool else rows
         has_one = self._method("any", rows, 1, True)
         return self._function(torch.where, has_one, self._method("argmax", rows, 1, True), -1)
 
@@ -100,9 +101,10 @@ class Emitter:
         """`output` with the tokens in as many dims as the region has them."""
         sizes = self.region.output.shape[: self.region.token_dims]
         gathered = [value.source for value in self.region.body.of(Gathered)]
+        ids = rows_of_ids(self.region.ids_TK) or self.region.ids_TK
         rows = next(
             source
-            for source in (self.region.ids_TK, *gathered, *self.graph.nodes)
+            for source in (ids, *gathered, *self.graph.nodes)
             if same_sizes(sizes_of(source)[: len(sizes)], sizes)
         )
         own = [size if isinstance(size, int) else self._method("size", rows, at) for at, size in enumerate(sizes)]

@@ -8,7 +8,7 @@ from torch import fx
 
 from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, known_tensor, op_name, same_size
-from fx_passes.statements import TOKENS_BY_BATCH
+from fx_passes.statements import TOKENS_BY_BATCH, Dims
 
 _PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
 
@@ -98,17 +98,19 @@ def _is_written(node: fx.Node) -> bool:
     return any(writers_of(storage_of(node)))
 
 
-def rows_as_ids(one_hot: fx.Node, dims: int) -> fx.Node:
-    """Ids [T], or [T, 1] with two `dims`, of a tensor whose last dim has at most one 1 beside zeros, for each token.
+def rows_as_ids(one_hot: fx.Node, dims: Dims) -> fx.Node:
+    """Ids of a tensor whose last dim has at most one 1 beside zeros, for each token.
 
-    A node of no graph stands for them, until `rows_of_ids` are asked for to compute them.
+    They are [T], [T, 1] or, where the tokens are in two `dims`, [B, S, 1]. A node of no graph stands for them, until
+    `rows_of_ids` are asked for to compute them.
     """
     known = one_hot.meta.setdefault("scatter_moe_ids", {})
     if dims not in known:
         tensor = known_tensor(one_hot)
         tokens = tensor.numel() // tensor.shape[-1]
+        shapes = {("T",): (tokens,), ("T", "K"): (tokens, 1), TOKENS_BY_BATCH: (*tensor.shape[:-1], 1)}
         node = fx.Graph().placeholder(f"{one_hot.name}_ids")
-        node.meta["example_value"] = tensor.new_empty((tokens, 1)[:dims], dtype=torch.int64)
+        node.meta["example_value"] = tensor.new_empty(shapes[dims], dtype=torch.int64)
         node.meta["scatter_moe_one_hot"] = one_hot
         known[dims] = node
     return known[dims]

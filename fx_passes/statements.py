@@ -41,9 +41,10 @@ class OneHot:
 
 @dataclass(frozen=True)
 class Kept:
-    """value[..., c] is 1 where a token has class c and was kept, and else 0: a one-hot tensor times a mask."""
+    """value[..., c] is 1 where a token has class c and was kept, and else 0: a one-hot tensor times a mask, `node`."""
 
     num_classes: int
+    node: fx.Node
 
 
 @dataclass(frozen=True)

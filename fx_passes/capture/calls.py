@@ -9,6 +9,8 @@ from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture import counts, expert_numbers, index_list, loops, segments
+from fx_passes.capture.variables import has_open_length
+from fx_passes.facts import fact
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -69,7 +71,11 @@ def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: An
         return None
     header = _header_of_loop_over_result(tx)
     numbers = loops.iterate(capture, tx, tensor, header) if header is not None else None
-    return numbers or index_list.read(capture, tx, tensor) or counts.read(capture, tx, tensor)
+    found = numbers or index_list.read(capture, tx, tensor) or counts.read(capture, tx, tensor)
+    if found is None and has_open_length(tensor) and fact(tensor.as_proxy().node) is None:
+        detail = "numbers are listed that are not known to be those of the experts with a token"
+        capture.reject(tx, "loop_is_over_the_hit_experts", detail)
+    return found
 
 
 def _integer(capture: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker | None:

@@ -1,7 +1,8 @@
 """`tokens.tolist()` where the list only serves as an index: then the tensor does as well.
 
-The list has no known items, so a question about them that Python could ask (`==`, truth, iteration, `append`) takes the
-assumption back. What it shares with every list of its length is answered: `len`, `isinstance`, `type`.
+So it does for `hit.tolist()`, where the list only serves to loop over it (loops.py). The list has no known items, so a
+question about them that Python could ask (`==`, truth, iteration, `append`) takes the assumption back. What it shares
+with every list of its length is answered: `len`, `isinstance`, `type`.
 """
 
 from collections.abc import Callable
@@ -13,14 +14,14 @@ from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture.events import tag
-from fx_passes.capture.variables import call_in_graph
+from fx_passes.capture.variables import call_in_graph, rank_of
 from fx_passes.facts import fact
 from fx_passes.markers import index_list
-from fx_passes.statements import Rows
+from fx_passes.statements import Hit, Rows
 
 
 class IndexListVariable(ListVariable):
-    """A list of row positions, of which only the tensor that it was made from is known."""
+    """A list of row positions or of experts, of which only the tensor that it was made from is known."""
 
     def __init__(self, tensor: TensorVariable, take_back: Callable[[], NoReturn], **kwargs: Any) -> None:
         super().__init__([], **kwargs)
@@ -46,15 +47,24 @@ class IndexListVariable(ListVariable):
 
 
 def read(capture: Any, tx: Any, indices: TensorVariable) -> VariableTracker | None:
-    """`tokens.tolist()`."""
-    if not isinstance(fact(indices.as_proxy().node), Rows):
+    """`tokens.tolist()`, `hit.tolist()`."""
+    known = fact(indices.as_proxy().node)
+    is_hit = isinstance(known, Hit) and not known.as_tuple and rank_of(indices) == 1
+    if not isinstance(known, Rows) and not is_hit:
         return None
     event = capture.event(tx, "index list")
     if capture.is_denied(event):
         return None
     tensor = call_in_graph(tx, index_list, indices.as_proxy())
     tag(tensor.as_proxy().node, (event.number,), ())
-    return IndexListVariable(tensor, lambda: capture.trace_again_without([event]))
+
+    def take_back() -> Any:
+        if is_hit:
+            detail = "the list of experts with a token is used otherwise than to loop over it"
+            capture.reject(tx, "loop_is_over_the_hit_experts", detail)
+        capture.trace_again_without([event])
+
+    return IndexListVariable(tensor, take_back)
 
 
 def index_by_tensors(tx: Any) -> None:

@@ -11,6 +11,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture import counts, expert_loops
 from fx_passes.capture.events import Guard, Scope, events_of
+from fx_passes.capture.index_list import IndexListVariable
 from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.stand_in import replace_parameters
@@ -25,11 +26,12 @@ from fx_passes.totals import total_of
 
 def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     """The loop begins: what it runs over becomes a list of one symbolic expert, or of all experts."""
-    if expert_loops.begin_at_iter(capture, tx):
+    is_list = isinstance(tx.stack[-1].realize(), IndexListVariable)
+    if not is_list and expert_loops.begin_at_iter(capture, tx):
         return False
-    hit = tx.stack[-1].realize()
+    hit = tx.stack.pop().realize()
     header = tx.instructions[tx.instruction_pointer + 1]
-    numbers = counts.iterate(capture, tx, tx.stack.pop(), header)
+    numbers = iterate(capture, tx, hit.tensor, header) if is_list else counts.iterate(capture, tx, hit, header)
     tx.push(numbers or hit)
     if numbers is not None or not isinstance(hit, TensorVariable) or not has_open_length(hit):
         return False
@@ -52,7 +54,7 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
 
 
 def iterate(capture: Any, tx: Any, hit: TensorVariable, header: Any) -> VariableTracker | None:
-    """`for e in hit.tolist():` with the loop header `header`: the numbers of all experts.
+    """`for e in hit.tolist():`, or over such a list, with the loop header `header`: the numbers of all experts.
 
     Iterations may be missing: they belong to experts without tokens.
     """

@@ -13,7 +13,7 @@ from fx_passes.aliasing import storage_of, writers_of
 from fx_passes.facts.masks import flat_ids
 from fx_passes.ids import ids_dims, num_columns
 from fx_passes.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
-from fx_passes.statements import Counts, Fact, Mask, Occupied, OneHot
+from fx_passes.statements import Counts, Fact, Kept, Mask, Occupied, OneHot
 
 _EXACT_BYTES = 4
 """Numbers of this size hold every count."""
@@ -25,7 +25,7 @@ def _cast(node: fx.Node, inner: Fact | None) -> Fact | None:
     if isinstance(inner, Counts) and not inner.positive and value is not None:
         exact = known_tensor(arg(node, 0, "input")).dtype.itemsize >= _EXACT_BYTES
         return inner if exact and value.dtype in (torch.int32, torch.int64) else None
-    return inner if isinstance(inner, (OneHot, Mask)) else None
+    return inner if isinstance(inner, (OneHot, Mask, Kept)) else None
 
 
 def _reduce(node: fx.Node, inner: Fact | None) -> Fact | None:

@@ -16,6 +16,7 @@ from fx_passes.ops import (
     arg,
     fake_tensor,
     keeps_last_dim,
+    known_tensor,
     normalized_dim,
     only_pick,
     op_name,
@@ -24,7 +25,7 @@ from fx_passes.ops import (
     start_of_one,
     varargs,
 )
-from fx_passes.statements import Fact, Kept, Listed, ListedMask, Mask, OneHot
+from fx_passes.statements import TOKENS_BY_BATCH, Fact, Kept, Listed, ListedMask, Mask, OneHot
 
 
 def _one_hot(node: fx.Node, _inner: Fact | None) -> Fact | None:
@@ -70,6 +71,7 @@ def index_one_hot(one_hot: OneHot, index: Any) -> Fact | None:
 
 
 def select(inner: Fact | None, dim: Any, expert: Expert | None, keepdim: Any) -> Fact | None:
+    inner = as_one_hot(inner)
     if not isinstance(inner, OneHot) or expert is None or inner.dims[dim] != "E":
         return None
     if type(expert) is int and not 0 <= expert < inner.num_classes:
@@ -159,7 +161,16 @@ def product(node: fx.Node, one_hot: Any, inner: OneHot | Kept, mask: Any) -> Fac
     if isinstance(inner, OneHot) and (inner.dims[-1] != "E" or inner.reduced):
         return None
     same = before is not None and after is not None and after.shape == before.shape
-    return Kept(inner.num_classes) if same and _is_zero_or_one(mask) else None
+    return Kept(inner.num_classes, node) if same and _is_zero_or_one(mask) else None
+
+
+def as_one_hot(inner: Fact | None) -> Fact | None:
+    """What is kept of tokens in one dim or in two, as a one-hot tensor; anything else is what it was."""
+    rank = known_tensor(inner.node).dim() if isinstance(inner, Kept) else 0
+    if not isinstance(inner, Kept) or rank not in (2, 3):
+        return inner
+    dims = ("T",) if rank == 2 else TOKENS_BY_BATCH
+    return OneHot(rows_as_ids(inner.node, dims), inner.num_classes, (*dims, "E"), reduced=rank == 3)
 
 
 def by_token(node: fx.Node, inner: Kept) -> Fact | None:
@@ -167,10 +178,10 @@ def by_token(node: fx.Node, inner: Kept) -> Fact | None:
     tensor = fake_tensor(node)
     if tensor is None or tensor.dim() not in (2, 3) or not keeps_last_dim(node):
         return None
-    if tensor.dim() == 3 and not same_size(tensor.shape[1], 1):
-        return None
-    dims = ("T", "K")[: tensor.dim() - 1]
-    return OneHot(rows_as_ids(node.args[0], len(dims)), inner.num_classes, (*dims, "E"))
+    if tensor.dim() == 3 and same_size(tensor.shape[1], 1):
+        return OneHot(rows_as_ids(inner.node, ("T", "K")), inner.num_classes, ("T", "K", "E"))
+    whole = as_one_hot(inner) if tensor.dim() == 2 else None
+    return replace(whole, dims=("T", "E")) if isinstance(whole, OneHot) else None
 
 
 RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {

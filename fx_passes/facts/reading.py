@@ -66,7 +66,7 @@ def _getitem(node: fx.Node) -> Fact | None:
     if len(node.args) != 2:
         return None
     source, index = node.args
-    inner = fact(source)
+    inner = masks.as_one_hot(fact(source))
     if isinstance(inner, Selection):
         return positions.column(inner, index)
     if isinstance(inner, OneHot):

@@ -64,11 +64,12 @@ TABLE = {
     "assignment": row(
         """
         switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
-        switch_lists_copied
+        switch_lists_copied dropped_sequences dropped_listed
         """,
         """
         assigned_any_mask assigned_then_added assigned_to_view assigned_without_one copied_by_token
-        switch_lists_first_come switch_lists_assigned_twice switch_lists_outputs_returned
+        switch_lists_first_come switch_lists_assigned_twice switch_lists_outputs_returned list_by_place
+        list_in_part list_extended range_sequences_counted range_sequences_next_expert
         """,
     ),
     "flat_pairs": row(

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import Block, D, E
-from tests.zoo.numbers import Dropped, hits
+from tests.zoo.numbers import Dropped, DroppedListed, DroppedSequences, hits
 
 
 class Counted(Dropped):
@@ -27,6 +27,73 @@ class TwoChoices(Dropped):
 
     def chosen(self, logits):
         return super().chosen(logits) + self.kept(F.one_hot(logits.argmin(dim=-1), E))
+
+
+class ListedByPlace(DroppedListed):
+    """Dims are swapped before the sum: other experts than those that were hit (switch_transformers 4.45)."""
+
+    def listed(self, mask):
+        return mask.transpose(1, 2).reshape(-1, E).sum(dim=0).nonzero(as_tuple=True)[0].tolist()
+
+
+class ListedInPart(DroppedListed):
+    """The first expert that was hit does nothing."""
+
+    def listed(self, mask):
+        return super().listed(mask)[1:]
+
+
+class ListCounted(DroppedListed):
+    """How many experts were hit is added to their rows."""
+
+    def run(self, x, chosen):
+        numbers = self.listed(chosen.bool())
+        return super().run(x, chosen) + len(numbers)
+
+
+class ListExtended(DroppedListed):
+    """Expert 0 runs whether it was hit or not, perhaps twice."""
+
+    def listed(self, mask):
+        numbers = super().listed(mask)
+        numbers.append(0)
+        return numbers
+
+    def run(self, x, chosen):
+        out, mask = x.clone(), chosen.bool()
+        for e in self.listed(mask):
+            out[mask[:, :, e]] = self.experts[f"expert_{e}"](out[mask[:, :, e]])
+        return out
+
+
+class ListEnumerated(DroppedListed):
+    """An expert's place among those that were hit scales its rows."""
+
+    def run(self, x, chosen):
+        out, mask = torch.zeros_like(x), chosen.bool()
+        numbers = self.listed(mask)
+        for place, e in enumerate(numbers):
+            out[mask[:, :, e]] = self.experts[f"expert_{e}"](x[mask[:, :, e]]) * place
+        return out
+
+
+class CountedSequences(DroppedSequences):
+    """A token counts as often as there are tokens before it: no mask."""
+
+    def kept(self, one_hot):
+        return one_hot * torch.cumsum(one_hot, dim=-2)
+
+
+class MaskOfNextExpert(DroppedSequences):
+    """Rows that one expert is given are written where another's belong."""
+
+    def run(self, x, chosen):
+        out = x.clone()
+        for e, expert in enumerate(self.experts.values()):
+            rows = chosen[:, :, e].bool()
+            counted = rows.sum() - chosen[:, :, (e + 1) % E].bool().sum()
+            out[rows] = expert(x[rows]) * counted
+        return out
 
 
 class NumberKept(Block):
@@ -64,6 +131,13 @@ MISSES = (
     NearMiss("hit_dropped_counted", "loop_is_over_the_hit_experts", Counted),
     NearMiss("hit_dropped_broadcast", "loop_is_over_the_hit_experts", BroadcastOverExperts),
     NearMiss("hit_dropped_two_choices", "loop_is_over_the_hit_experts", TwoChoices),
+    NearMiss("list_by_place", "loop_is_over_the_hit_experts", ListedByPlace),
+    NearMiss("list_in_part", "loop_is_over_the_hit_experts", ListedInPart),
+    NearMiss("list_counted", "no_intermediate_escapes", ListCounted),
+    NearMiss("list_extended", "loop_is_over_the_hit_experts", ListExtended),
+    NearMiss("list_enumerated", "loop_is_over_the_hit_experts", ListEnumerated),
+    NearMiss("range_sequences_counted", "loop_has_a_known_form", CountedSequences),
+    NearMiss("range_sequences_next_expert", "bodies_are_isomorphic", MaskOfNextExpert),
     NearMiss("hit_number_kept", "loop_changes_no_python_state", NumberKept),
     NearMiss("hit_number_in_constant", "bodies_are_isomorphic", NumberInConstant),
 )

@@ -84,6 +84,36 @@ class DroppedPadding(Dropped):
         return super().kept(one_hot) * (~padding)[:, None].expand(one_hot.shape).to(one_hot.dtype)
 
 
+class DroppedSequences(Dropped):
+    """Tokens stay in sequences, and those that were dropped keep their rows (switch_transformers 4.36)."""
+
+    def run(self, x, chosen):
+        out = x.clone()
+        for e, expert in enumerate(self.experts.values()):
+            rows = chosen[:, :, e].bool()
+            out[rows] = expert(x[rows]).to(out.dtype)
+        return out
+
+    def forward(self, hidden_states):
+        logits = self.gate(hidden_states)
+        weights = torch.max(logits.softmax(dim=-1), dim=-1).values.unsqueeze(-1)
+        return self.run(hidden_states, self.chosen(logits)) * weights
+
+
+class DroppedListed(DroppedSequences):
+    """The experts that kept a token, as a list of numbers (switch_transformers 4.57)."""
+
+    def listed(self, mask):
+        return mask.reshape(-1, E).sum(dim=0).nonzero(as_tuple=True)[0].tolist()
+
+    def run(self, x, chosen):
+        out, mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device), chosen.bool()
+        numbers = self.listed(mask)
+        for e in numbers:
+            out[mask[:, :, e]] = self.experts[f"expert_{e}"](x[mask[:, :, e]])
+        return out
+
+
 class FlatWeights(nn.Module):
     """Weights [E * F, D], viewed anew for each expert; one class more than there are experts (dbrx)."""
 
@@ -112,5 +142,7 @@ CASES = (
     Case("expert_by_item", ByItem),
     Case("dropped_one_hot", Dropped, top_k=1),
     Case("dropped_one_hot_padding", DroppedPadding, top_k=1),
+    Case("dropped_sequences", DroppedSequences, top_k=1),
+    Case("dropped_listed", DroppedListed, top_k=1),
     Case("hit_flat_weights", FlatWeights, op=None),
 )

@@ -96,3 +96,9 @@ v44 = .view(v43, (2, 12, 16))
 v45 = .sum(v21, 0)
 return (v44, v34, v45, v23)""",
         )
+
+    def test_assignment_by_listed_experts(self):
+        self.assertExpectedInline(
+            self.golden("dropped_listed"),
+            """""",
+        )
