@@ -21,6 +21,7 @@ from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
 from fx_passes.ops import OF_PARAMETERS, POINTWISE, fake_tensor, is_inplace, known_tensor, op_name, out_of_place
 from fx_passes.parameter_views import chosen_by, has_expert, viewed
 from fx_passes.simplify import simplified
+from fx_passes.stack_of_one import without_stack
 from fx_passes.statements import Fact, Mask, Rows
 
 
@@ -147,7 +148,8 @@ class Unifier:
         args = self._structure(tuple(node.args for node in nodes), first)
         kwargs = self._structure(tuple(dict(node.kwargs) for node in nodes), first)
         rows = any(has_rows(value) for value in nested_values((args, kwargs)))
-        value = simplified(Op(op_name(first) or "", first, args, kwargs, rows))
+        value = without_stack(Op(op_name(first) or "", first, args, kwargs, rows))
+        value = simplified(value) if isinstance(value, Op) else value
         return self._computed(nodes, value) if isinstance(value, Op) and not rows else value
 
     def _computed(self, nodes: tuple[fx.Node, ...], op: Op) -> Value:

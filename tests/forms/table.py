@@ -24,10 +24,11 @@ TABLE = {
         hit_column hit_where unique_ids hit_flat_weights hit_swiglu hit_swiglu_fused hit_geglu_bias
         hit_gelu_bias hit_gelu_tanh hit_relu_squared hit_three_layers hit_layer_norm_first hit_rms_norm_after
         hit_lora hit_residual hit_clamped hit_one_linear hit_one_gate hit_uneven_halves hit_sigmoid_glu
-        views_hit_halves hit_shared_norm
+        views_hit_halves hit_shared_norm stacked_of_one
         """,
         """
-        hit_without_first hit_twice hit_busy_experts hit_hits_of_other_ids hit_previous_rows
+        hit_without_first hit_twice hit_busy_experts hit_hits_of_other_ids hit_previous_rows hit_stack_mean_over_rows
+        hit_stack_rows_reversed hit_stack_beside_other_rows
         """,
     ),
     "range_loop": row(

@@ -19,7 +19,8 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,20 +113,22 @@ class Row:
 def survey(architecture: Architecture, experts: str) -> Row:
     """One row of the table; whatever goes wrong is its reason."""
     row: dict[str, Any] = {"name": architecture.name, "experts": experts}
+    left: list[str] = ["eager itself fails"]
     try:
         eager, blocks = step_of_eager(architecture)
         row["classes"] = tuple(sorted({type(block).__name__ for block in blocks}))
         row["layers"] = sum(map(layers_in, blocks))
+        left.clear()
         row["twin_graphs"], inner = graphs_of_twin(architecture)
         with collecting() as report:
             ours = step_of_ours(architecture, experts, inner)
         row |= {"rewritten": int(sum(layers_run)), "graphs": len(graphs)}
-        row["reason"] = "; ".join(f"{r.rule}: {r.detail}" for r in report.rejections[:1])
+        left += [f"{r.rule}: {r.detail}" for r in report.rejections[:1]]
         row["compared_in"] = compare(ours, eager, lambda: in_float64(architecture, experts, inner))
         row["equal"] = True
     except Exception as error:  # noqa: BLE001  the table is to name every failure
-        row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return Row(**row)
+        left.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    return Row(**row, reason="; ".join(left))
 
 
 def layers_in(block: nn.Module) -> int:
@@ -138,7 +141,8 @@ def layers_in(block: nn.Module) -> int:
 def step_of_eager(architecture: Architecture, dtype: torch.dtype = torch.float32) -> tuple[Seen, list[nn.Module]]:
     """A training step with the model's own loops, and the blocks that took part in it: a text does not need all."""
     model = architecture.make("eager").to(dtype)
-    seen = observe(first_output(model, model), model, token_ids(), grad_dtype=torch.float32)
+    with by_default(dtype):
+        seen = observe(first_output(model, model), model, token_ids(), grad_dtype=torch.float32)
     blocks = [module for module in model.modules() if type(module).__name__ in architecture.blocks]
     return seen, [block for block in blocks if any(weight.grad is not None for weight in block.parameters())]
 
@@ -148,7 +152,19 @@ def step_of_ours(architecture: Architecture, experts: str, inner: str, dtype: to
     model = architecture.make(IMPLEMENTATIONS.get(experts)).to(dtype)
     fresh_dynamo()
     layers_run.clear()
-    return observe(first_output(compile_ours(model, inner), model), model, token_ids(), grad_dtype=torch.float32)
+    with by_default(dtype):
+        return observe(first_output(compile_ours(model, inner), model), model, token_ids(), grad_dtype=torch.float32)
+
+
+@contextmanager
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    """Masks that a model makes without a dtype hold the least number of its own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def in_float64(architecture: Architecture, experts: str, inner: str) -> tuple[Seen, Seen]:

@@ -37,8 +37,18 @@ SIZES: tuple[tuple[str, Any], ...] = (
 )
 
 SPARSE = ["sparse", "sparse"]
-BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
-MROPE_BEFORE_5 = {"rope_scaling": {"rope_type": "default", "mrope_section": [3, 3, 2]}} if BEFORE_5 else {}
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+BEFORE_5 = VERSION < (5, 0)
+NEED_A_MASK = frozenset(("Glm4vMoeTextModel",)) if BEFORE_5 else frozenset()
+"""Without one these look for packed sequences, of which their three-dimensional positions tell nothing."""
+
+
+def mrope(*sections: int) -> dict[str, Any]:
+    """How many frequencies each of three positions has."""
+    settings = {"rope_type": "default", "mrope_section": list(sections)}
+    return {"rope_scaling": settings} if BEFORE_5 else {"rope_parameters": {"rope_theta": 1e4} | settings}
+
+
 FOUR_LAYERS = {"num_hidden_layers": 4}  # the smallest with every kind of layer
 
 # What an architecture needs beyond sizes: defaults that are None, or that don't go with small sizes.
@@ -59,11 +69,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {
         "moe_intermediate_size": [24, 24],
         "mlp_layer_types": SPARSE,
-        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [3, 3, 2]},
+        **mrope(3, 3, 2),
     },
     "flint": {"mlp_only_layers": []},
     "gemma4": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
-    "glm4v_moe": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}},
+    "glm4v_moe": mrope(1, 1, 2),
     "glm5_next": FOUR_LAYERS,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
@@ -93,8 +103,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe": FOUR_LAYERS,
     "qwen3_next": FOUR_LAYERS,
-    "qwen3_omni_moe": MROPE_BEFORE_5,
-    "qwen3_vl_moe": MROPE_BEFORE_5,
+    "qwen3_omni_moe": mrope(3, 3, 2) if BEFORE_5 else {},
+    "qwen3_vl_moe": mrope(3, 3, 2) if BEFORE_5 else {},
     "qwen4_exp": FOUR_LAYERS
     | {
         "indexer_n_heads": 2,
@@ -104,7 +114,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "step3p7": {"sliding_window": 16, "mlp_layer_types": SPARSE},
-    "switch_transformers": {"dropout_rate": 0.0, "num_decoder_layers": 2, "num_sparse_decoder_layers": 2},
+    "switch_transformers": {
+        "dropout_rate": 0.0,
+        "num_decoder_layers": 2,
+        # Of 4.36 every layer but those of odd numbers is dense.
+        "num_sparse_decoder_layers": 1 if VERSION < (4, 45) else 2,
+    },
 }
 
 
@@ -118,6 +133,8 @@ def first_output(call: Callable, model: nn.Module) -> Callable:
     options: dict[str, Any] = {}
     if "use_cache" in inspect.signature(model.forward).parameters:
         options["use_cache"] = False
+    if type(model).__name__ in NEED_A_MASK:
+        options["attention_mask"] = torch.ones_like(token_ids())
     if getattr(model.config, "is_encoder_decoder", False):
         options["decoder_input_ids"] = token_ids()
     return lambda input_ids: call(input_ids=input_ids, **options)[0]

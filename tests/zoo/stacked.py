@@ -94,6 +94,37 @@ class StackedNoGate(nn.Module):
         return out.to(hidden_states.dtype)
 
 
+class StackOfOne(nn.Module):
+    """The expert's number keeps a dim: its rows are a stack of one matrix (qwen3_vl_moe 4.57)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * FF))
+        self.down_proj = nn.Parameter(torch.empty(E, FF, D))
+
+    def activate(self, h):
+        gate, up = h.chunk(2, dim=-1)
+        return up * F.silu(gate)
+
+    def taken(self, y):
+        return y[0]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        table = torch.zeros(len(hidden_states), E, device=hidden_states.device, dtype=top_k_weights.dtype)
+        table = table.scatter_(1, top_k_index, top_k_weights)
+        out = torch.zeros_like(hidden_states)
+        with torch.no_grad():
+            expert_mask = F.one_hot(top_k_index, num_classes=E).permute(2, 1, 0)
+            expert_hit = torch.greater(expert_mask.sum(dim=(-1, -2)), 0).nonzero()
+        for expert_idx in expert_hit[:]:
+            with torch.no_grad():
+                _, token_idx = torch.where(expert_mask[expert_idx[0]])
+            state = self.activate(hidden_states[token_idx] @ self.gate_up_proj[expert_idx])
+            state = self.taken(state @ self.down_proj[expert_idx]) * table[token_idx, expert_idx, None]
+            out.index_add_(0, token_idx, state.to(out.dtype))
+        return out
+
+
 class TopKRouter(nn.Module):
     """Softmax over all experts in fp32, renormalised top-k."""
 
@@ -134,5 +165,6 @@ CASES = (
     Case("stacked_top_all", lambda: StackedBlock(top_k=E), top_k=E),
     Case("stacked_no_sentinel", lambda: StackedBlock(StackedExpertsNoSentinel)),
     Case("stacked_range", lambda: StackedBlock(StackedRange)),
+    Case("stacked_of_one", lambda: StackedBlock(StackOfOne)),
     Case("stacked_relu2", lambda: StackedBlock(StackedNoGate), activation="relu2"),
 )

@@ -119,3 +119,9 @@ v19 = scatter_moe.combine(v18, v8, v11, v12, 2, True, torch.float32)
 v20 = .view_as(v19, hidden_states)
 return (v20)""",
         )
+
+    def test_hit_loop_of_stacks_of_one(self):
+        self.assertExpectedInline(
+            self.golden("stacked_of_one"),
+            """""",
+        )
