@@ -16,8 +16,9 @@ INTRODUCTION = """\
 
 A tiny model of each architecture makes one training step with `backend="scatter_moe"`: with the loop over experts that
 is in its source (`eager`), with what transformers runs unless told otherwise (`default`), or, where its experts have no
-such interface, with the code that it has (`own`). Written by `python -m docs.transformers_survey` from the rows of
-`python -m tests.models.survey --json FILE`.
+such interface, with the code that it has (`own`). Written by `python -m docs.transformers_survey FILE` from the rows of
+`python -m tests.models.survey --json FILE`; `make releases ARGS="--json FILE"` makes those of older releases, each
+installed from PyPI into an environment of its own.
 
 **rewritten**: layers that ran as operators of this package, of those that ran: a text does not need all of some models.
 **graphs**: of the whole step, and in brackets of its twin, which has a trivial function or a dense layer for experts.
@@ -38,7 +39,18 @@ def text() -> str:
         )
         for name, torch in releases
     ]
-    return "\n\n".join([INTRODUCTION, *(sections or ["No survey has been recorded yet."])]) + "\n"
+    if not sections:
+        return f"{INTRODUCTION}\n\nNo survey has been recorded yet.\n"
+    return "\n\n".join([INTRODUCTION, summary(rows), *sections]) + "\n"
+
+
+def summary(rows: list[Row]) -> str:
+    """How many architectures of each release are rewritten in full."""
+    lines = ["| transformers | torch | experts | in full, with no graph more, equal | of |", "|---|---|---|---:|---:|"]
+    for key in dict.fromkeys((row["transformers"], row["torch"], row["experts"]) for row in rows):
+        chosen = [row for row in rows if (row["transformers"], row["torch"], row["experts"]) == key]
+        lines.append(f"| {' | '.join(key)} | {sum(map(is_good, chosen))} | {len(chosen)} |")
+    return "\n".join(lines)
 
 
 def section(title: str, rows: list[Row]) -> str:
