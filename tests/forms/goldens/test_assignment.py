@@ -100,5 +100,29 @@ return (v44, v34, v45, v23)""",
     def test_assignment_by_listed_experts(self):
         self.assertExpectedInline(
             self.golden("dropped_listed"),
-            """""",
+            """\
+v14 = linear(hidden_states, gate_weight, None)
+v15 = .softmax(v14, dim=-1)
+v16 = max(v15, dim=-1)
+v17 = getitem(v16, 0)
+v18 = .unsqueeze(v17, -1)
+v19 = .argmax(v14, dim=-1)
+v20 = one_hot(v19, 4)
+v21 = cumsum(v20, dim=-2)
+v22 = le(v21, 4)
+v23 = mul(v20, v22)
+v24 = .flatten(v23, 0, -2)
+v25 = .any(v24, 1, True)
+v26 = .argmax(v24, 1, True)
+v27 = where(v25, v26, -1)
+v28 = scatter_moe.route(v27, 4)
+v29 = getitem(v28, 0)
+v30 = getitem(v28, 1)
+v31 = .reshape(v29, (-1, 1))
+v32 = ones_like(v31, dtype=torch.float32)
+v33 = .flatten(hidden_states, 0, 1)
+v34 = scatter_moe.mlp(v33, v32, v29, v30, [experts_expert_0_w1_weight, experts_expert_1_w1_weight, experts_expert_2_w1_weight, experts_expert_3_w1_weight], [experts_expert_0_w3_weight, experts_expert_1_w3_weight, experts_expert_2_w3_weight, experts_expert_3_w3_weight], [experts_expert_0_w2_weight, experts_expert_1_w2_weight, experts_expert_2_w2_weight, experts_expert_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v35 = .unflatten(v34, 0, (2, 12))
+v36 = mul(v35, v18)
+return (v36)""",
         )

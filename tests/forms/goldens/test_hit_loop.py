@@ -123,5 +123,30 @@ return (v20)""",
     def test_hit_loop_of_stacks_of_one(self):
         self.assertExpectedInline(
             self.golden("stacked_of_one"),
-            """""",
+            """\
+v4 = .view(hidden_states, -1, 16)
+v5 = .reshape(v4, -1, 16)
+v6 = linear(v5, gate_weight)
+v7 = softmax(v6, dtype=torch.float32, dim=-1)
+v8 = topk(v7, 2, dim=-1)
+v9 = getitem(v8, 0)
+v10 = getitem(v8, 1)
+v11 = .sum(v9, dim=-1, keepdim=True)
+v12 = itruediv(v9, v11)
+v13 = .to(v12, torch.float32)
+v14 = zeros(24, 4, device=cpu, dtype=torch.float32)
+v15 = .scatter_(v14, 1, v10, v13)
+v16 = _set_grad_enabled(False)
+v17 = _set_grad_enabled(True)
+v18 = _set_grad_enabled(False)
+v19 = _set_grad_enabled(True)
+v20 = scatter_moe.route(v10, 4)
+v21 = getitem(v20, 0)
+v22 = getitem(v20, 1)
+v23 = .clamp(v10, 0, 3)
+v24 = .long(v23)
+v25 = .gather(v15, 1, v24)
+v26 = scatter_moe.mlp(v4, v25, v21, v22, [experts_gate_up_proj], [], [experts_down_proj], [], [], [], silu, concatenated, True, output, 1.702, 7.0, torch.float32)
+v27 = .reshape(v26, (2, 12, 16))
+return (v27)""",
         )
