@@ -9,7 +9,7 @@ _CASTS = frozenset("to float half bfloat16 double type_as contiguous".split())
 
 
 def simplified(op: Op) -> Value:
-    """`x[None, tokens].reshape(-1, D)` is `x[tokens]`; what is cast to what it is, itself."""
+    """`x[None, tokens].reshape(-1, D)` is `x[tokens]`; a parameter that is cast to what it is, itself."""
     operand = op.args[0] if op.args else None
     result = fake_tensor(op.node)
     if isinstance(operand, Gathered) and operand.leading and op.name in ("reshape", "view", "squeeze"):
@@ -21,7 +21,7 @@ def simplified(op: Op) -> Value:
             and before.shape[operand.leading + 1 :] == result.shape[1:]
         ):
             return replace(operand, leading=0, node=op.node)
-    if isinstance(operand, (Op, PerExpert)) and op.name in _CASTS and casts_nothing(op.node):
+    if isinstance(operand, PerExpert) and op.name in _CASTS and casts_nothing(op.node):
         return operand
     if isinstance(operand, (Op, Gathered)) and squeezes_nothing(op.node):
         return operand

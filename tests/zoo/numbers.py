@@ -142,7 +142,7 @@ CASES = (
     Case("expert_by_item", ByItem),
     Case("dropped_one_hot", Dropped, top_k=1),
     Case("dropped_one_hot_padding", DroppedPadding, top_k=1),
-    Case("dropped_sequences", DroppedSequences, top_k=1),
+    Case("dropped_sequences", DroppedSequences, top_k=1, activation="any", op="parallel_linear"),
     Case("dropped_listed", DroppedListed, top_k=1),
     Case("hit_flat_weights", FlatWeights, op=None),
 )
