@@ -9,16 +9,9 @@ from torch.nn import functional as F
 from tests.near_misses.common import NearMiss
 from tests.zoo import bodies
 from tests.zoo.common import FF, D, E
-from tests.zoo.parameters import Biases, Taken
+from tests.zoo.parameters import Biases
 from tests.zoo.stacked import TopKRouter
 from tests.zoo.views import Enumerated, Halves, Segments, Unbound
-
-
-class Rounded(Taken):
-    """Weights are rounded before they are used."""
-
-    def expert(self, x, e):
-        return x @ self.experts.down_proj[e].bfloat16().float()[:, :D].t()
 
 
 class HalfOfTheBias(Biases):
@@ -159,7 +152,6 @@ class TwoStacks(Enumerated):
 
 
 MISSES = (
-    NearMiss("parameters_rounded", "body_is_row_wise", Rounded),
     NearMiss("parameters_half_of_the_bias", "body_is_row_wise", HalfOfTheBias),
     NearMiss("parameters_summed_over_tokens", "body_is_row_wise", SummedOverTokens),
     NearMiss("parameters_next_bias", "bodies_are_isomorphic", NextBias),

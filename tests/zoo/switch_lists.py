@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
 
 
 class SwitchLists(nn.Module):
-    """Counts and probabilities for an auxiliary loss are returned, too; subclasses replace a step."""
+    """What an auxiliary loss needs is returned for each token, too; subclasses replace a step."""
 
     def __init__(self, expert=FeedForward):
         super().__init__()
@@ -56,7 +56,7 @@ class SwitchLists(nn.Module):
         counts = x.new_tensor([len(lists[e]) for e in range(self.n_experts)])
         out = self.assign(out, lists, self.outputs(x, lists))
         out = self.scale(out, probs_max)
-        return out.view(hidden_states.shape), counts, probs.sum(0), probs_max
+        return out.view(hidden_states.shape), counts.expand(len(x), -1), probs, probs_max[:, None].expand_as(probs)
 
 
 class SwitchUnscaled(SwitchLists):

@@ -93,8 +93,10 @@ v41 = scatter_moe.mlp(v19, v40, v37, v38, [experts_0_layer1_weight, experts_1_la
 v42 = .view(v23, -1, 1)
 v43 = mul(v41, v42)
 v44 = .view(v43, (2, 12, 16))
-v45 = .sum(v21, 0)
-return (v44, v34, v45, v23)""",
+v45 = .expand(v34, 24, -1)
+v46 = getitem(v23, (slice(None, None, None), None))
+v47 = .expand_as(v46, v21)
+return (v44, v45, v21, v47)""",
         )
 
     def test_assignment_by_listed_experts(self):
