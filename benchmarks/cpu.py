@@ -28,6 +28,7 @@ from torch import Tensor
 
 import registrations  # noqa: F401  registers the operators
 from benchmarks import report
+from benchmarks.difference import relative_rms
 from benchmarks.shapes import Inputs, Shape, inputs
 from scatter_ops import cpu, reference
 
@@ -149,7 +150,7 @@ def check(layer: Inputs, everyone: Mapping[str, Callable[[], tuple[Tensor, ...]]
     worst, truth = {}, composed(reference, layer, True)
     for name, function in everyone.items():
         pairs = zip(function(), truth, strict=False)
-        worst[name] = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+        worst[name] = max(relative_rms(a, b) for a, b in pairs)
     if not all(error < TOLERANCE[layer.x.dtype] for error in worst.values()):
         raise ArithmeticError(f"differs from the reference: {worst}")
     return worst["ours"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.difference import relative_rms
 from benchmarks.rivals import OURS, Rival, available
 from benchmarks.shapes import Inputs, Shape, inputs
 from benchmarks.timing import median_ms, queued_ms
@@ -51,7 +52,7 @@ def measure(model: str, num_tokens: int, implementations: dict[str, Rival]) -> l
 
 def difference(out: Tensor, expected: Tensor) -> float:
     """Relative RMS difference; raises if it is too large."""
-    error = ((out.float() - expected).norm() / expected.norm()).item()
+    error = relative_rms(out, expected)
     if not error < TOLERANCE:
         raise ArithmeticError(f"relative RMS difference to the reference {error:.3g}")
     return error

@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from benchmarks import report
+from benchmarks.difference import relative_rms
 from benchmarks.shapes import SHAPES, Inputs, Shape, inputs
 from benchmarks.timing import peak_gib, seconds
 from scatter_moe import ExpertMLP, ExpertParallel
@@ -138,8 +139,7 @@ def check(layer: Inputs, runs: dict[str, Callable[[], Tensor]]) -> dict[str, flo
 
     expected = results(runs["undivided"])
     errors = {
-        name: max(((a - b).norm() / b.norm()).item() for a, b in zip(results(run), expected, strict=True))
-        for name, run in runs.items()
+        name: max(relative_rms(a, b) for a, b in zip(results(run), expected, strict=True)) for name, run in runs.items()
     }
     if not all(error < TOLERANCE for error in errors.values()):
         raise ArithmeticError(f"differs from the undivided layer: {errors}")

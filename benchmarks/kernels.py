@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.difference import relative_rms
 from benchmarks.shapes import SHAPES, Shape, inputs, shape_names
 from benchmarks.timing import graph_ms, queued_ms
 from scatter_ops import cuda, reference
@@ -82,7 +83,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     rows = []
     for operator in operators(shape):
         ours, expected = operator.run(cuda).float(), operator.run(reference).float()
-        error = ((ours - expected).norm() / expected.norm()).item()
+        error = relative_rms(ours, expected)
         if not error < TOLERANCE:
             raise ArithmeticError(f"{operator.name}: relative RMS difference to the reference {error:.3g}")
         del ours, expected

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import offline, report
+from benchmarks.difference import relative_rms
 from benchmarks.shapes import SHAPES, Inputs, inputs, placeholders, shape_names
 from benchmarks.timing import queued_ms
 from benchmarks.training_step import expected_step, seconds_to_launch
@@ -104,7 +105,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     given, errors = layouts(layer), {}
     for layout, parameters in given.items():
         pairs = zip(step(layer, parameters)[:3], expected, strict=True)
-        errors[layout] = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+        errors[layout] = max(relative_rms(a, b) for a, b in pairs)
         if not errors[layout] < TOLERANCE:
             raise ArithmeticError(f"{layout}: relative RMS difference to the reference {errors[layout]:.3g}")
         print(f"{name}, {layout}: checked", flush=True)

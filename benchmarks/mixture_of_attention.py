@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
+from benchmarks.difference import relative_rms
 from benchmarks.timing import peak_gib, queued_ms
 from scatter_moe import MixtureOfAttention
 from scatter_moe.routers import TopKRouter
@@ -126,7 +127,7 @@ def check(results: dict[str, list[Tensor]]) -> dict[str, float]:
     errors = {}
     for name, tensors in results.items():
         pairs = zip(tensors, results["loop"], strict=True)
-        errors[name] = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+        errors[name] = max(relative_rms(a, b) for a, b in pairs)
         if not errors[name] < TOLERANCE:
             raise ArithmeticError(f"{name}: relative RMS difference to the loop {errors[name]:.3g}")
     return errors

@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
+from benchmarks.difference import relative_rms
 from benchmarks.rivals import OURS, Implementation, Rival, available, scatter_moe
 from benchmarks.shapes import SHAPES, Inputs, Shape, inputs, shape_names
 from benchmarks.timing import peak_gib, queued_ms
@@ -70,7 +71,7 @@ def differences(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor,
     names = ("out", "x", "topk_weights", "gate_up", "down")
     errors = {}
     for name, ours, truth in zip(names, results, expected, strict=True):
-        errors[name] = ((ours.float() - truth.float()).norm() / truth.float().norm()).item()
+        errors[name] = relative_rms(ours, truth)
     if not all(error < TOLERANCE for error in errors.values()):
         raise ArithmeticError(f"differs from the reference: {errors}")
     return errors

@@ -19,6 +19,7 @@ import torch
 from triton.runtime.errors import TritonError
 
 from benchmarks import offline, report, tuned_rows
+from benchmarks.difference import relative_rms
 from benchmarks.shapes import SHAPES, Shape, inputs, placeholders, shape_names
 from benchmarks.timing import graph_ms, queued_ms
 from scatter_ops import cuda, tuning
@@ -182,7 +183,7 @@ def _failure(config: Config, run: Callable[[], Any], expected: Any) -> str | Non
     """Why a candidate can't be used, or None."""
     try:
         with _selecting(config):
-            error = max(_relative_rms(a, b) for a, b in zip(run(), expected, strict=True))
+            error = max(relative_rms(a, b) for a, b in zip(run(), expected, strict=True))
     except (RuntimeError, TritonError) as exception:
         return f"{type(exception).__name__}: {exception}"[:200]
     return None if error <= TOLERANCE else f"relative RMS error {error:.2g}"
@@ -239,10 +240,6 @@ def _in_use(op: str, run: Callable[[], Any]) -> tuple[ShapeClass, Config]:
     with mock.patch.object(tuning, "select", select):
         run()
     return asked[0]
-
-
-def _relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def _short(config: Config) -> str:
