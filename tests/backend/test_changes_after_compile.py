@@ -183,7 +183,11 @@ LIST_CHANGES = (new_expert, swap_expert_module, tie_experts, delete_hook, swap_e
 def check_change(kind, change):
     fresh_dynamo()
     case = Case(kind, partial(block_of(kind), normalize=False))
-    eager, module = case.make(), case.make()
+    assert_followed(change, case.make(), case.make())
+
+
+def assert_followed(change, eager, module):
+    """`module`, compiled, is as `eager` before and after the change."""
     compiled = compile_ours(module)
     x = hidden_states()
     assert_same(observe(compiled, module, x), observe(eager, eager, x))
