@@ -12,15 +12,11 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
+from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
 from scatter_ops.kernels.glu_backward import glu_backward_kernel
 from scatter_ops.kernels.partials import bias_partials_kernel, sum_partials_kernel
 from scatter_ops.tuning import Config
-
-try:
-    from scatter_ops.cuda import hopper
-except ImportError:
-    hopper = None
 
 
 class GluGradients(NamedTuple):

@@ -7,14 +7,10 @@ from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv
+from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.cuda.parameters import ExpertWeight
 from scatter_ops.cuda.plans import launch
 from scatter_ops.kernels.glu_forward import glu_forward_kernel
-
-try:
-    from scatter_ops.cuda import hopper
-except ImportError:
-    hopper = None
 
 
 def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tuple[Tensor, Tensor]:

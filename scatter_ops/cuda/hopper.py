@@ -1,4 +1,4 @@
-"""Launches of Hopper's kernels around the activation, which stand in for the portable ones where they can.
+"""Launches of Hopper's kernels, which stand in for the portable ones where they can.
 
 Gluon is experimental: with a Triton that has another one, importing this fails and the portable kernel does it all.
 """
