@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.tensor import TensorVariable
+from torch._dynamo.variables.lists import ListVariable, TupleVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 from fx_passes.capture import counts, expert_numbers, index_list, loops, segments
-from fx_passes.capture.variables import has_open_length
+from fx_passes.capture.variables import has_open_length, is_open
 from fx_passes.facts import fact
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
@@ -88,9 +90,27 @@ def _item(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any)
     return _integer(capture, tx, [tensor], {}) if not args and not kwargs else None
 
 
+def _new_tensor(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:
+    """`x.new_tensor([len(tokens), ...])` as `torch.tensor`, which takes such numbers in PyTorch before 2.13, too."""
+    if len(args) != 1 or not kwargs.keys() <= {"dtype", "device"} or not _holds_open_numbers(args[0]):
+        return None
+    given = {name: tensor.var_getattr(tx, name) for name in ("dtype", "device")} | kwargs
+    return TorchInGraphFunctionVariable(torch.tensor).call_function(tx, args, given)
+
+
+def _holds_open_numbers(variable: VariableTracker) -> bool:
+    """Whether a list has a number that depends on data."""
+    variable = variable.realize()
+    if not isinstance(variable, (ListVariable, TupleVariable)):
+        return False
+    items = [item.realize() for item in variable.items]
+    return any(isinstance(item, SymNodeVariable) and is_open(item.sym_num) for item in items)
+
+
 _METHODS: dict[str, Callable[..., VariableTracker | None]] = {
     "tolist": _tolist,
     "cumsum": counts.cumsum,
     "split": segments.split,
     "item": _item,
+    "new_tensor": _new_tensor,
 }
