@@ -18,60 +18,18 @@ README.md           between its markers: the last run of each model in benchmark
 import inspect
 import sys
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import registrations
-from benchmarks import exchange_model
-from benchmarks.shapes import SHAPES
-from docs import closeness, compile_time, gallery, parts, pictures, transformers_survey
+from docs import closeness, compile_time, gallery, measured, more_than_one_gpu, parts, pictures, transformers_survey
 from fx_passes.forms import FORMS
 from scatter_ops import reference
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- begin: {} (docs/generate.py) -->", "<!-- end: {} -->"
-COUNTERS_COLUMNS = {
-    "phase": "kernel",
-    "shape": "shape",
-    "ms": "ms",
-    "sm_ghz": "clock, GHz",
-    "tensor_pipe_percent": "tensor cores busy, %",
-    "dram_percent": "memory, %",
-    "l2_percent": "L2 cache, %",
-    "issue_slots_percent": "issue slots used, %",
-    "samples_in_main_loop_percent": "time in the main loop, %",
-}
-ATTENTION_COLUMNS = {
-    "K": "K",
-    "E": "E",
-    "heads of an expert": "heads of an expert",
-    "implementation": "implementation",
-    "forward_ms": "forward, ms",
-    "step_ms": "step, ms",
-    "forward_ratio": "forward, of dense",
-    "step_ratio": "step, of dense",
-    "peak_gib": "peak of a step, GiB",
-}
-LAYOUT_COLUMNS = {
-    "shape": "shape",
-    "layout": "parameters",
-    "forward_ms": "forward, ms",
-    "step_ms": "step, ms",
-    "forward_ratio": "forward, of stacked",
-    "step_ratio": "step, of stacked",
-    "step_host_ms": "host of a step, ms",
-}
-MODELS_COLUMNS = {
-    "model": "model",
-    "experts": "experts and compiler",
-    "tokens_per_second": "tokens/s",
-    "peak_gib": "peak memory, GiB",
-    "first_step_s": "first step, s",
-    "graphs": "graphs",
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +90,7 @@ def ops_page() -> Page:
 
 def readme() -> Page:
     path = ROOT / "README.md"
-    return Page(path, between_markers(path.read_text(), "models", models_table()))
+    return Page(path, between_markers(path.read_text(), "models", measured.models_table()))
 
 
 def limits_page() -> Page:
@@ -143,19 +101,12 @@ def limits_page() -> Page:
 
 def performance_page() -> Page:
     path = ROOT / "docs" / "performance.md"
-    shapes = ["| shape | T | D | F | E | K |", "|---|---:|---:|---:|---:|---:|"]
-    shapes += [f"| {name} | " + " | ".join(f"{size:,}" for size in shape) + " |" for name, shape in SHAPES.items()]
-    steps = pictures.last_training_steps().values()
-    text = between_markers(path.read_text(), "environments", "\n".join(map(_models_caption, last_runs_of_models())))
-    runs = "\n".join(dict.fromkeys(_caption(record) for record in steps))
-    text = between_markers(text, "shapes", "\n".join(shapes) + "\n\n" + runs)
+    models = "\n".join(map(measured.model_caption, measured.last_runs_of_models()))
+    text = between_markers(path.read_text(), "environments", models)
+    text = between_markers(text, "shapes", measured.layers_table())
     text = between_markers(text, "compile_time", compile_time.tables())
-    layouts = pictures.records("layouts")[-1]
-    table = measured_table(LAYOUT_COLUMNS, layouts["rows"])
-    text = between_markers(text, "layouts", f"{table}\n\n{_caption(layouts)}")
-    attention = measured_table(ATTENTION_COLUMNS, pictures.last_mixtures_of_attention())
-    runs = "\n".join(map(_caption, pictures.records("mixture_of_attention")))
-    return Page(path, between_markers(text, "mixture_of_attention", f"{attention}\n\n{runs}"))
+    text = between_markers(text, "layouts", measured.layouts_table())
+    return Page(path, between_markers(text, "mixture_of_attention", measured.attention_table()))
 
 
 def training_page() -> Page:
@@ -164,86 +115,17 @@ def training_page() -> Page:
     return Page(path, between_markers(text, "fine_tune", closeness.fine_tune_table()))
 
 
-def measured_table(columns: dict[str, str], rows: Sequence[dict]) -> str:
-    """Rows of a benchmark; columns are the keys that are shown with their headings."""
-    texts = [key for key in columns if isinstance(rows[0][key], str)]
-    lines = ["| " + " | ".join(columns.values()) + " |"]
-    lines += ["|" + "|".join("---" if key in texts else "---:" for key in columns) + "|"]
-    for row in rows:
-        cells = [row[key] for key in columns]
-        lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
-    return "\n".join(lines)
-
-
 def exchange_page() -> Page:
-    """What the exchanges of expert parallelism move and store, by arithmetic."""
     path = ROOT / "docs" / "more-than-one-gpu.md"
-    shape = SHAPES["D"]
-    lines = ["| ranks | plain | all_to_all | all_gather | all_gather, GiB |", "|---:|---:|---:|---:|---:|"]
-    for num_ranks in exchange_model.RANKS:
-        rows = exchange_model.rows_sent(shape.K, num_ranks).values()
-        cells = [f"{exchange_model.kib_per_token(shape, count):.3g}" for count in rows]
-        cells += [f"{exchange_model.gathered_gib(shape, num_ranks):.3g}"]
-        lines.append(f"| {num_ranks} | " + " | ".join(cells) + " |")
-    text = between_markers(path.read_text(), "exchange_model", "\n".join(lines))
-    for name, lines in {
-        "layers": layers_measured(),
-        "models": models_measured(),
-        "alone": exchanges_measured(),
-    }.items():
-        text = between_markers(text, f"{name}_measured", "\n".join(lines))
-    return Page(path, text)
-
-
-def layers_measured() -> list[str]:
-    """Training steps of one expert layer on two GPUs."""
-    record = pictures.records("expert_parallel")[-1]
-    lines = ["| shape | exchange | ms | of one GPU | peak GiB |", "|---|---|---:|---:|---:|"]
-    for row in record["rows"]:
-        cells = row["shape"], row["exchange"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{row['peak_gib']:.1f}"
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", _caption(record)]
-
-
-def models_measured() -> list[str]:
-    record = pictures.records("parallel_models")[-1]
-    lines = ["| layout | tokens/s per GPU | of one GPU | peak GiB |", "|---|---:|---:|---:|"]
-    for row in record["rows"]:
-        cells = row["layout"], f"{row['tokens_per_s_per_gpu']:,.0f}", f"{row['ratio']:.2f}", f"{row['peak_gib']:.1f}"
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", f"{record['settings']['description']}. {_caption(record)}"]
-
-
-def exchanges_measured() -> list[str]:
-    """What the model says goes to the other GPU, and the bandwidth at which it went."""
-    record = pictures.records("exchange_crossover")[-1]
-    num_ranks = record["settings"]["gpus"]
-    lines = ["| shape | K | exchange | rows sent a token (model) | ms | GB/s |", "|---|---:|---|---:|---:|---:|"]
-    for row in record["rows"]:
-        shape = SHAPES[row["shape"]]
-        rows = exchange_model.rows_sent(row["K"], num_ranks)
-        for name in ("all_to_all", "all_gather"):
-            milliseconds = row[f"{name}_ms"]
-            bandwidth = exchange_model.gigabytes_per_step(shape, rows[name]) / (1e-3 * milliseconds)
-            cells = row["shape"], str(row["K"]), name, f"{rows[name]:.3g}", f"{milliseconds:.2f}", f"{bandwidth:.0f}"
-            lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", _caption(record)]
+    text = between_markers(path.read_text(), "exchange_model", more_than_one_gpu.exchange_model_table())
+    text = between_markers(text, "layers_measured", more_than_one_gpu.layers_measured())
+    text = between_markers(text, "models_measured", more_than_one_gpu.models_measured())
+    return Page(path, between_markers(text, "alone_measured", more_than_one_gpu.exchanges_measured()))
 
 
 def kernels_page() -> Page:
-    """The hand-written page with the counters of the profiled runs."""
     path = ROOT / "docs" / "kernels.md"
-    runs = pictures.records("counters")
-    lines = [
-        "| " + " | ".join(COUNTERS_COLUMNS.values()) + " |",
-        "|---|---" + "|---:" * (len(COUNTERS_COLUMNS) - 2) + "|",
-    ]
-    rows = [row for record in runs for row in record["rows"]]
-    lines += ["| " + " | ".join(str(row[key]) for key in COUNTERS_COLUMNS) + " |" for row in rows]
-    notes = [record["settings"]["note"] for record in runs]
-    captions = [f"{_caption(run)} {note[0].upper() + note[1:]}." for run, note in zip(runs, notes, strict=True)]
-    content = "\n".join(lines) + "\n\n" + "\n\n".join(captions)
-    return Page(path, between_markers(path.read_text(), "counters", content))
+    return Page(path, between_markers(path.read_text(), "counters", measured.counters_table()))
 
 
 def charts() -> list[Page]:
@@ -260,23 +142,6 @@ def charts() -> list[Page]:
         "parallel_models": pictures.parallel_models(),
     }
     return [Page(ROOT / "docs" / "pictures" / f"{name}.svg", text) for name, text in svg.items()]
-
-
-def last_runs_of_models() -> list[dict]:
-    """The last recorded run of each model on a GPU."""
-    records = [record for record in pictures.records("models") if record["environment"]["cuda"]]
-    return list({record["settings"]["model"]: record for record in records}.values())
-
-
-def models_table() -> str:
-    """The last recorded run of each model on a GPU, as a Markdown table; a plain sentence before there is one."""
-    last = last_runs_of_models()
-    if not last:
-        return "No run on a GPU has been recorded yet: `python -m benchmarks.models` makes one."
-    lines = ["| " + " | ".join(MODELS_COLUMNS.values()) + " |", "|---|---" + "|---:" * (len(MODELS_COLUMNS) - 2) + "|"]
-    for record in last:
-        lines += [_models_row(record["settings"]["model"], row) for row in record["rows"]]
-    return "\n".join(lines) + "\n\n" + "\n".join(_models_caption(record) for record in last)
 
 
 def docstring(documented: object) -> str:
@@ -297,31 +162,6 @@ def between_markers(text: str, name: str, content: str) -> str:
         raise ValueError(f"expected one line {begin!r} and one line {end!r}")
     head, rest = text.split(begin)
     return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
-
-
-def _models_row(model: str, row: dict) -> str:
-    cells = [model, *(_cell(row.get(key)) for key in list(MODELS_COLUMNS)[1:])]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _models_caption(record: dict) -> str:
-    return f"{record['settings']['model']}: {record['settings']['description']}. {_caption(record)}"
-
-
-def _caption(record: dict) -> str:
-    environment = record["environment"]
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "transformers"))
-    nccl = [f"{name}={value}" for name, value in record["settings"].get("nccl", {}).items()]
-    command = " ".join([*nccl, record["command"]])
-    return f"{environment['device']}, {versions}, commit {environment['commit']}, `{command}`.\n"
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main() -> int:

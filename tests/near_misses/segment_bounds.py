@@ -4,7 +4,8 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import E
-from tests.zoo.segments import IndexBlock, TensorBlock, WrittenBlock
+from tests.zoo.segments import TensorBlock, WrittenBlock
+from tests.zoo.segments_of_slots import IndexBlock
 
 
 class TensorsShifted(TensorBlock):

@@ -4,7 +4,8 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import D
-from tests.zoo.segments import ArrayBlock, IndexBlock, InferenceBlock, SegmentBlock, SkippingBlock, SlicedBlock
+from tests.zoo.segments import ArrayBlock, SegmentBlock, SkippingBlock, SlicedBlock
+from tests.zoo.segments_of_slots import IndexBlock, InferenceBlock
 
 
 class Reversed(SegmentBlock):

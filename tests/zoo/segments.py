@@ -6,102 +6,6 @@ from torch.nn import functional as F
 
 from tests.zoo.case import Case
 from tests.zoo.common import FF, Block, D, E, K
-from tests.zoo.others import ParallelExperts
-
-
-class GroupingRouter(nn.Module):
-    """Routes, sorts and counts, as JetMoE and the first Granite MoE do."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(D, E, bias=False)
-
-    def forward(self, x):
-        """Return order_N, tokens_N, weights_N and the number of rows of each expert."""
-        logits, ids = self.layer(x).float().topk(K, dim=1)
-        weights = torch.softmax(logits, dim=1).type_as(x)
-        chosen = torch.zeros([weights.size(0), E], dtype=weights.dtype, device=weights.device).scatter(1, ids, 1)
-        sizes = chosen.long().sum(0).tolist()
-        _, order = ids.flatten().sort(0)
-        tokens = order.div(K, rounding_mode="trunc")
-        return order, tokens, weights.flatten()[order], sizes
-
-
-class MixtureOfProjections(nn.Module):
-    """As a mixture of attention heads: each slot is projected, then something happens to it, then all come together."""
-
-    def __init__(self):
-        super().__init__()
-        self.router = GroupingRouter()
-        self.input_linear, self.output_linear = ParallelExperts(E, D, FF), ParallelExperts(E, FF, D)
-
-    def source(self, x):
-        return x
-
-    def sorted_rows(self, source, tokens):
-        return source[tokens]
-
-    def by_slot(self, order, rows, inputs):
-        zeros = torch.zeros((rows.shape[0], FF), dtype=rows.dtype, device=rows.device)
-        return zeros.index_add(0, order, rows)
-
-    def finish(self, source):
-        pass
-
-    def forward(self, hidden_states):
-        x = hidden_states.reshape(-1, D)
-        order, tokens, weights, sizes = self.router(x)
-        source = self.source(x)
-        rows = self.sorted_rows(source, tokens)
-        slots = self.by_slot(order, self.input_linear(rows, sizes), rows).view(-1, K, FF)
-        slots = F.normalize(slots, dim=-1) + slots.mean(1, keepdim=True)
-        y = self.output_linear(slots.reshape(-1, FF)[order], sizes) * weights[:, None]
-        zeros = torch.zeros((x.shape[0], D), dtype=y.dtype, device=y.device)
-        self.finish(source)
-        return zeros.index_add(0, tokens, y).view(hidden_states.shape)
-
-
-class WrittenRows(MixtureOfProjections):
-    """What the rows were taken from is written to after the product, before the backward pass."""
-
-    def source(self, x):
-        return x * 2
-
-    def sorted_rows(self, source, tokens):
-        return source.index_select(0, tokens)
-
-    def finish(self, source):
-        source.mul_(3)
-
-
-class DetachedRows(MixtureOfProjections):
-    """The rows were taken, and their products put back, where nothing is recorded."""
-
-    def sorted_rows(self, source, tokens):
-        with torch.no_grad():
-            return source[tokens]
-
-    def by_slot(self, order, rows, inputs):
-        with torch.no_grad():
-            slots = super().by_slot(order, rows, inputs)
-        return slots + rows.mean()
-
-
-class OtherPlaces(MixtureOfProjections):
-    """Rows are taken in another order than that of the segments, and added to what isn't zero."""
-
-    def sorted_rows(self, source, tokens):
-        return source[tokens.flip(0)]
-
-    def by_slot(self, order, rows, inputs):
-        return torch.ones_like(rows).index_add(0, order, rows)
-
-
-class TwoReaders(MixtureOfProjections):
-    """Sorted rows, and products in their order, are read twice."""
-
-    def by_slot(self, order, rows, inputs):
-        return super().by_slot(order, rows, inputs) + rows.mean() + inputs.mean()
 
 
 class SegmentBlock(Block):
@@ -234,71 +138,6 @@ class WrittenBlock(nn.Module):
         return out.sum(dim=1).view(hidden_states.shape)
 
 
-class IndexBlock(Block):
-    """The sorted slots are cut, not the rows; rows are weighted in place, and added."""
-
-    def ends(self, ids):
-        return ids.bincount().cpu().numpy().cumsum(0)
-
-    def add(self, out, tokens, y):
-        out.scatter_add_(0, tokens.view(-1, 1).expand(-1, D), y)
-
-    def weighted(self, y, weights):
-        y.mul_(weights)
-        return y
-
-    def sort(self, ids):
-        return ids.argsort()
-
-    def cut(self, weights, order, start, end):
-        return weights[order[start:end]]
-
-    def moe(self, x, ids, weights):
-        out = torch.zeros_like(x)
-        ends, order = self.ends(ids), self.sort(ids)
-        tokens = order // self.top_k
-        for e, end in enumerate(ends):
-            start = 0 if e == 0 else ends[e - 1]
-            if start == end:
-                continue
-            own = tokens[start:end]
-            y = self.weighted(self.experts[e](x[own]), self.cut(weights, order, start, end))
-            self.add(out, own, y)
-        return out
-
-    def forward(self, hidden_states):
-        x = hidden_states.reshape(-1, D)
-        _, ids, weights = self.route(x)
-        return self.moe(x, ids.view(-1), weights.view(-1, 1)).view(hidden_states.shape)
-
-
-class InferenceBlock(IndexBlock):
-    """Inference of DeepSeek's first MoE as published."""
-
-    @torch.no_grad()
-    def moe(self, x, ids, weights):
-        return super().moe(x, ids, weights)
-
-    def add(self, out, tokens, y):
-        out.scatter_reduce_(0, tokens.view(-1, 1).repeat(1, D), y, reduce="sum")
-
-
-class IndexAddBlock(IndexBlock):
-    """Counts of as many classes as there are experts, rows sorted at once, index_add_."""
-
-    def moe(self, x, ids, weights):
-        out = torch.zeros_like(x)
-        order = ids.argsort(stable=True)
-        tokens, start = order // self.top_k, 0
-        rows, weights = x[tokens], weights[order]
-        for e, count in enumerate(ids.bincount(minlength=self.num_experts).tolist()):
-            end = start + count
-            y = self.experts[e](rows[start:end]).mul_(weights[start:end])
-            out.index_add_(0, tokens[start:end], y)
-            start = end
-        return out
-
-
 class ResidualBlock(SkippingBlock):
     """The experts' rows are added to their tokens themselves: the segments alone are rewritten."""
 
@@ -349,14 +188,6 @@ CASES = (
     Case("segments_array", ArrayBlock),
     Case("segments_tensors", TensorBlock),
     Case("segments_written", WrittenBlock),
-    Case("segments_of_slots", IndexBlock),
-    Case("segments_of_slots_inference", InferenceBlock, differentiable=False),
-    Case("segments_of_slots_index_add", IndexAddBlock),
     Case("segments_for_loop", ForLoopExperts),
     Case("segments_residual", ResidualBlock),
-    Case("segments_projections", MixtureOfProjections, regions=2, op="parallel_linear", activation="any"),
-    Case("segments_projections_written", WrittenRows, regions=2, op="parallel_linear", activation="any"),
-    Case("segments_projections_detached", DetachedRows, regions=2, op="parallel_linear", activation="any"),
-    Case("segments_projections_elsewhere", OtherPlaces, regions=2, op="parallel_linear", activation="any"),
-    Case("segments_projections_read_twice", TwoReaders, regions=2, op="parallel_linear", activation="any"),
 )

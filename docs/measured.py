@@ -1,0 +1,133 @@
+"""Tables of benchmarks/results: whole models, layers, kernels. Below each: where and how it was measured."""
+
+from collections.abc import Sequence
+
+from benchmarks.shapes import SHAPES
+from docs import pictures
+
+COUNTERS_COLUMNS = {
+    "phase": "kernel",
+    "shape": "shape",
+    "ms": "ms",
+    "sm_ghz": "clock, GHz",
+    "tensor_pipe_percent": "tensor cores busy, %",
+    "dram_percent": "memory, %",
+    "l2_percent": "L2 cache, %",
+    "issue_slots_percent": "issue slots used, %",
+    "samples_in_main_loop_percent": "time in the main loop, %",
+}
+ATTENTION_COLUMNS = {
+    "K": "K",
+    "E": "E",
+    "heads of an expert": "heads of an expert",
+    "implementation": "implementation",
+    "forward_ms": "forward, ms",
+    "step_ms": "step, ms",
+    "forward_ratio": "forward, of dense",
+    "step_ratio": "step, of dense",
+    "peak_gib": "peak of a step, GiB",
+}
+LAYOUT_COLUMNS = {
+    "shape": "shape",
+    "layout": "parameters",
+    "forward_ms": "forward, ms",
+    "step_ms": "step, ms",
+    "forward_ratio": "forward, of stacked",
+    "step_ratio": "step, of stacked",
+    "step_host_ms": "host of a step, ms",
+}
+MODELS_COLUMNS = {
+    "model": "model",
+    "experts": "experts and compiler",
+    "tokens_per_second": "tokens/s",
+    "peak_gib": "peak memory, GiB",
+    "first_step_s": "first step, s",
+    "graphs": "graphs",
+}
+
+
+def last_runs_of_models() -> list[dict]:
+    """The last recorded run of each model on a GPU."""
+    records = [record for record in pictures.records("models") if record["environment"]["cuda"]]
+    return list({record["settings"]["model"]: record for record in records}.values())
+
+
+def models_table() -> str:
+    """The last recorded run of each model on a GPU, as a Markdown table; a plain sentence before there is one."""
+    last = last_runs_of_models()
+    if not last:
+        return "No run on a GPU has been recorded yet: `python -m benchmarks.models` makes one."
+    lines = ["| " + " | ".join(MODELS_COLUMNS.values()) + " |", "|---|---" + "|---:" * (len(MODELS_COLUMNS) - 2) + "|"]
+    for record in last:
+        lines += [_models_row(record["settings"]["model"], row) for row in record["rows"]]
+    return "\n".join(lines) + "\n\n" + "\n".join(model_caption(record) for record in last)
+
+
+def layers_table() -> str:
+    """The shapes of `benchmarks/shapes.py`, and the last training steps that were timed on them."""
+    lines = ["| shape | T | D | F | E | K |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {name} | " + " | ".join(f"{size:,}" for size in shape) + " |" for name, shape in SHAPES.items()]
+    runs = "\n".join(dict.fromkeys(caption(record) for record in pictures.last_training_steps().values()))
+    return "\n".join(lines) + "\n\n" + runs
+
+
+def layouts_table() -> str:
+    """The last run of `benchmarks/layouts.py`."""
+    record = pictures.records("layouts")[-1]
+    return f"{measured_table(LAYOUT_COLUMNS, record['rows'])}\n\n{caption(record)}"
+
+
+def attention_table() -> str:
+    """The last result of each cell of `benchmarks/mixture_of_attention.py`."""
+    table = measured_table(ATTENTION_COLUMNS, pictures.last_mixtures_of_attention())
+    return "\n\n".join((table, "\n".join(map(caption, pictures.records("mixture_of_attention")))))
+
+
+def counters_table() -> str:
+    """All profiled runs of kernels."""
+    runs = pictures.records("counters")
+    lines = [
+        "| " + " | ".join(COUNTERS_COLUMNS.values()) + " |",
+        "|---|---" + "|---:" * (len(COUNTERS_COLUMNS) - 2) + "|",
+    ]
+    rows = [row for record in runs for row in record["rows"]]
+    lines += ["| " + " | ".join(str(row[key]) for key in COUNTERS_COLUMNS) + " |" for row in rows]
+    notes = [record["settings"]["note"] for record in runs]
+    captions = [f"{caption(run)} {note[0].upper() + note[1:]}." for run, note in zip(runs, notes, strict=True)]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(captions)
+
+
+def measured_table(columns: dict[str, str], rows: Sequence[dict]) -> str:
+    """Rows of a benchmark; columns are the keys that are shown with their headings."""
+    texts = [key for key in columns if isinstance(rows[0][key], str)]
+    lines = ["| " + " | ".join(columns.values()) + " |"]
+    lines += ["|" + "|".join("---" if key in texts else "---:" for key in columns) + "|"]
+    for row in rows:
+        cells = [row[key] for key in columns]
+        lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def _models_row(model: str, row: dict) -> str:
+    cells = [model, *(_cell(row.get(key)) for key in list(MODELS_COLUMNS)[1:])]
+    return "| " + " | ".join(cells) + " |"
+
+
+def model_caption(record: dict) -> str:
+    return f"{record['settings']['model']}: {record['settings']['description']}. {caption(record)}"
+
+
+def caption(record: dict) -> str:
+    environment = record["environment"]
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "transformers"))
+    nccl = [f"{name}={value}" for name, value in record["settings"].get("nccl", {}).items()]
+    command = " ".join([*nccl, record["command"]])
+    return f"{environment['device']}, {versions}, commit {environment['commit']}, `{command}`.\n"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
