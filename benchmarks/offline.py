@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from scatter_ops import tuning
-from scatter_ops.cuda import grouped_gemm
+from scatter_ops.cuda import operands
 
 _shape_class = tuning.shape_class
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -64,7 +64,7 @@ def recorded(capability: tuple[int, int], rows_per_expert: int | None = None) ->
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(grouped_gemm, "capability", lambda device: capability),
+        mock.patch.object(operands, "capability", lambda device: capability),
         mock.patch.object(tuning, "shape_class", shape_class),
     ):
         yield launches

@@ -23,12 +23,12 @@ from benchmarks.difference import relative_rms
 from benchmarks.shapes import SHAPES, Shape, inputs, placeholders, shape_names
 from benchmarks.timing import graph_ms, queued_ms
 from scatter_ops import cuda, tuning
-from scatter_ops.cuda import grouped_gemm as gemm
 from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.glu_backward import glu_backward, num_column_tiles, sum_partials
 from scatter_ops.cuda.glu_forward import glu_forward
-from scatter_ops.cuda.grouped_gemm import NO_BIAS, Routing, Rows
+from scatter_ops.cuda.grouped_gemm import NO_BIAS, grouped_gemm
+from scatter_ops.cuda.operands import Routing, Rows, select_config
 from scatter_ops.cuda.parameters import expert_weight
 from scatter_ops.cuda.weight_grad import weight_grad
 from scatter_ops.tuning import Config, ShapeClass
@@ -115,7 +115,7 @@ def phases(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callable[
 
     def d_activation():
         # With the sort into grouped order that its config may ask for, which the weight gradient shares then.
-        config = gemm.select_config("glu_backward", h_NH, routing, shape.F, shape.D)
+        config = select_config("glu_backward", h_NH, routing, shape.F, shape.D)
         rows = regrouped(grad, routing) if config.regroup else grad
         partials = num_column_tiles(h_NH, down.transposed(), glu)
         result = glu_backward(rows, h_NH, down.transposed(), glu, True, False, True, partials, overwrite_h=False)
@@ -123,7 +123,7 @@ def phases(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Callable[
         return result.grad_h_NH, result.scaled_a_NF, sum_partials(result.partials, glu)
 
     def product(rows, weight):
-        return lambda: (gemm.grouped_gemm(rows, weight, NO_BIAS, routing, scatter=False, zero_unrouted=False),)
+        return lambda: (grouped_gemm(rows, weight, NO_BIAS, routing, scatter=False, zero_unrouted=False),)
 
     def reduction(left, right):
         return lambda: (weight_grad(left, right, routing),)

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scatter_ops.cuda.grouped_gemm import Routing
+from scatter_ops.cuda.operands import Routing
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight, expert_weight, separate_weight
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
 from scatter_ops.cuda.glu import Glu
-from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
+from scatter_ops.cuda.operands import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
 from scatter_ops.kernels.glu_backward import glu_backward_kernel

@@ -5,8 +5,8 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 
 from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
-from scatter_ops.cuda.grouped_gemm import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv
+from scatter_ops.cuda.operands import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.cuda.parameters import ExpertWeight
 from scatter_ops.cuda.plans import launch

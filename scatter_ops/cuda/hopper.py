@@ -12,18 +12,19 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops.cuda.glu import Glu
-from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, tma_can_read, weight_descriptor
 from scatter_ops.cuda.integers import cdiv
-from scatter_ops.cuda.parameters import ExpertWeight
+from scatter_ops.cuda.operands import Routing, Rows, grid_size, tma_can_read, weight_descriptor
+from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
 from scatter_ops.cuda.plans import launch
 from scatter_ops.cuda.routing import Schedule
-from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX
+from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX, QUARTER
 from scatter_ops.kernels.hopper_glu_backward import PART, glu_backward_kernel
 from scatter_ops.kernels.hopper_glu_forward import H_PART, glu_forward_kernel
-from scatter_ops.kernels.hopper_weight_grad import BLOCK_ROWS, QUARTER, weight_grad_kernel
+from scatter_ops.kernels.hopper_grouped_gemm import grouped_gemm_kernel
+from scatter_ops.kernels.hopper_weight_grad import BLOCK_ROWS, weight_grad_kernel
 from scatter_ops.tuning import Config
 
-STAGES = 3  # of glu_forward, whose tile of h takes the room of another
+STAGES = 3  # of glu_forward and grouped_gemm, whose finished tile takes the room of another
 
 
 def launch_glu_forward(
@@ -109,6 +110,50 @@ def launch_glu_backward(
     return True
 
 
+def launch_grouped_gemm(
+    config: Config,
+    rows: Rows,
+    weight: ExpertWeight,
+    bias: ExpertBias,
+    routing: Routing,
+    tiles: Schedule,
+    out: Tensor,
+    num_zeroed: int,
+) -> bool:
+    """False where only the portable kernel can do it: nothing is launched then. TMA can reach the result.
+
+    num_zeroed: rows before this one that are sentinels' become zeros.
+    """
+    operands = _operands(config, rows, weight, STAGES)
+    if operands is None or bias.kind != "none":
+        return False
+    grid = grid_size(config, tiles.max_row_tiles * cdiv(weight.n, BLOCK_N.value), out.device)
+    launch(
+        grouped_gemm_kernel,
+        grid,
+        *operands,
+        _gluon(create_ragged_descriptor(out, [BLOCK_M.value, QUARTER.value])),
+        out,
+        routing.order_N,
+        routing.offsets_E,
+        tiles.tile_map,
+        weight.addresses.distances if weight.addresses else None,
+        weight.experts_per_way or None,
+        num_zeroed,
+        routing.num_experts,
+        weight.n,
+        weight.k,
+        rows.data.stride(0) if rows.divisor else None,
+        X_DIVISOR=rows.divisor or None,
+        K_WAYS=weight.ways,
+        N_MAJOR=weight.stride_k != 1,
+        STAGES=STAGES,
+        GROUP_M=config.group_m,
+        num_warps=8,
+    )
+    return True
+
+
 def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int) -> tuple[Any, Any] | None:
     """Both of a product, as the kernels read them; None where only the portable kernels can."""
     block_m, block_n, block_k = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value
@@ -117,7 +162,7 @@ def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int)
     w = weight_descriptor(weight, BOX.value, block_k, n_ways=1)
     if w is None or weight.k % block_k or weight.k < num_stages * block_k or not tma_can_read(rows.data):
         return None
-    x = rows.data if rows.divisor else _gluon(TensorDescriptor.from_tensor(rows.data, [block_m, block_k]))
+    x = rows.data if rows.divisor else _gluon(create_ragged_descriptor(rows.data, [block_m, block_k]))
     return x, _gluon(w)
 
 
@@ -135,6 +180,7 @@ def launch_weight_grad(config: Config, left: Tensor, right: Tensor, routing: Rou
         _gluon(create_ragged_descriptor(right, [block_rows, block_q])),
         _gluon(TensorDescriptor.from_tensor(out, [1, block_p, QUARTER.value])),
         routing.offsets_E,
+        routing.schedule(block_p).heaviest_E,
         num_experts,
         p_size,
         q_size,

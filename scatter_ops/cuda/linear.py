@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from scatter_ops.cuda.device import float64_by_reference, on_its_device
-from scatter_ops.cuda.grouped_gemm import Routing, Rows, grouped_gemm
+from scatter_ops.cuda.grouped_gemm import grouped_gemm
+from scatter_ops.cuda.operands import Routing, Rows
 from scatter_ops.cuda.parameters import expert_bias, expert_weight
 from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
 

@@ -18,7 +18,8 @@ from scatter_ops.cuda.glu_backward import (
     num_column_tiles,
     sum_partials,
 )
-from scatter_ops.cuda.grouped_gemm import NO_BIAS, Routing, Rows, grouped_gemm, select_config
+from scatter_ops.cuda.grouped_gemm import NO_BIAS, grouped_gemm
+from scatter_ops.cuda.operands import Routing, Rows, select_config
 from scatter_ops.cuda.parameters import ExpertWeight, expert_bias, expert_weight, separate_weight
 from scatter_ops.cuda.rows import combine_rows
 from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad

@@ -11,7 +11,8 @@ from torch import Tensor
 from scatter_ops.cuda.device import float64_by_reference, on_its_device
 from scatter_ops.cuda.glu import Glu, gate_up_weight
 from scatter_ops.cuda.glu_forward import glu_forward
-from scatter_ops.cuda.grouped_gemm import Routing, Rows, grouped_gemm
+from scatter_ops.cuda.grouped_gemm import grouped_gemm
+from scatter_ops.cuda.operands import Routing, Rows
 from scatter_ops.cuda.parameters import expert_bias, expert_weight
 from scatter_ops.cuda.rows import combine_rows
 

@@ -51,10 +51,14 @@ def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Row tiles of a grouped GEMM and the inverse of order, on the device; max_row_tiles bounds the number of tiles."""
+    """Row tiles of a grouped GEMM, the experts by their rows and the inverse of order, on the device.
+
+    max_row_tiles bounds the number of tiles.
+    """
 
     tile_map: Tensor
     max_row_tiles: int
+    heaviest_E: Tensor
     inverse_N: Tensor | None
 
 
@@ -62,6 +66,7 @@ def schedule(order_N: Tensor, offsets_E: Tensor, block_m: int, with_inverse: boo
     num_slots, num_experts = order_N.numel(), offsets_E.numel()
     max_row_tiles = cdiv(num_slots, block_m) + num_experts
     tile_map = torch.empty(1 + 3 * max_row_tiles, dtype=torch.int32, device=order_N.device)
+    heaviest_E = torch.empty_like(offsets_E)
     inverse_N = torch.empty_like(order_N) if with_inverse else None
     inverse_blocks = cdiv(num_slots, SORT_BLOCK) if with_inverse else 0
     launch(
@@ -71,13 +76,14 @@ def schedule(order_N: Tensor, offsets_E: Tensor, block_m: int, with_inverse: boo
         offsets_E,
         inverse_N,
         tile_map,
+        heaviest_E,
         num_slots,
         num_experts,
         next_power_of_2(num_experts),
         block_m,
         SORT_BLOCK,
     )
-    return Schedule(tile_map, max_row_tiles, inverse_N)
+    return Schedule(tile_map, max_row_tiles, heaviest_E, inverse_N)
 
 
 def inverse_order(order_N: Tensor, offsets_E: Tensor) -> Tensor:

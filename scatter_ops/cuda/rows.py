@@ -8,8 +8,8 @@ from torch import Tensor
 
 from scatter_ops.cuda.device import on_its_device
 from scatter_ops.cuda.dispatch import column_block, dispatch_rows
-from scatter_ops.cuda.grouped_gemm import Routing, Rows
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
+from scatter_ops.cuda.operands import Routing, Rows
 from scatter_ops.cuda.parameters import expert_bias
 from scatter_ops.cuda.plans import launch
 from scatter_ops.cuda.routing import inverse_order

@@ -7,8 +7,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scatter_ops.cuda.device import dot_precision
 from scatter_ops.cuda.dispatch import regrouped
-from scatter_ops.cuda.grouped_gemm import Routing, Rows, grid_size, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
+from scatter_ops.cuda.operands import Routing, Rows, grid_size, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.kernels.weight_grad import grouped_sum_kernel, weight_grad_kernel
 

@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -31,8 +32,10 @@ BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 BOX = gl.constexpr(128)  # columns of a box of the weight
+QUARTER = gl.constexpr(64)  # columns of a part of a tile that leaves at once
 BOUND = gl.constexpr(1 << 30)  # of ragged descriptors: see scatter_ops.kernels.ragged
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 256, 16]))
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 COLUMNS = gl.constexpr(gl.BlockedLayout([4], [32], [8], [0]))
 
@@ -40,9 +43,11 @@ COLUMNS = gl.constexpr(gl.BlockedLayout([4], [32], [8], [0]))
 class Product(NamedTuple):
     """The operands, their stages and barriers.
 
-    x is a descriptor [rows, k] if stride_x is None, else a pointer to rows that are gathered. A tile of the weight
-    ([BLOCK_K, BLOCK_N] if n is contiguous in memory, else [BLOCK_N, BLOCK_K]) comes in two boxes, the second
-    second_way ways and second_column columns after the first, maybe in another tensor.
+    x is a ragged descriptor of [rows, k] if stride_x is None, else a pointer to rows that are gathered. Rows beyond an
+    expert's end are zeros either way: products of zeros take less power, which is what bounds the clock. A tile of the
+    weight ([BLOCK_K, BLOCK_N] if n is contiguous in memory, else [BLOCK_N, BLOCK_K]) comes in two boxes, the second
+    second_way ways and second_column columns after the first, maybe in another tensor. way_size: None unless the ways
+    of the weight follow one another along k; then each is that long.
     """
 
     x: Any
@@ -53,6 +58,7 @@ class Product(NamedTuple):
     ready: Any
     second_way: Any
     second_column: Any
+    way_size: Any
 
 
 class Tiles(NamedTuple):
@@ -72,7 +78,11 @@ class Tiles(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a tile's operands are found by: both boxes' experts in the weight's descriptor, rows of x if gathered."""
+    """What a tile's operands are found by.
+
+    first_expert, second_expert: in the weight's descriptor, of both boxes, or of both ways along k. sources: rows of x,
+    if they are gathered; valid: those before the expert's end.
+    """
 
     first_row: Any
     end_row: Any
@@ -80,6 +90,7 @@ class Tile(NamedTuple):
     first_expert: Any
     second_expert: Any
     sources: Any
+    valid: Any
 
 
 @gluon.jit
@@ -99,7 +110,18 @@ def make_barriers(COUNT: gl.constexpr):
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=1)
+    fence_async_shared()
     return barriers
+
+
+@gluon.jit
+def make_stages(weight, N_MAJOR: gl.constexpr, STAGES: gl.constexpr):
+    """x_tiles, w_tiles and ready of a Product."""
+    W_SHAPE: gl.constexpr = [BLOCK_K, BLOCK_N] if N_MAJOR else [BLOCK_N, BLOCK_K]
+    x_tiles = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
+    w_tiles = gl.allocate_shared_memory(weight.dtype, [STAGES] + W_SHAPE, SWIZZLED)
+    ready = make_barriers(STAGES)
+    return x_tiles, w_tiles, ready
 
 
 @gluon.jit
@@ -123,12 +145,13 @@ def operands_at(tiles, place):
     second_expert = first_expert
     if tiles.experts_per_way is not None:
         second_expert = gl.load(tiles.distances_ptr + expert + tiles.experts_per_way).to(gl.int32)
-    sources = first_row  # nobody reads it unless x is gathered
+    sources, valid = first_row, first_row  # nobody reads them unless x is gathered
     if tiles.divisor is not None:
         rows = first_row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, GATHERED))
-        slots = gl.load(tiles.order_ptr + rows, mask=rows < end_row, other=0)
+        valid = rows < end_row
+        slots = gl.load(tiles.order_ptr + rows, mask=valid, other=0)
         sources = (slots // tiles.divisor).to(gl.int64)
-    return Tile(first_row, end_row, column_tile, first_expert, second_expert, sources)
+    return Tile(first_row, end_row, column_tile, first_expert, second_expert, sources, valid)
 
 
 @gluon.jit
@@ -151,21 +174,30 @@ def load_step(product, tile, step, stage, pred):
     if product.stride_x is not None:
         columns = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, GATHERED))
         pointers = product.x + tile.sources[:, None] * product.stride_x + columns[None, :]
-        async_copy.async_copy_global_to_shared(x_tile, pointers)
+        async_copy.async_copy_global_to_shared(x_tile, pointers, mask=tile.valid[:, None])
         async_copy.commit_group()
         mbarrier.expect(barrier, BLOCK_N * BLOCK_K * 2, pred)
     else:
         mbarrier.expect(barrier, (BLOCK_M + BLOCK_N) * BLOCK_K * 2, pred)
-        tma.async_copy_global_to_shared(product.x, [tile.first_row, k], barrier, x_tile, pred)
-    _load_box(product, tile, tile.first_expert, k, barrier, stage, pred, 0)
-    _load_box(product, tile, tile.second_expert, k, barrier, stage, pred, 1)
+        row = BOUND - (tile.end_row - tile.first_row)
+        x_tile = x_tile.reshape(product.x.block_type.shape)
+        tma.async_copy_global_to_shared(product.x, [BOUND, tile.end_row, row, k], barrier, x_tile, pred)
+    if product.way_size is None:
+        _load_box(product, tile, tile.first_expert, 0, k, barrier, stage, pred, 0)
+        _load_box(product, tile, tile.second_expert, product.second_way, k, barrier, stage, pred, 1)
+    else:
+        in_second = k >= product.way_size
+        expert = gl.where(in_second, tile.second_expert, tile.first_expert)
+        way = gl.where(in_second, product.second_way, 0)
+        k -= gl.where(in_second, product.way_size, 0)
+        _load_box(product, tile, expert, way, k, barrier, stage, pred, 0)
+        _load_box(product, tile, expert, way, k, barrier, stage, pred, 1)
 
 
 @gluon.jit
-def _load_box(product, tile, expert, k, barrier, stage, pred, NUMBER: gl.constexpr):
+def _load_box(product, tile, expert, way, k, barrier, stage, pred, NUMBER: gl.constexpr):
     weight = product.weight
     box = product.w_tiles.index(stage)._reinterpret(weight.dtype, [2] + weight.block_type.shape, weight.layout)
-    way = NUMBER * product.second_way
     column = tile.column_tile * (BOX + product.second_column) + NUMBER * product.second_column
     coordinates = [expert, k, way, column] if product.w_tiles.shape[1] == BLOCK_K else [expert, way, column, k]
     tma.async_copy_global_to_shared(weight, coordinates, barrier, box.index(NUMBER), pred)
@@ -182,6 +214,16 @@ def multiply_step(product, stage, phase, acc, FIRST: gl.constexpr):
         w_tile = w_tile.permute([1, 0])
     acc = warpgroup_mma(product.x_tiles.index(stage), w_tile, acc, use_acc=not FIRST, is_async=True)
     return warpgroup_mma_wait(1, deps=(acc,))
+
+
+@gluon.jit
+def multiply_and_load(product, tile, step, stage, phase, acc, pred):
+    """multiply_step, with a step of a tile under way to the stage that is free by then; and where the ring is next."""
+    STAGES: gl.constexpr = product.x_tiles.shape[0]
+    acc = multiply_step(product, stage, phase, acc, False)
+    load_step(product, tile, step, stage_before(stage, STAGES), pred)
+    stage, phase = advance(stage, phase, STAGES)
+    return acc, stage, phase
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ from scatter_ops.kernels.hopper import (
     first_operands,
     load_gate_up,
     load_step,
-    make_barriers,
+    make_stages,
     multiply_step,
     num_tiles,
     operands_at,
@@ -216,11 +216,8 @@ def glu_backward_kernel(
     GROUP_M: gl.constexpr,
 ):
     """Everything 16 bits wide is read and written by TMA. dH takes the place of h in shared memory, part by part."""
-    W_SHAPE: gl.constexpr = [BLOCK_K, BLOCK_N] if N_MAJOR else [BLOCK_N, BLOCK_K]
-    x_tiles = gl.allocate_shared_memory(h.dtype, [STAGES, BLOCK_M, BLOCK_K], grad_out.layout)
-    w_tiles = gl.allocate_shared_memory(h.dtype, [STAGES] + W_SHAPE, grad_out.layout)
-    product = Product(grad_out, None, weight, x_tiles, w_tiles, make_barriers(STAGES), 0, BOX)
-    fence_async_shared()
+    x_tiles, w_tiles, ready = make_stages(weight, N_MAJOR, STAGES)
+    product = Product(grad_out, None, weight, x_tiles, w_tiles, ready, 0, BOX, None)
     num_rows, num_columns = gl.load(tile_map_ptr), gl.cdiv(f_size, BLOCK_N)
     tiles = Tiles(tile_map_ptr, order_ptr, distances_ptr, None, num_rows, num_columns, None, GROUP_M)
     first, hop = gl.program_id(0), gl.num_programs(0)

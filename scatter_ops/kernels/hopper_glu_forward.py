@@ -27,18 +27,17 @@ from scatter_ops.kernels.hopper import (
     BLOCK_M,
     BLOCK_N,
     BOX,
+    SWIZZLED,
     Product,
     Tiles,
-    advance,
     first_operands,
     load_gate_up,
-    load_step,
     make_barriers,
-    multiply_step,
+    make_stages,
+    multiply_and_load,
     num_tiles,
     operands_at,
     place_of,
-    stage_before,
     store_gate_up,
     store_part,
     thread_barrier,
@@ -99,14 +98,11 @@ def _multiply_tiles(product, handover, tiles, k_size):
         place_ahead = place_of(tiles, number + hop)
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
         for step in range(k_tiles - STAGES + 1):
-            acc = multiply_step(product, stage, phase, acc, False)
-            load_step(product, here, step + STAGES - 1, stage_before(stage, STAGES), True)
-            stage, phase = advance(stage, phase, STAGES)
+            acc, stage, phase = multiply_and_load(product, here, step + STAGES - 1, stage, phase, acc, True)
         here = operands_at(tiles, place_ahead)
         for early in gl.static_range(STAGES - 1):
-            acc = multiply_step(product, stage, phase, acc, False)
-            load_step(product, here, early, stage_before(stage, STAGES), number + hop < num_tiles(tiles))
-            stage, phase = advance(stage, phase, STAGES)
+            exists = number + hop < num_tiles(tiles)
+            acc, stage, phase = multiply_and_load(product, here, early, stage, phase, acc, exists)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.wait(handover.emptied, tile_phase)
         parts = split_columns(acc, 4)
@@ -147,41 +143,21 @@ def glu_forward_kernel(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """x is a descriptor if X_DIVISOR and stride_x are None, else a pointer; a and h are ragged descriptors.
+    """x is a ragged descriptor if X_DIVISOR and stride_x are None, else a pointer; a and h are ragged descriptors too.
 
     h and experts_per_way (up's expert is that many after gate's in distances_ptr) may be None.
     """
     CONCATENATED: gl.constexpr = LAYOUT == "concatenated"
     BLOCK_F: gl.constexpr = BLOCK_N if LAYOUT == "plain" else BLOCK_N // 2
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    W_SHAPE: gl.constexpr = [BLOCK_K, BLOCK_N] if N_MAJOR else [BLOCK_N, BLOCK_K]
-    x_tiles = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
-    w_tiles = gl.allocate_shared_memory(a.dtype, [STAGES] + W_SHAPE, SWIZZLED)
+    x_tiles, w_tiles, ready = make_stages(weight, N_MAJOR, STAGES)
+    second_way: gl.constexpr = 1 if CONCATENATED and experts_per_way is None else 0
+    second_column: gl.constexpr = 0 if CONCATENATED else BOX
+    product = Product(x, stride_x, weight, x_tiles, w_tiles, ready, second_way, second_column, None)
     h_tiles = gl.allocate_shared_memory(a.dtype, [4, BLOCK_M, H_PART], SWIZZLED)
     a_tile = gl.allocate_shared_memory(a.dtype, a.block_type.shape, a.layout)
-    ready = make_barriers(STAGES)
     handed = make_barriers(2)
-    fence_async_shared()
-    tiles = Tiles(
-        tile_map_ptr,
-        order_ptr,
-        distances_ptr,
-        experts_per_way,
-        gl.load(tile_map_ptr),
-        gl.cdiv(f_size, BLOCK_F),
-        X_DIVISOR,
-        GROUP_M,
-    )
-    product = Product(
-        x,
-        stride_x,
-        weight,
-        x_tiles,
-        w_tiles,
-        ready,
-        1 if CONCATENATED and experts_per_way is None else 0,
-        0 if CONCATENATED else BOX,
-    )
+    num_rows, num_columns = gl.load(tile_map_ptr), gl.cdiv(f_size, BLOCK_F)
+    tiles = Tiles(tile_map_ptr, order_ptr, distances_ptr, experts_per_way, num_rows, num_columns, X_DIVISOR, GROUP_M)
     handover = Handover(h_tiles, handed.index(0), handed.index(1))
     gl.warp_specialize(
         [

@@ -1,8 +1,8 @@
 """scatter_ops.kernels.weight_grad on Hopper, of grouped rows: loads and stores run beside the products.
 
-A program's tiles are one stream of steps of BLOCK_ROWS rows, each prefetched STAGES - 1 steps ahead, also beyond a
-tile's end. A finished tile waits in shared memory and leaves in quarters during the steps of the next one: all programs
-finish a tile at about the same time, and stores of all of them at once would keep loads waiting. See hopper.py.
+Tiles of the experts with the most rows take longest. They are dealt first, and in turns back and forth, so that all
+programs end at about the same time. A program's tiles are one stream of steps of BLOCK_ROWS rows, each prefetched
+STAGES - 1 steps ahead, also beyond a tile's end. A finished tile leaves as hopper_grouped_gemm.py says. See hopper.py.
 """
 
 from typing import Any, NamedTuple
@@ -18,11 +18,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from scatter_ops.kernels.columns import split_columns
-from scatter_ops.kernels.hopper import ACCUMULATOR, BLOCK_M, BLOCK_N, BOUND, advance, make_barriers, stage_before
+from scatter_ops.kernels.hopper import (
+    ACCUMULATOR,
+    BLOCK_M,
+    BLOCK_N,
+    BOUND,
+    QUARTER,
+    SWIZZLED,
+    advance,
+    make_barriers,
+    stage_before,
+)
 from scatter_ops.kernels.mainloop import tile_position
 
 BLOCK_ROWS = gl.constexpr(64)
-QUARTER = gl.constexpr(64)  # columns of a tile that leave at once
 
 
 class Product(NamedTuple):
@@ -46,12 +55,19 @@ class Tile(NamedTuple):
 
 
 @gluon.jit
-def _load_tile(offsets_ptr, tile, num_experts, p_tiles, q_tiles, GROUP_P: gl.constexpr):
+def _tile_of_turn(turn):
+    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    return turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
+
+
+@gluon.jit
+def _load_tile(offsets_ptr, heaviest_ptr, tile, num_experts, p_tiles, q_tiles, GROUP_P: gl.constexpr):
     """Past the last tile: of an expert past the last, without rows."""
     tiles_per_expert = p_tiles * q_tiles
-    expert = gl.minimum(tile // tiles_per_expert, num_experts)
-    p_tile, q_tile = tile_position(tile - expert * tiles_per_expert, p_tiles, q_tiles, GROUP_P)
-    exists = expert < num_experts
+    place = tile // tiles_per_expert
+    p_tile, q_tile = tile_position(tile - place * tiles_per_expert, p_tiles, q_tiles, GROUP_P)
+    exists = place < num_experts
+    expert = gl.load(heaviest_ptr + place, mask=exists, other=num_experts)
     start = gl.load(offsets_ptr + expert - 1, mask=exists & (expert > 0), other=0)
     end = gl.load(offsets_ptr + expert, mask=exists, other=0)
     return Tile(expert, start, end, p_tile * BLOCK_M, q_tile * BLOCK_N)
@@ -91,6 +107,7 @@ def weight_grad_kernel(
     right,
     out,
     offsets_ptr,
+    heaviest_ptr,
     num_experts,
     p_size,
     q_size,
@@ -98,23 +115,23 @@ def weight_grad_kernel(
     GROUP_P: gl.constexpr,
 ):
     """left and right are ragged descriptors, out is one of [E, P, Q] in quarters of tiles."""
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    left_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_M], SHARED)
-    right_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_N], SHARED)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [4, BLOCK_M, QUARTER], SHARED)
+    left_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_M], SWIZZLED)
+    right_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_N], SWIZZLED)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [4, BLOCK_M, QUARTER], SWIZZLED)
     product = Product(left, right, left_tiles, right_tiles, make_barriers(STAGES))
-    fence_async_shared()
 
     p_tiles, q_tiles = gl.cdiv(p_size, BLOCK_M), gl.cdiv(q_size, BLOCK_N)
     num_tiles = num_experts * p_tiles * q_tiles
-    first_tile, hop = gl.program_id(0), gl.num_programs(0)
-    tile = _load_tile(offsets_ptr, first_tile, num_experts, p_tiles, q_tiles, GROUP_P)
-    finished = _load_tile(offsets_ptr, num_tiles, num_experts, p_tiles, q_tiles, GROUP_P)
+    turns = num_tiles // gl.num_programs(0)
+    turns += (_tile_of_turn(turns) < num_tiles).to(gl.int32)
+    tile = _load_tile(offsets_ptr, heaviest_ptr, _tile_of_turn(0), num_experts, p_tiles, q_tiles, GROUP_P)
+    finished = _load_tile(offsets_ptr, heaviest_ptr, num_tiles, num_experts, p_tiles, q_tiles, GROUP_P)
     for early in gl.static_range(STAGES - 1):
-        _load_step(product, tile, early, early, first_tile < num_tiles)
+        _load_step(product, tile, early, early, turns > 0)
     stage, phase = 0, 0
-    for number in range(first_tile, num_tiles, hop):
-        next_tile = _load_tile(offsets_ptr, number + hop, num_experts, p_tiles, q_tiles, GROUP_P)
+    for turn in range(turns):
+        number = _tile_of_turn(turn + 1)
+        next_tile = _load_tile(offsets_ptr, heaviest_ptr, number, num_experts, p_tiles, q_tiles, GROUP_P)
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
         # A tile has at least the STAGES - 1 steps that were loaded ahead: of zeros, where its expert has no rows.
         steps = gl.maximum(gl.cdiv(tile.end - tile.start, BLOCK_ROWS) - (STAGES - 1), 0)
@@ -126,7 +143,7 @@ def weight_grad_kernel(
             _store_quarter(out, out_tiles, finished, part)
         for early in gl.static_range(STAGES - 1):
             acc = _multiply_step(product, stage, phase, acc)
-            _load_step(product, next_tile, early, stage_before(stage, STAGES), number + hop < num_tiles)
+            _load_step(product, next_tile, early, stage_before(stage, STAGES), turn + 1 < turns)
             stage, phase = advance(stage, phase, STAGES)
         quarters = split_columns(warpgroup_mma_wait(0, deps=(acc,)), 4)
         tma.store_wait(0)

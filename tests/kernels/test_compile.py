@@ -104,14 +104,15 @@ def test_hopper_takes_its_own_kernel_for_the_gradient_of_the_activation(layout: 
 def test_hopper_takes_its_own_kernels_wherever_the_weights_lie(layout: str, listed: bool, transposed: bool):
     with offline.recorded((9, 0), rows_per_expert=4096) as launches:
         training_step(torch.bfloat16, listed, layout, transposed=transposed)
-    kernels = [launch.kernel for launch in launches if launch.kernel.__name__.startswith("glu_")]
-    assert [kernel.is_gluon() for kernel in kernels] == [True, True]
+    kernels = [launch.kernel for launch in launches if launch.kernel.__name__ in PRODUCTS - {"weight_grad_kernel"}]
+    assert [kernel.is_gluon() for kernel in kernels] == [True] * 4
 
 
-def test_hopper_takes_its_own_kernel_for_weight_gradients():
+@pytest.mark.parametrize("name", ["weight_grad_kernel", "grouped_gemm_kernel"])
+def test_hopper_takes_its_own_kernel_where_stores_can_wait(name: str):
     with offline.recorded((9, 0), rows_per_expert=4096) as launches:
         training_step(torch.bfloat16)
-    found = [launch for launch in launches if launch.kernel.__name__ == "weight_grad_kernel"]
+    found = [launch for launch in launches if launch.kernel.__name__ == name]
     assert [launch.kernel.is_gluon() for launch in found] == [True, True]
     resources = offline.resources(offline.compile_launch(found[0]))
     assert resources.stack == 0, resources

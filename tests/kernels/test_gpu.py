@@ -3,6 +3,8 @@
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,8 +22,8 @@ pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError
 from triton.runtime.jit import JITFunction
 
 from scatter_ops import cuda, tuning
-from scatter_ops.cuda import glu_backward, glu_forward, parameters, weight_grad
-from scatter_ops.cuda.grouped_gemm import Routing, Rows
+from scatter_ops.cuda import glu_backward, glu_forward, grouped_gemm, parameters, weight_grad
+from scatter_ops.cuda.operands import Routing, Rows
 
 pytestmark = pytest.mark.gpu
 
@@ -182,7 +184,9 @@ def test_hopper_kernels_are_as_exact_as_the_portable_ones(
         inputs = layer(T=1024, E=4, D=512, F=320, dtype=dtype, seed=seed)
         weights, options = in_layout(inputs, layout, transposed), (layout, transposed)
         overlapped = step_in_layout(inputs, weights, *options, cuda)
-        with mock.patch.object(glu_backward, "hopper", None), mock.patch.object(glu_forward, "hopper", None):
+        with contextlib.ExitStack() as stack:
+            for module in (glu_backward, glu_forward, grouped_gemm, weight_grad):
+                stack.enter_context(mock.patch.object(module, "hopper", None))
             portable = step_in_layout(inputs, weights, *options, cuda)
         exact = as_double(inputs)
         truth = step_in_layout(exact, in_layout(exact, layout, transposed), *options, reference)
@@ -213,16 +217,44 @@ def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(
     with mock.patch.object(tuning, "select", lambda *shape: replace(select(*shape), regroup=grouped)):
         with mock.patch.object(glu_forward, "hopper", None):
             expected = forward()
-        launch = glu_forward.hopper.launch_glu_forward
-        launched = []
-        with mock.patch.object(
-            glu_forward.hopper, "launch_glu_forward", lambda *a: launched.append(launch(*a)) or launched[-1]
-        ):
+        with spied(glu_forward.hopper, "launch_glu_forward") as launched:
             results = [forward() for _ in range(3)]
     assert launched == [True, True, True]
     for ours in results:
         for a, b in zip(ours, expected, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("num_ways", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("divisor", [0, 2])
+def test_hopper_kernel_gives_the_products_that_the_portable_one_gives(
+    divisor: int, listed: bool, transposed: bool, num_ways: int, poisoned_memory
+):
+    """Bitwise, rows of sentinels included; one expert has no rows, one few. Two ways follow one another along k."""
+    if torch.cuda.get_device_capability() != (9, 0) or grouped_gemm.hopper is None:
+        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    routing = uneven_routing()
+    x = torch.randn(4000 if divisor else 8000, num_ways * 192, device="cuda", dtype=torch.bfloat16)
+
+    def experts() -> list[Tensor]:
+        sizes = (192, 520) if transposed else (520, 192)
+        if not listed:
+            return [torch.randn(5, *sizes, device="cuda", dtype=torch.bfloat16)]
+        return [torch.randn(2 + e, *sizes, device="cuda", dtype=torch.bfloat16)[e] for e in range(5)]
+
+    ways = [experts() for _ in range(num_ways)]
+    weight = (parameters.expert_weight, parameters.separate_weight)[num_ways - 1](*ways, transposed)
+    operands = Rows(x, divisor), weight, grouped_gemm.NO_BIAS, routing, False, True
+    with mock.patch.object(grouped_gemm, "hopper", None):
+        expected = grouped_gemm.grouped_gemm(*operands)
+    with spied(grouped_gemm.hopper, "launch_grouped_gemm") as launched:
+        results = [grouped_gemm.grouped_gemm(*operands) for _ in range(3)]
+    assert launched == [True, True, True]
+    assert not expected.isnan().any()
+    for ours in results:
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize(("p_size", "q_size"), [(256, 256), (136, 520)])
@@ -232,29 +264,35 @@ def test_hopper_kernel_gives_the_weight_gradients_that_the_portable_one_gives(
     """Bitwise; one expert has no rows, one fewer than a step, and nobody reads the rows of sentinels."""
     if torch.cuda.get_device_capability() != (9, 0) or weight_grad.hopper is None:
         pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
-    topk_ids = torch.randint(0, 5, (4000, 2), device="cuda")
-    topk_ids[topk_ids == 2] = 1000
-    topk_ids[topk_ids == 3] = 4
-    topk_ids[:7, 0] = 3
-    routing = Routing(*cuda.route(topk_ids, 5))
+    routing = uneven_routing()
     left, right = (torch.randn(8000, size, device="cuda", dtype=torch.bfloat16) for size in (p_size, q_size))
     left[routing.offsets_E[-1] :] = torch.nan
     operands = Rows(left, 0), Rows(right, 0), routing
     with mock.patch.object(weight_grad, "hopper", None):
         expected = weight_grad.weight_grad(*operands)
-    launched = []
-
-    def launch(*args: Any) -> bool:
-        launched.append(launch_weight_grad(*args))
-        return launched[-1]
-
-    launch_weight_grad = weight_grad.hopper.launch_weight_grad
-    with mock.patch.object(weight_grad.hopper, "launch_weight_grad", launch):
+    with spied(weight_grad.hopper, "launch_weight_grad") as launched:
         results = [weight_grad.weight_grad(*operands) for _ in range(3)]
     assert launched == [True, True, True]
     assert not expected.isnan().any()
     for ours in results:
         assert torch.equal(ours, expected)
+
+
+def uneven_routing() -> Routing:
+    """Of 8000 slots to five experts: one has no rows, one seven, one about half of them; some slots are sentinels."""
+    topk_ids = torch.randint(0, 5, (4000, 2), device="cuda")
+    topk_ids[topk_ids == 2] = 1000
+    topk_ids[topk_ids == 3] = 4
+    topk_ids[:7, 0] = 3
+    return Routing(*cuda.route(topk_ids, 5))
+
+
+@contextlib.contextmanager
+def spied(module: Any, name: str) -> Iterator[list[Any]]:
+    """What a function returns, call by call."""
+    function, returned = getattr(module, name), []
+    with mock.patch.object(module, name, lambda *args: returned.append(function(*args)) or returned[-1]):
+        yield returned
 
 
 def in_layout(inputs: Layer, layout: str, transposed: bool) -> list[list[Tensor]]:

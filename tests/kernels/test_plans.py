@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 import registrations  # noqa: F401  registers the operators
 from scatter_ops import cuda, reference
-from scatter_ops.cuda import grouped_gemm, plans
+from scatter_ops.cuda import operands, plans
 
 OPS = torch.ops.scatter_moe
 E, D, F, K = 16, 256, 128, 2
@@ -44,7 +44,7 @@ def launches() -> Iterator[list[Any]]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(grouped_gemm, "capability", lambda device: (9, 0)),
+        mock.patch.object(operands, "capability", lambda device: (9, 0)),
         mock.patch.object(torch.cuda, "current_device", lambda: None),  # as the CPU's index
         mock.patch.object(plans, "driver"),
     ):
