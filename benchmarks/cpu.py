@@ -137,11 +137,11 @@ def composed(
         weights = ([layer.gate_up], [], [layer.down], [], [], [])
         options = ("silu", "concatenated", False, "output", 0.0, 0.0, None)
         arguments = (layer.x, layer.topk_weights, *routing, *weights, *options)
-        out, h = implementation.mlp_forward(*arguments, with_gradients)
+        out, h, y = implementation.mlp_forward(*arguments, with_gradients, with_gradients)
         if not with_gradients:
             return (out,)
         needs = [True, True, True, False, True, False, False, False]
-        grads = implementation.mlp_backward(layer.grad_out, h, *arguments, needs, **backward_options)
+        grads = implementation.mlp_backward(layer.grad_out, h, y, *arguments, needs, **backward_options)
         return out, *(grad for grad, need in zip(grads, needs, strict=True) if need)
 
 

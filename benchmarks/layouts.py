@@ -85,9 +85,10 @@ def precompile(name: str) -> None:
             routing = cuda.route(layer.topk_ids, layer.down.shape[0])
             weights, options = (gate_up, up, down, [], [], []), ("silu", layout, transposed, "output", 1.702, 7.0, None)
             arguments = (layer.x, layer.topk_weights, *routing, *weights, *options)
-            cuda.mlp_forward(*arguments, False)
-            _, h = cuda.mlp_forward(*arguments, True)
-            cuda.mlp_backward(layer.grad_out, h, *arguments, [True, True, True, bool(up), True, False, False, False])
+            cuda.mlp_forward(*arguments, False, False)
+            _, h, _ = cuda.mlp_forward(*arguments, True, False)
+            needs = [True, True, True, bool(up), True, False, False, False]
+            cuda.mlp_backward(layer.grad_out, h, None, *arguments, needs)
         launched += launches
     print(f"{name}: {offline.compile_in_parallel(launched)} kernels compiled", flush=True)
 

@@ -52,8 +52,8 @@ def expected_step(layer: Inputs) -> tuple[torch.Tensor, ...]:
     options = ("silu", "concatenated", False, "output", 0.0, 0.0, None)
     arguments = (layer.x, layer.topk_weights, *routing, [layer.gate_up], [], [layer.down], [], [], [], *options)
     with torch.no_grad():
-        out, h = reference.mlp_forward(*arguments, True)
-        grads = reference.mlp_backward(layer.grad_out, h, *arguments, NEEDS)
+        out, h, _ = reference.mlp_forward(*arguments, True, False)
+        grads = reference.mlp_backward(layer.grad_out, h, None, *arguments, NEEDS)
     return out, *(grad for grad, need in zip(grads, NEEDS, strict=True) if need)
 
 

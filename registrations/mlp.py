@@ -1,4 +1,4 @@
-"""scatter_moe::mlp: the fused expert MLP. Made of mlp_forward, which keeps h only if a gradient will read it."""
+"""scatter_moe::mlp: the fused expert MLP. Made of mlp_forward, which keeps h and y only if a gradient will read them."""
 
 from collections.abc import Sequence
 
@@ -47,11 +47,12 @@ def mlp(
     limit: float = 7.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The gradient of down_bias alone doesn't read h."""
+    """The gradient of down_bias alone doesn't read h. y, as large as N x D, is kept on the CPU alone (ADR-0008)."""
     arguments = (x, topk_weights, order, offsets, gate_up, up, down, gate_up_bias, up_bias, down_bias)
     options = (activation, layout, transposed, weight_on, alpha, limit, out_dtype)
     save_h = torch.is_grad_enabled() and any(requires_grad(value) for value in arguments[:-1])
-    return call("mlp_forward", *arguments, *options, save_h)[0]
+    save_y = save_h and x.device.type == "cpu" and weight_on == "output" and topk_weights.requires_grad
+    return call("mlp_forward", *arguments, *options, save_h, save_y)[0]
 
 
 LIBRARY.impl("mlp", mlp, "CompositeImplicitAutograd")

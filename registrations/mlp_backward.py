@@ -12,13 +12,20 @@ SIGNATURE = (
     f"{ARGUMENTS}, {OPTIONS}, bool[] needs) -> (Tensor grad_x, Tensor grad_topk_weights, Tensor grad_gate_up, "
     "Tensor grad_up, Tensor grad_down, Tensor grad_gate_up_bias, Tensor grad_up_bias, Tensor grad_down_bias)"
 )
-define(f"mlp_backward(Tensor grad_out, Tensor h, {SIGNATURE}")
+define(f"mlp_backward(Tensor grad_out, Tensor h, Tensor? y, {SIGNATURE}")
 kernels("mlp_backward", checks.mlp_backward)
 
 
 @fake("mlp_backward", checks.mlp_backward)
 def mlp_backward_fake(
-    grad_out: Tensor, h: Tensor, x: Tensor, topk_weights: Tensor, order: Tensor, offsets: Tensor, *rest
+    grad_out: Tensor,
+    h: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    topk_weights: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    *rest,
 ) -> tuple[Tensor, ...]:
     parameters, needs = rest[:6], rest[-1]
     num_experts = offsets.shape[0]
@@ -40,7 +47,9 @@ not_differentiable("mlp_backward", SECOND_DERIVATIVES)
 
 
 @flops("mlp_backward")
-def mlp_backward_flops(grad_out, h, x, topk_weights, order_shape, offsets, gate_up, up, down, *args, **kwargs) -> int:
+def mlp_backward_flops(
+    grad_out, h, y, x, topk_weights, order_shape, offsets, gate_up, up, down, *args, **kwargs
+) -> int:
     """2 * N * in * out for each product that a needed gradient takes; an upper bound, as for mlp_forward."""
     need_x, need_topk_weights, need_gate_up, need_up, need_down, need_gate_up_bias, need_up_bias, _ = args[-1]
     num_slots = order_shape[0]
@@ -53,15 +62,15 @@ def mlp_backward_flops(grad_out, h, x, topk_weights, order_shape, offsets, gate_
     )
 
 
-@sharding("mlp_backward", 12)
-def mlp_backward_sharding(grad_out: Placed, h: Placed, *arguments) -> Division:
+@sharding("mlp_backward", 13)
+def mlp_backward_sharding(grad_out: Placed, h: Placed, y: Placed | None, *arguments) -> Division:
     division, inputs = mlp_division(*arguments)
     transposed, needs = arguments[12], arguments[-1]
     column, row = (2, 1) if transposed else (1, 2)
-    grad, h_place, results = {
-        "replicated": (REPLICATED, REPLICATED, [REPLICATED] * 8),
-        "tokens": (0, 0, [0, 0, *[PARTIAL] * 6]),
-        "columns": (REPLICATED, 1, [PARTIAL, PARTIAL, column, column, row, 1, 1, REPLICATED]),
+    grad, h_place, y_place, results = {
+        "replicated": (REPLICATED, REPLICATED, REPLICATED, [REPLICATED] * 8),
+        "tokens": (0, 0, 0, [0, 0, *[PARTIAL] * 6]),
+        "columns": (REPLICATED, 1, PARTIAL, [PARTIAL, PARTIAL, column, column, row, 1, 1, REPLICATED]),
     }[division]
     results = [place if need else REPLICATED for place, need in zip(results, needs, strict=True)]
-    return results, [grad, h_place if len(h.shape) == 2 else REPLICATED, *inputs]
+    return results, [grad, h_place if len(h.shape) == 2 else REPLICATED, y_place, *inputs]

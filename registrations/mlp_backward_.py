@@ -11,7 +11,7 @@ from registrations.library import define, fake, flops, kernels, not_differentiab
 from registrations.mlp_backward import SECOND_DERIVATIVES, SIGNATURE, mlp_backward_fake, mlp_backward_flops
 from scatter_ops import checks, cpu
 
-define(f"mlp_backward_(Tensor grad_out, Tensor(a!) h, {SIGNATURE}")
+define(f"mlp_backward_(Tensor grad_out, Tensor(a!) h, Tensor? y, {SIGNATURE}")
 
 
 def mlp_backward_cpu(*arguments) -> tuple[Tensor, ...]:

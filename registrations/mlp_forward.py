@@ -1,4 +1,7 @@
-"""scatter_moe::mlp_forward: the fused expert MLP, and the pre-activation h that backward reads and may overwrite."""
+"""scatter_moe::mlp_forward: the fused expert MLP, and what backward reads: h, which it may overwrite, and y.
+
+h is the pre-activation, y are the output rows before the router weights and their sum, both in grouped order.
+"""
 
 import torch
 from torch import Tensor
@@ -9,38 +12,40 @@ from registrations.sharding import PARTIAL, REPLICATED, Division, sharding
 from scatter_ops import checks
 
 OPTIONS = "bool transposed, str weight_on, float alpha, float limit, ScalarType? out_dtype"
-define(f"mlp_forward({ARGUMENTS}, {OPTIONS}, bool save_h) -> (Tensor out, Tensor h)")
+define(f"mlp_forward({ARGUMENTS}, {OPTIONS}, bool save_h, bool save_y) -> (Tensor out, Tensor h, Tensor y)")
 kernels("mlp_forward", checks.mlp_forward, planned=True)
 
 
 @fake("mlp_forward", checks.mlp_forward)
-def mlp_forward_fake(x: Tensor, topk_weights: Tensor, order: Tensor, offsets: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    gate_up, up, *_, transposed, _, _, _, out_dtype, save_h = rest
-    out = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
-    if not save_h:
-        return out, x.new_empty(0)
+def mlp_forward_fake(
+    x: Tensor, topk_weights: Tensor, order: Tensor, offsets: Tensor, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate_up, up, *_, transposed, _, _, _, out_dtype, save_h, save_y = rest
     width = gate_up[0].shape[-1 if transposed else -2]
-    return out, x.new_empty(order.shape[0], 2 * width if up else width)
+    out = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+    h = x.new_empty((order.shape[0], 2 * width if up else width) if save_h else 0)
+    return out, h, x.new_empty((order.shape[0], x.shape[1]) if save_y else 0)
 
 
 def setup_context(ctx, output, x, topk_weights, order, offsets, *rest) -> None:
-    parameters, ctx.options, save_h = rest[:6], rest[6:-1], rest[-1]
+    parameters, ctx.options, (save_h, save_y) = rest[:6], rest[6:-2], rest[-2:]
     ctx.needs = [requires_grad(value) for value in (x, topk_weights, *parameters)]
     need_h, need_x = any(ctx.needs[:7]), ctx.needs[2] or ctx.needs[3]
     if need_h and not save_h:
         raise ValueError("save_h: got False, accepted is True where a gradient other than down_bias's is required")
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.x_dtype, ctx.model_width = x.dtype, x.shape[1]
     ctx.lengths = [len(parameter) for parameter in parameters]
     ctx.is_list = [bool(p) and p[0].dim() == dims for p, dims in zip(parameters, (2, 2, 2, 1, 1, 1), strict=True)]
     tensors = [tensor for parameter in parameters for tensor in parameter]
-    saved = (output[1] if need_h else None, x if need_x else None, topk_weights, order, offsets)
+    y = output[2] if save_y and ctx.needs[1] else None
+    saved = (output[1] if need_h else None, y, x if need_x else None, topk_weights, order, offsets)
     ctx.save_for_backward(*saved, *tensors)
 
 
-def backward(ctx, grad_out: Tensor | None, _grad_h: None):
-    h, x, topk_weights, order, offsets, *tensors = ctx.saved_tensors
+def backward(ctx, grad_out: Tensor | None, _grad_h: None, _grad_y: None):
+    h, y, x, topk_weights, order, offsets, *tensors = ctx.saved_tensors
     no_grads = [[None] * length for length in ctx.lengths]
     if grad_out is None:
         return None, None, None, None, *no_grads
@@ -51,7 +56,7 @@ def backward(ctx, grad_out: Tensor | None, _grad_h: None):
     remaining = iter(tensors)
     parameters = [[next(remaining) for _ in range(length)] for length in ctx.lengths]
     name = "mlp_backward_" if (h.is_cuda or ctx.inside) and _read_for_the_last_time(h) else "mlp_backward"
-    grads = call(name, grad_out, h, x, topk_weights, order, offsets, *parameters, *ctx.options, ctx.needs)
+    grads = call(name, grad_out, h, y, x, topk_weights, order, offsets, *parameters, *ctx.options, ctx.needs)
     grad_x, grad_topk_weights = (grad if need else None for grad, need in zip(grads[:2], ctx.needs[:2], strict=True))
     parameter_grads = [
         like_parameter(grad, is_list) if need else none
@@ -85,5 +90,5 @@ def mlp_forward_flops(
 def mlp_forward_sharding(*arguments) -> Division:
     division, inputs = mlp_division(*arguments)
     out, h = {"replicated": (REPLICATED, REPLICATED), "tokens": (0, 0), "columns": (PARTIAL, 1)}[division]
-    save_h = arguments[-1]
-    return [out, h if save_h else REPLICATED], inputs
+    save_h, save_y = arguments[-2:]
+    return [out, h if save_h else REPLICATED, out if save_y else REPLICATED], inputs

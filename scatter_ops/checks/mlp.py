@@ -40,14 +40,21 @@ def mlp(
 
 
 def mlp_forward(*arguments) -> None:
-    """Arguments of `mlp`, then save_h."""
-    mlp(*arguments[:-1])
+    """Arguments of `mlp`, then save_h and save_y."""
+    mlp(*arguments[:-2])
 
 
 def mlp_backward(
-    grad_out: Tensor, h: Tensor, x: Tensor, topk_weights: Tensor, order: Tensor, offsets: Tensor, *rest
+    grad_out: Tensor,
+    h: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    topk_weights: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    *rest,
 ) -> None:
-    """grad_out and h, arguments of `mlp`, then needs."""
+    """grad_out, h and y, arguments of `mlp`, then needs."""
     gate_up, up, down, gate_up_bias, up_bias, down_bias, activation, layout, transposed, weight_on, *_, needs = rest
     mlp_options(activation, layout, weight_on)
     tensors.rows_of_tokens("grad_out", grad_out, order, _routing(topk_weights, order, offsets, x))
@@ -56,6 +63,8 @@ def mlp_backward(
         raise ValueError(f"needs: got {len(needs)} flags, accepted are 8, one per gradient")
     if any(needs[:7]):
         tensors.rows_of_slots("h", h, order)
+    if y is not None:
+        tensors.rows_of_slots("y", y, order)
     if needs[2] or needs[3]:
         tensors.rows_of_tokens("x", x, order, topk_weights.shape[1])
 

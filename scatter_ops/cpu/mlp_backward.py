@@ -1,9 +1,9 @@
 """All gradients of the fused expert MLP on the CPU; formulas are those of `scatter_ops.reference.mlp`.
 
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H columns of h (F, gated 2F).
-s router weights. dA' = dY W_down^T and dpre' = dA' act'(pre) are without s, which multiplies rows of width D instead:
-dW = dpre'^T (s x), dx = sum_k s (dpre' W) either way; with s on the output dW_down = A^T (s dY) and
-dS = <dA', A> + <dY, b_down>; on the input dW_down = A^T dY and dS = <dpre', h>.
+s router weights. On the output dS = <dY, y> and dy = s dY; on the input dy = dY, dS = <dpre, h> and dH = s dpre.
+Roundings are those of a loop over the experts in autograd, to the bit in float32 (and two experts a token): what this
+takes is y, the rows before their sum, which the forward pass keeps; without it they are computed again.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,13 @@ from scatter_ops.cpu.routing import (
     zero_sentinels,
 )
 from scatter_ops.cpu.stacked import stacked_grads
-from scatter_ops.grouping import Groups, accumulation_dtype, experts
+from scatter_ops.grouping import Groups, accumulation_dtype
 
 
 def mlp_backward(
     grad_out_TD: Tensor,
     h_NH: Tensor,
+    y_ND: Tensor | None,
     x_TD: Tensor,
     topk_weights_TK: Tensor,
     order_N: Tensor,
@@ -58,41 +59,41 @@ def mlp_backward(
     grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs, whole)
     dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
     scale_N1 = slot_weights(topk_weights_TK, order_N, dtype if on_input else topk_weights_TK.dtype)
-    scaled_dy_ND = dy_ND if on_input or not (needs[4] or needs[7]) else _scaled(dy_ND, scale_N1)
+    ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
+    unscaled_ND = dy_ND
+    if not on_input:
+        if ds_N is not None and y_ND is not None:
+            torch.sum(dy_ND.to(dtype) * y_ND, 1, out=ds_N)
+        dy_ND = (dy_ND * scale_N1).to(x_TD.dtype)
     if needs[7]:
-        sum_groups(scaled_dy_ND, groups, out=grads[7])
+        sum_groups(dy_ND, groups, out=grads[7])
     if not any(needs[:7]):
         return tuple(grads)
 
-    through_down = any(needs[:4]) or any(needs[5:7])
+    through_down = (needs[1] and on_input) or any(needs[i] for i in (0, 2, 3, 5, 6))
     biases, weights = ((gate_up_bias, up_bias), (gate_up, up)) if separate else ((gate_up_bias,), (gate_up,))
     bias_NH = projection_bias(biases, x_TD, width, offsets_E, order_N.numel()) if on_input else None
-    x_ND = _scaled(token_rows(x_TD, order_N, top_k), scale_N1) if needs[2] or needs[3] else None
-    ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
+    x_ND = token_rows(x_TD, order_N, top_k) if needs[2] or needs[3] else None
     dx_ND = x_TD.new_empty(order_N.numel(), x_TD.shape[1]) if needs[0] and not whole else None
-    dpre_NH = h_NH if overwrite_h else torch.empty_like(h_NH) if whole else None
-    rows = (h_NH, dpre_NH, scale_N1, bias_NH, dy_ND, scaled_dy_ND, x_ND, ds_N, dx_ND)
-    for part, h, dpre, scale, bias, dy, scaled_dy, x, ds, dx in [(groups, *rows)] if whole else parts(groups, *rows):
+    dh_NH = h_NH if overwrite_h else torch.empty_like(h_NH) if whole else None
+    rows = (h_NH, dh_NH, scale_N1 if on_input else None, bias_NH, unscaled_ND, dy_ND, x_ND, ds_N, dx_ND)
+    for part, h, dh, scale, bias, unscaled, dy, x, ds, dx in [(groups, *rows)] if whole else parts(groups, *rows):
         da = grouped_linear(dy, down, part, [], not transposed) if through_down else None
-        dpre = torch.empty_like(h) if dpre is None else dpre
-        a = _through_activation(da, ds, h, dpre, scale, bias, on_input, activation, layout, alpha, limit)
+        dh = torch.empty_like(h) if dh is None else dh
+        a = _through_activation(da, ds if on_input else None, h, dh, scale, bias, activation, layout, alpha, limit)
         del da  # what is freed at once needn't come from the system, which takes as long as computing it
         if needs[4]:
-            grads[4] = grouped_weight_grad(a, scaled_dy, part, transposed, out=None if whole else grads[4])
-        if ds is not None and down_bias and not on_input:
-            _add_bias_share(ds, dy, down_bias, part)
-        dx = _projection_grads(dpre, None if on_input else scale, x, dx, weights, part, transposed, needs, grads, whole)
+            grads[4] = grouped_weight_grad(a, dy, part, transposed, out=None if whole else grads[4])
+        if ds is not None and y_ND is None and not on_input:
+            torch.sum(unscaled.to(dtype) * grouped_linear(a, down, part, down_bias, transposed), 1, out=ds)
+        dx = _projection_grads(dh, scale, x, dx, weights, part, transposed, needs, grads, whole)
         dx_ND = dx if whole else dx_ND
     if ds_N is not None:
         ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, slot_rows(order_N))
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
     if dx_ND is not None:
-        grads[0] = combine_grouped(dx_ND, topk_weights_TK, order_N, groups.num_valid, top_k, None)
+        grads[0] = combine_grouped(dx_ND, None, order_N, groups.num_valid, top_k, None)
     return tuple(grads)
-
-
-def _scaled(rows_ND: Tensor, scale_N1: Tensor) -> Tensor:
-    return (rows_ND * scale_N1).to(rows_ND.dtype)
 
 
 def _projection_grads(
@@ -109,15 +110,17 @@ def _projection_grads(
 ) -> Tensor | None:
     """Put the gradients of gate_up, up and their biases in their places, and return that of x, in dx if it is given.
 
-    scale: what dpre is still to be multiplied by, and x has been, if any; dx lacks the router weight.
+    scale: the router weights where they are on the input, by which dpre is multiplied in place.
     """
     for i, dpre in enumerate(dpre_NH.chunk(len(weights), dim=1)):
+        if needs[5 + i]:
+            sum_groups(dpre, groups, out=grads[5 + i])
+        if scale_N1 is not None:
+            dpre.mul_(scale_N1)
         if needs[2 + i]:
             assert x_ND is not None
             out = None if whole else grads[2 + i]
             grads[2 + i] = grouped_weight_grad(x_ND, dpre, groups, transposed, out)
-        if needs[5 + i]:
-            sum_groups(dpre if scale_N1 is None else _scaled(dpre, scale_N1), groups, out=grads[5 + i])
         if needs[0]:
             out, add_to = (dx_ND, None) if i == 0 else (None, dx_ND)
             dx_ND = grouped_linear(dpre, weights[i], groups, [], not transposed, out, add_to)
@@ -147,38 +150,28 @@ def _through_activation(
     ds_N: Tensor | None,
     h_NH: Tensor,
     dpre_NH: Tensor,
-    scale_N1: Tensor,
+    scale_N1: Tensor | None,
     bias_NH: Tensor | None,
-    on_input: bool,
     activation: str,
     layout: str,
     alpha: float,
     limit: float,
 ) -> Tensor:
-    """A; dpre', which may take the place of h, is written, and dS if it is needed. da is overwritten; without it
-    nothing but A is computed.
+    """A; dpre, which may take the place of h, is written, and dS = <dpre, h> if it is given. Without da nothing but A
+    is computed.
     """
     dtype, rounded_a = accumulation_dtype(h_NH.dtype), []
-    for h, scale, bias, da, ds, dpre in blocks(h_NH, scale_N1 if on_input else None, bias_NH, da_NF, ds_N, dpre_NH):
+    for h, scale, bias, da, ds, dpre in blocks(h_NH, scale_N1, bias_NH, da_NF, ds_N, dpre_NH):
         pre = pre_activation(h.to(dtype), scale, bias)
         gate, up = gate_and_up(pre, layout)
         if da is None:
             a = activate(gate, up, activation, alpha, limit)
         else:
-            da, wide = da.to(dtype), dpre if dpre.dtype == dtype and not on_input else pre
+            da, wide = da.to(dtype), dpre if dpre.dtype == dtype and scale is None else pre
             a = activate_backward(da, gate, up, activation, alpha, limit, *split(wide, layout))
-            if ds is not None and on_input:
+            if ds is not None:
                 torch.linalg.vecdot(wide, h.to(dtype), out=ds)
-            elif ds is not None:
-                torch.sum(da.mul_(a), 1, out=ds)
             if wide is not dpre:
                 dpre.copy_(wide)
         rounded_a.append(a.to(h.dtype))
     return rounded_a[0] if len(rounded_a) == 1 else torch.cat(rounded_a)
-
-
-def _add_bias_share(ds_N: Tensor, dy_ND: Tensor, down_bias: Sequence[Tensor], groups: Groups) -> None:
-    """dS += <dY, b_down>."""
-    biases = experts(down_bias, 1)
-    for e, ds, dy in zip(groups.experts, groups.split(ds_N), groups.split(dy_ND), strict=False):
-        ds += dy.to(ds.dtype) @ biases[e].to(ds.dtype)

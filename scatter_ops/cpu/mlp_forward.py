@@ -34,7 +34,8 @@ def mlp_forward(
     limit: float,
     out_dtype: torch.dtype | None,
     save_h: bool,
-) -> tuple[Tensor, Tensor]:
+    save_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
     groups = Groups.read(offsets_E, order_N.numel())
     rows_ND, width = token_rows(x_TD, order_N, top_k), gate_up[0].shape[-1 if transposed else -2]
@@ -62,11 +63,13 @@ def mlp_forward(
         h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width) if save_h else None
         for part in parts(groups, rows_ND, scale_N1, bias_NH, h_NH, y_ND):
             of_rows(*part)
-    scale_TK = None if on_input else topk_weights_TK
-    out_TD = combine_grouped(y_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype)
-    if h_NH is None or not save_h:
-        return out_TD, x_TD.new_empty(0)
-    return out_TD, zero_sentinels(h_NH, groups.num_valid)
+    h_NH = zero_sentinels(h_NH, groups.num_valid) if h_NH is not None and save_h else x_TD.new_empty(0)
+    scaled_ND, scale_TK = y_ND, None if on_input else topk_weights_TK
+    if scale_TK is not None and y_ND.dtype == accumulation_dtype(y_ND.dtype):  # rounded as a loop's in float32
+        scaled_ND = torch.mul(y_ND, slot_weights(scale_TK, order_N, y_ND.dtype), out=None if save_y else y_ND)
+        scale_TK = None
+    out_TD = combine_grouped(scaled_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype)
+    return out_TD, h_NH, y_ND if save_y else x_TD.new_empty(0)
 
 
 def slot_weights(topk_weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:

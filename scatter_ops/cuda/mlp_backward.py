@@ -30,6 +30,7 @@ from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
 def mlp_backward(
     grad_out_TD: Tensor,
     h: Tensor,
+    y: Tensor | None,
     x_TD: Tensor,
     topk_weights_TK: Tensor,
     order_N: Tensor,
@@ -53,7 +54,8 @@ def mlp_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, topk_weights, gate_up, up, down, gate_up_bias, up_bias, down_bias; [0] where not needed.
 
-    overwrite_h: the caller reads h no more, so that its own gradient may take its memory.
+    y isn't read: A, which is computed anyway, gives the gradient of the router weights. overwrite_h: the caller reads h
+    no more, so that its own gradient may take its memory.
     """
     routing = Routing(order_N, offsets_E)
     biases = expert_bias(gate_up_bias), expert_bias(up_bias)

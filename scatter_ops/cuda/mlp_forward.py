@@ -38,8 +38,12 @@ def mlp_forward(
     limit: float,
     out_dtype: torch.dtype | None,
     save_h: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns out [T, D] and h [N, H] in grouped order and the parameters' column order; h is [0] unless save_h."""
+    save_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out [T, D], h [N, H] and y [N, D], both in grouped order, h in the parameters' column order.
+
+    h is [0] unless save_h, y is [0] unless save_y.
+    """
     routing = Routing(order_N, offsets_E)
     biases = expert_bias(gate_up_bias), expert_bias(up_bias)
     on_input = weight_on == "input"
@@ -52,8 +56,9 @@ def mlp_forward(
         expert_bias(down_bias),
         routing,
         scatter=False,
-        zero_unrouted=False,
+        zero_unrouted=save_y,
     )
     inverse_N = routing.inverse_N if routing.num_slots else order_N
     weights_TK = None if on_input else glu.topk_weights
-    return combine_rows(y_ND, weights_TK, inverse_N, glu.top_k, True, out_dtype or x_TD.dtype), h
+    out_TD = combine_rows(y_ND, weights_TK, inverse_N, glu.top_k, True, out_dtype or x_TD.dtype)
+    return out_TD, h, y_ND if save_y else x_TD.new_empty(0)

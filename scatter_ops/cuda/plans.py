@@ -175,8 +175,8 @@ def _plan(recording: _Recording, args: Sequence[Any], results: tuple[Tensor, ...
     allocated = {tensor.data_ptr(): tensor for tensor in recording.allocated}
     tensors = (*_tensors(args), *results)
     places = {tensor.data_ptr(): Place(i, 0) for i, tensor in enumerate(tensors)}
-    # Of two tensors at one address nobody could say which an argument is.
-    distinct = len(places) == len(tensors)
+    # Of two tensors at one address nobody could say which an argument is; empty ones have none.
+    distinct = len({tensor.data_ptr() for tensor in tensors if tensor.numel()}) == sum(1 for t in tensors if t.numel())
     made_here = all(
         result.data_ptr() in allocated and allocated[result.data_ptr()].shape == result.shape for result in results
     )

@@ -46,8 +46,12 @@ def mlp_forward(
     limit: float,
     out_dtype: torch.dtype | None,
     save_h: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns out [T, D] and h [N, H] in grouped order and the parameters' column order; h is [0] unless save_h."""
+    save_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out [T, D], h [N, H] and y [N, D], both in grouped order, h in the parameters' column order.
+
+    h is [0] unless save_h, y is [0] unless save_y.
+    """
     routing = (order_N, offsets_E, topk_weights_TK.shape[1])
     on_input = weight_on == "input"
     h_NH = parallel_linear(x_TD, gate_up, *routing, False, True, [] if on_input else gate_up_bias, transposed)
@@ -62,12 +66,14 @@ def mlp_forward(
     a_NF = activate(*split(pre_NH, layout), activation, alpha, limit).to(x_TD.dtype)
     y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed)
     out_TD = combine(y_ND, None if on_input else topk_weights_TK, *routing, True, out_dtype)
-    return out_TD, h_NH if save_h else h_NH.new_empty(0)
+    empty = h_NH.new_empty
+    return out_TD, h_NH if save_h else empty(0), y_ND if save_y else empty(0)
 
 
 def mlp_backward(
     grad_out_TD: Tensor,
     h_NH: Tensor,
+    y_ND: Tensor | None,
     x_TD: Tensor,
     topk_weights_TK: Tensor,
     order_N: Tensor,
@@ -91,7 +97,7 @@ def mlp_backward(
 
     Parameters' gradients are stacked, in the parameters' own layout; one that isn't needed has shape [0].
     x is read for its dtype, and for its values only if gate_up or up is needed: it may be [0, D] otherwise.
-    h is read unless only down_bias is needed: it may be [0] then.
+    h is read unless only down_bias is needed: it may be [0] then. y, where it is given, spares computing it again.
     All is computed in the accumulation dtype from h as it was stored; A alone is rounded, as in the forward.
     """
     dtype, on_input = accumulation_dtype(x_TD.dtype), weight_on == "input"
@@ -108,7 +114,7 @@ def mlp_backward(
     pre_NH = _pre_activation(h_NH, scale_N1, offsets_E, (gate_up_bias, up_bias), layout) if on_input else h_NH
     a_NF = activate(*split(pre_NH, layout), activation, alpha, limit).to(x_TD.dtype).to(dtype)
     if needs[1] and not on_input:
-        y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed)
+        y_ND = parallel_linear(a_NF, down, *routing, True, True, down_bias, transposed) if y_ND is None else y_ND
         grads[1] = combine_backward(grad_out_TD, y_ND, topk_weights_TK, *routing, True, False, True)[1]
     if needs[4]:
         grads[4] = parallel_linear_weight_grad(a_NF, grad_y_ND, *routing, True, True, transposed)

@@ -39,9 +39,9 @@ def step(num_tokens: int, layout: str, transposed: bool, device: str = "cuda") -
     biases[1] = []
     arguments = (x, topk_weights, *routing, gate_up, up, [weight(D, F)], *biases, "silu", layout, transposed)
     options = ("output", 1.702, 7.0, None)
-    out, h = cuda.mlp_forward(*arguments, *options, True)
+    out, h, _ = cuda.mlp_forward(*arguments, *options, True, False)
     needs = [True, True, True, separate, True, biased, False, biased]
-    grads = cuda.mlp_backward(normal(num_tokens, D), h, *arguments, *options, needs, overwrite_h=True)
+    grads = cuda.mlp_backward(normal(num_tokens, D), h, None, *arguments, *options, needs, overwrite_h=True)
     y = cuda.parallel_linear(x, gate_up, *routing, K, False, False, [], transposed)
     grad_weight = cuda.parallel_linear_weight_grad(x, y, *routing, K, False, False, transposed)
     return [out, *grads, cuda.combine(y, topk_weights, *routing, K, False), grad_weight]

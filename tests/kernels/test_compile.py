@@ -37,8 +37,9 @@ def training_step(
     separate, width = layout == "separate", expert_width
     gate_up, up = weight(width if separate or layout == "plain" else 2 * width, D), weight(width, D) if separate else []
     arguments = (empty(T, D), torch.empty(T, K), order, offsets, gate_up, up, weight(D, width), [], [], [])
-    _, h = cuda.mlp_forward(*arguments, *options, True)
-    cuda.mlp_backward(empty(T, D), h, *arguments, *options, [True, True, True, separate, True, False, False, False])
+    _, h, _ = cuda.mlp_forward(*arguments, *options, True, False)
+    needs = [True, True, True, separate, True, False, False, False]
+    cuda.mlp_backward(empty(T, D), h, None, *arguments, *options, needs)
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def step(inputs: Layer, implementation=cuda) -> tuple[Tensor, ...]:
     routing = implementation.route(inputs.topk_ids, inputs_experts(inputs))
     options = ("silu", "concatenated", False, "output", 1.702, 7.0, None)
     arguments = (inputs.x, inputs.topk_weights, *routing, inputs.gate_up, [], inputs.down, [], [], [], *options)
-    out, h = implementation.mlp_forward(*arguments, True)
-    grads = implementation.mlp_backward(inputs.grad_out, h, *arguments, NEEDS)
+    out, h, _ = implementation.mlp_forward(*arguments, True, False)
+    grads = implementation.mlp_backward(inputs.grad_out, h, None, *arguments, NEEDS)
     return out, *(grad for grad in grads if grad.numel())
 
 
@@ -211,7 +211,7 @@ def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(
     def forward() -> tuple[Tensor, ...]:
         routing = cuda.route(inputs.topk_ids, 5)
         options = ("silu", layout, transposed, "output", 1.702, 7.0, None)
-        return cuda.mlp_forward(inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options, save_h)
+        return cuda.mlp_forward(inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options, save_h, False)
 
     select = tuning.select
     with mock.patch.object(tuning, "select", lambda *shape: replace(select(*shape), regroup=grouped)):
@@ -315,10 +315,10 @@ def step_in_layout(
     routing = implementation.route(inputs.topk_ids, inputs_experts(inputs))
     options = ("silu", layout, transposed, "output", 1.702, 7.0, None)
     arguments = (inputs.x, inputs.topk_weights, *routing, *weights, [], [], [], *options)
-    out, h = implementation.mlp_forward(*arguments, True)
+    out, h, _ = implementation.mlp_forward(*arguments, True, False)
     needs = [True, True, True, layout == "separate", True, False, False, False]
     names = ("x", "s", "gate_up", "up", "down")
-    found = implementation.mlp_backward(inputs.grad_out, h, *arguments, needs)
+    found = implementation.mlp_backward(inputs.grad_out, h, None, *arguments, needs)
     return {"out": out} | {name: grad for name, grad, need in zip(names, found, needs, strict=False) if need}
 
 

@@ -131,18 +131,18 @@ def expert_arguments(layout, activation, weight_on, transposed, bias, listed, dt
 @pytest.mark.parametrize("expert", EXPERTS, ids=lambda expert: "-".join(map(str, expert)))
 def test_mlp(cuda, routing, expert, dtype: torch.dtype):
     arguments = expert_arguments(*expert, dtype, routing)
-    out, h = reference.mlp_forward(*arguments, True)
-    ours = cuda.mlp_forward(*arguments, True)
-    assert_close(ours, (out, h), dtype)
-    without_h, empty = cuda.mlp_forward(*arguments, False)
+    out, h, y = reference.mlp_forward(*arguments, True, True)
+    ours = cuda.mlp_forward(*arguments, True, True)
+    assert_close(ours, (out, h, y), dtype)
+    without_h, *empty = cuda.mlp_forward(*arguments, False, False)
     assert torch.equal(without_h, ours[0])
-    assert empty.shape == (0,)
+    assert [tensor.shape for tensor in empty] == [(0,), (0,)]
 
     has_up, has_bias = bool(arguments[5]), bool(arguments[7])
     needs = [True, True, True, has_up, True, has_bias, has_bias and has_up, has_bias]
     grad_out = normal(T, D, seed=2).to(dtype)
-    expected = reference.mlp_backward(grad_out, h, *arguments, needs)
-    assert_close(cuda.mlp_backward(grad_out, h, *arguments, needs), expected, dtype)
+    expected = reference.mlp_backward(grad_out, h, None, *arguments, needs)
+    assert_close(cuda.mlp_backward(grad_out, h, None, *arguments, needs), expected, dtype)
 
 
 @pytest.mark.parametrize("absent", [7, 8, 9], ids=["gate_up_bias", "up_bias", "down_bias"])
@@ -152,13 +152,13 @@ def test_a_bias_may_be_absent(interpreted, routing, weight_on: str, absent: int)
     arguments = list(expert_arguments("separate", "silu", weight_on, False, True, False, torch.float32, routing))
     arguments[8] = [bias.clone() for bias in reversed(arguments[8][0].flip(0))]
     arguments[absent] = []
-    out, h = reference.mlp_forward(*arguments, True)
+    out, h, y = reference.mlp_forward(*arguments, True, True)
     needs = [True] * 5 + [bool(arguments[i]) for i in (7, 8, 9)]
     config = Config(16, 32, 16, num_warps=4, num_stages=1)
     with mock.patch.object(tuning, "select", lambda *args: config):
-        assert_close(interpreted.mlp_forward(*arguments, True), (out, h), torch.float32)
-        ours = interpreted.mlp_backward(normal(T, D), h, *arguments, needs)
-    assert_close(ours, reference.mlp_backward(normal(T, D), h, *arguments, needs), torch.float32)
+        assert_close(interpreted.mlp_forward(*arguments, True, True), (out, h, y), torch.float32)
+        ours = interpreted.mlp_backward(normal(T, D), h, None, *arguments, needs)
+    assert_close(ours, reference.mlp_backward(normal(T, D), h, None, *arguments, needs), torch.float32)
     assert len({grad.data_ptr() for grad in ours if grad.numel()}) == sum(needs)
 
 
@@ -166,12 +166,12 @@ def test_a_bias_may_be_absent(interpreted, routing, weight_on: str, absent: int)
 def test_one_gradient_alone(interpreted, routing, needed: int):
     """Each gradient is right when no other is wanted."""
     arguments = expert_arguments("separate", "silu", "output", False, True, False, torch.float32, routing)
-    _, h = reference.mlp_forward(*arguments, True)
+    _, h, _ = reference.mlp_forward(*arguments, True, False)
     needs = [i == needed for i in range(8)]
     config = Config(16, 32, 16, num_warps=4, num_stages=1)
     with mock.patch.object(tuning, "select", lambda *args: config):
-        ours = interpreted.mlp_backward(normal(T, D), h, *arguments, needs)
-    expected = reference.mlp_backward(normal(T, D), h, *arguments, needs)
+        ours = interpreted.mlp_backward(normal(T, D), h, None, *arguments, needs)
+    expected = reference.mlp_backward(normal(T, D), h, None, *arguments, needs)
     assert_close(ours, expected, torch.float32)
     assert [grad.numel() > 0 for grad in ours] == needs
 
@@ -179,24 +179,24 @@ def test_one_gradient_alone(interpreted, routing, needed: int):
 @pytest.mark.parametrize("expert", EXPERTS[:2], ids=lambda expert: "-".join(map(str, expert)))
 def test_h_may_be_overwritten(cuda, routing, expert):
     arguments = expert_arguments(*expert, torch.float32, routing)
-    _, h = reference.mlp_forward(*arguments, True)
+    _, h, _ = reference.mlp_forward(*arguments, True, False)
     has_up, has_bias = bool(arguments[5]), bool(arguments[7])
     needs = [True, True, True, has_up, True, has_bias, has_bias and has_up, has_bias]
     scratch, grad_out = h.clone(), normal(T, D, seed=2)
-    ours = cuda.mlp_backward(grad_out, scratch, *arguments, needs, overwrite_h=True)
-    assert_close(ours, reference.mlp_backward(grad_out, h, *arguments, needs), torch.float32)
+    ours = cuda.mlp_backward(grad_out, scratch, None, *arguments, needs, overwrite_h=True)
+    assert_close(ours, reference.mlp_backward(grad_out, h, None, *arguments, needs), torch.float32)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_few_tokens(cuda, num_tokens: int):
     routing = reference.route(torch.full((num_tokens, K), 2), E)
     arguments = expert_arguments(*EXPERTS[0], torch.float32, routing, num_tokens)
-    out, h = reference.mlp_forward(*arguments, True)
-    assert_close(cuda.mlp_forward(*arguments, True), (out, h), torch.float32)
+    out, h, y = reference.mlp_forward(*arguments, True, True)
+    assert_close(cuda.mlp_forward(*arguments, True, True), (out, h, y), torch.float32)
     needs = [True, True, True, False, True, False, False, False]
     grad_out = normal(num_tokens, D)
-    expected = reference.mlp_backward(grad_out, h, *arguments, needs)
-    assert_close(cuda.mlp_backward(grad_out, h, *arguments, needs), expected, torch.float32)
+    expected = reference.mlp_backward(grad_out, h, None, *arguments, needs)
+    assert_close(cuda.mlp_backward(grad_out, h, None, *arguments, needs), expected, torch.float32)
 
 
 def test_any_strides(cuda, routing):

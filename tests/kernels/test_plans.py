@@ -92,13 +92,14 @@ def test_a_call_like_an_earlier_one(layout: str, num_tokens: int, launches: list
     original, made = mock.Mock(wraps=cuda.mlp_forward), []
     function = plans.planned(original)
     for _ in range(4):
-        args = (*arguments(num_tokens, "cpu", layout), True)
+        args = (*arguments(num_tokens, "cpu", layout), True, False)
         del launches[:]
         results = function(*args)
         made.append(described(launches, args, results))
         assert [(result.shape, result.dtype) for result in results] == [
             ((num_tokens, D), torch.bfloat16),
             ((num_tokens * K, 2 * F), torch.bfloat16),
+            ((0,), torch.bfloat16),
         ]
     assert len(made[0]) == 4
     assert made[1] == made[2] == made[3] == made[0]
@@ -110,9 +111,9 @@ def test_another_signature_is_another_plan(changed: dict[str, Any], launches: li
     original = mock.Mock(wraps=cuda.mlp_forward)
     function = plans.planned(original)
     for _ in range(3):
-        function(*arguments(5, "cpu"), False)
+        function(*arguments(5, "cpu"), False, False)
     assert original.call_count == 2
-    function(*arguments(**{"num_tokens": 5, "device": "cpu", **changed}), False)
+    function(*arguments(**{"num_tokens": 5, "device": "cpu", **changed}), False, False)
     assert original.call_count == 3
 
 
@@ -140,7 +141,7 @@ def test_what_has_no_plan(options: dict[str, Any], change: Callable[..., Any], l
     original = mock.Mock(wraps=cuda.mlp_forward)
     function = plans.planned(original)
     for _ in range(4):
-        function(*change(arguments(8, "cpu", **options)), False)
+        function(*change(arguments(8, "cpu", **options)), False, False)
     assert original.call_count == 4
 
 
@@ -149,7 +150,7 @@ def test_large_workspaces_have_no_plan(launches: list[Any]):
     function = plans.planned(original)
     with mock.patch.object(plans, "MAX_WORKSPACE_BYTES", 4096):
         for _ in range(4):
-            function(*arguments(8, "cpu"), False)
+            function(*arguments(8, "cpu"), False, False)
     assert original.call_count == 4
 
 
@@ -161,7 +162,7 @@ def test_results(layout: str, on: str, num_tokens: int, poisoned_memory):
     """As without plans, bit by bit."""
     with mock.patch.object(plans.Plan, "run", autospec=True, side_effect=plans.Plan.run) as run:
         for _ in range(4):
-            args = (*arguments(num_tokens, "cuda", layout, on), True)
+            args = (*arguments(num_tokens, "cuda", layout, on), True, False)
             for ours, expected in zip(OPS.mlp_forward(*args), cuda.mlp_forward(*args), strict=True):
                 assert torch.equal(ours, expected)
     assert run.call_count >= (0 if layout == "separate" else 2)

@@ -52,15 +52,15 @@ def mlp_and_inputs(x_grad=True, weights_grad=True, trained=("gate_up_proj", "dow
     return layer, (x, topk_ids, topk_weights)
 
 
-H, X, S = (N, 2 * WIDTH), (T, D), (T, K)
+H, Y, X, S = (N, 2 * WIDTH), (N, D), (T, D), (T, K)
 
 
 @pytest.mark.parametrize(
     ("options", "shapes", "needs"),
     [
-        ({}, {H, X, S}, [1, 1, 1, 0, 1, 0, 0, 0]),
-        ({"trained": ()}, {H, S}, [1, 1, 0, 0, 0, 0, 0, 0]),
-        ({"trained": (), "x_grad": False}, {H, S}, [0, 1, 0, 0, 0, 0, 0, 0]),
+        ({}, {H, Y, X, S}, [1, 1, 1, 0, 1, 0, 0, 0]),
+        ({"trained": ()}, {H, Y, S}, [1, 1, 0, 0, 0, 0, 0, 0]),
+        ({"trained": (), "x_grad": False}, {H, Y, S}, [0, 1, 0, 0, 0, 0, 0, 0]),
         ({"trained": (), "weights_grad": False}, {H, S}, [1, 0, 0, 0, 0, 0, 0, 0]),
         ({"x_grad": False, "weights_grad": False}, {H, X, S}, [0, 0, 1, 0, 1, 0, 0, 0]),
         ({"trained": ("down_proj",), "x_grad": False, "weights_grad": False}, {H, S}, [0, 0, 0, 0, 1, 0, 0, 0]),

@@ -165,11 +165,12 @@ def _mlp(m: Maker) -> tuple:
 def _mlp_backward(m: Maker) -> tuple:
     with torch.no_grad():
         arguments = _mlp(m)
-        out, h = OPS.mlp_forward(*arguments, True)
+        keep_y = m.options.get("keep_y", m.options.get("weight_on") != "input")
+        out, h, y = OPS.mlp_forward(*arguments, True, keep_y)
     arguments = [[t.detach() for t in a] if isinstance(a, list) else a for a in arguments]
     arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
     needs = m.options.get("needs", [bool(a) if isinstance(a, list) else True for a in (True, True, *arguments[4:10])])
-    return m._tensor(*out.shape).to(out.dtype), h, *arguments, needs
+    return m._tensor(*out.shape).to(out.dtype), h, y if keep_y else None, *arguments, needs
 
 
 ARGUMENTS: dict[str, Callable[[Maker], tuple]] = {
@@ -187,7 +188,7 @@ ARGUMENTS: dict[str, Callable[[Maker], tuple]] = {
     "expand": _expand,
     "expand_backward": lambda m: (m.rows(m.num_slots, m.sizes.D), m.routing()[1]),
     "mlp": _mlp,
-    "mlp_forward": lambda m: (*_mlp(m), True),
+    "mlp_forward": lambda m: (*_mlp(m), True, True),
     "mlp_backward": _mlp_backward,
     "mlp_backward_": _mlp_backward,
 }
@@ -280,6 +281,7 @@ CASES: Sequence[Case] = (
     Case("mlp", options=SILU, sizes={"K": 1, "E": 1}),
     Case("mlp_forward", "sentinels", bias=True, options=SILU),
     Case("mlp_backward", "sentinels", bias=True, options=SILU),
+    Case("mlp_backward", "sentinels", bias=True, options=SILU | {"keep_y": False}),
     Case("mlp_backward", parameters="list", options=_expert("silu", "separate", weight_on="input")),
     Case("mlp_backward", bias=True, options=SILU | {"needs": ONLY_DOWN_BIAS}),
     Case("mlp_backward_", "sentinels", bias=True, options=SILU),

@@ -114,4 +114,4 @@ def test_no_grad_graph_keeps_nothing(device):
     with torch.no_grad():
         assert torch.equal(compiled(*given), block(*given))
     (call,) = [node for node in graphs[0].graph.nodes if node.target is OPS.mlp_forward.default]
-    assert call.args[-1] is False  # save_h
+    assert call.args[-2:] == (False, False)  # save_h, save_y

@@ -89,6 +89,7 @@ MISTAKES = [
     (SEPARATE, 5, first(lambda w: w[:, 1:]), ValueError, "up: got 2 output width, accepted is 3"),
     (BACKWARD, -1, lambda needs: needs[1:], ValueError, "needs: got 7 flags"),
     (BACKWARD, 1, lambda h: h[1:], ValueError, "h: got 13 rows"),
+    (BACKWARD, 2, lambda y: y[1:], ValueError, "y: got 13 rows"),
 ]
 
 
