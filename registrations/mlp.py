@@ -1,4 +1,4 @@
-"""scatter_moe::mlp: the fused expert MLP. Made of mlp_forward, which keeps h and y only if a gradient will read them."""
+"""scatter_moe::mlp: the fused expert MLP. Made of mlp_forward, which keeps only what a gradient will read."""
 
 from collections.abc import Sequence
 
