@@ -63,13 +63,15 @@ def mlp_forward(
         h_NH = x_TD.new_empty(order_N.numel(), 2 * width if up else width) if save_h else None
         for part in parts(groups, rows_ND, scale_N1, bias_NH, h_NH, y_ND):
             of_rows(*part)
-    h_NH = zero_sentinels(h_NH, groups.num_valid) if h_NH is not None and save_h else x_TD.new_empty(0)
-    scaled_ND, scale_TK = y_ND, None if on_input else topk_weights_TK
-    if scale_TK is not None and y_ND.dtype == accumulation_dtype(y_ND.dtype):  # rounded as a loop's in float32
-        scaled_ND = torch.mul(y_ND, slot_weights(scale_TK, order_N, y_ND.dtype), out=None if save_y else y_ND)
+    empty = x_TD.new_empty
+    h_NH = empty(0) if h_NH is None or not save_h else zero_sentinels(h_NH, groups.num_valid)
+    kept_y = zero_sentinels(y_ND, groups.num_valid) if save_y else empty(0)
+    scale_TK = None if on_input else topk_weights_TK
+    if scale_TK is not None and len(x_TD) > 1 and y_ND.dtype == accumulation_dtype(y_ND.dtype):
+        # Each product and each sum is rounded, as in a loop over the experts: combine by itself may round them at once.
+        y_ND = torch.mul(y_ND, slot_weights(scale_TK, order_N, y_ND.dtype), out=None if save_y else y_ND)
         scale_TK = None
-    out_TD = combine_grouped(scaled_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype)
-    return out_TD, h_NH, y_ND if save_y else x_TD.new_empty(0)
+    return combine_grouped(y_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype), h_NH, kept_y
 
 
 def slot_weights(topk_weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
