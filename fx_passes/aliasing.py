@@ -1,6 +1,7 @@
 """Which nodes may share storage, and who writes to it.
 
-Whatever isn't known to allocate its result may return a view of its first input.
+Whatever isn't known to allocate its result may return a view of its first input; what returns several tensors, or may
+do anything, of any input.
 """
 
 from collections.abc import Iterator
@@ -61,24 +62,21 @@ def made_by(node: fx.Node) -> fx.Node:
 
 
 def storage_of(node: fx.Node) -> fx.Node:
-    """The node whose storage `node` may alias."""
-    source = _aliased(node)
-    while source is not None:
-        node, source = source, _aliased(source)
+    """The node whose storage `node` may alias; the first of them where there may be several."""
+    while sources := _aliased(node):
+        node = sources[0]
     return node
 
 
-def writers_of(storage: fx.Node) -> Iterator[fx.Node]:
-    """Nodes that may write to what `storage`, or a tensor that aliases it, holds."""
-    aliases, stack = {storage}, [storage]
+def writers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Nodes that may write to what `node`, or a tensor with which it may share memory, holds."""
+    names, stack = {node}, [node]
     while stack:
-        alias = stack.pop()
-        for user in alias.users:
-            if alias in written(user):
-                yield user
-            if user not in aliases and _aliased(user) is alias:
-                aliases.add(user)
-                stack.append(user)
+        name = stack.pop()
+        yield from (user for user in name.users if name in written(user))
+        others = {*_aliased(name), *(user for user in name.users if name in _aliased(user))} - names
+        names |= others
+        stack.extend(others)
 
 
 def inplace_users(node: fx.Node) -> list[fx.Node]:
@@ -92,11 +90,13 @@ def is_read_before(node: fx.Node, writes: list[fx.Node]) -> bool:
     return early or any(write.users for write in writes[:-1])
 
 
-def _aliased(node: fx.Node) -> fx.Node | None:
-    """The input whose storage `node` may share; None where its storage is its own."""
-    if not node.all_input_nodes or op_name(node) in _ALLOCATES or _is_part_of_result(node):
-        return None
-    return node.all_input_nodes[0]
+def _aliased(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The inputs whose storage `node` may share; none where its storage is its own."""
+    inputs = node.all_input_nodes
+    if allocates(node) or _is_part_of_result(node):
+        return ()
+    may_be_any = isinstance(example(node), (tuple, list)) or len(written(node)) > 1
+    return tuple(inputs if may_be_any else inputs[:1])
 
 
 def _is_part_of_result(node: fx.Node) -> bool:

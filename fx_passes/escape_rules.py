@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.body import Gathered, PerExpert, SlotGathered
 from fx_passes.capture import loops_of
 from fx_passes.facts import fact, selected
@@ -136,7 +136,7 @@ def nothing_is_written_inside(region: MoERegion) -> None:
     """
     places, own = region.places(), region.writes
     first, last = min(places[node] for node in region.routing | _moved(region)), places[region.result]
-    writers = {writer for node in _outer_inputs(region) for writer in writers_of(storage_of(node))}
+    writers = {writer for node in _outer_inputs(region) for writer in writers_of(node)}
     writers |= {user for node in region.inner for user in node.users if node in written(user)}
     for node in sorted(writers - own, key=places.__getitem__):
         if first < places[node] < last:
@@ -151,7 +151,7 @@ def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
         return
     places = region.places()
     for gathered in (*region.body.of(Gathered), *region.body.of(SlotGathered)):
-        for node in writers_of(storage_of(gathered.source)):
+        for node in writers_of(gathered.source):
             if places[node] > places[region.result]:
                 raise Rejected(
                     "gathered_tensors_stay_as_they_are", node, f"`{gathered.source.name}` is written after the experts"

@@ -6,7 +6,7 @@ T tokens, K experts per token.
 import torch
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, known_tensor, op_name, same_size
 from fx_passes.statements import TOKENS_BY_BATCH, Dims
 
@@ -95,7 +95,7 @@ def are_nonnegative(ids: fx.Node) -> bool:
 
 
 def _is_written(node: fx.Node) -> bool:
-    return any(writers_of(storage_of(node)))
+    return any(writers_of(node))
 
 
 def rows_as_ids(one_hot: fx.Node, dims: Dims) -> fx.Node:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.example_values import add_where_methods_are_called
 from fx_passes.facts import fact, selected
 from fx_passes.ops import fake_tensor, known_tensor
@@ -44,7 +44,7 @@ def _mask_of_length(size: Any) -> fx.Node | None:
         node = node.all_input_nodes[0]
     tensor = fake_tensor(node)
     is_mask = mask is not None and fact(node) == mask and tensor is not None and tensor.dtype == torch.bool
-    return node if is_mask and not any(writers_of(storage_of(node))) else None
+    return node if is_mask and not any(writers_of(node)) else None
 
 
 def _sums(node: fx.Node, masks: list[fx.Node]) -> fx.Node:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.body import PerExpert
 from fx_passes.ops import arg, fake_tensor, op_name, same_size
 
@@ -49,4 +49,4 @@ def _is_thin_sum(total: Tensor, parts: list[Tensor | None]) -> bool:
 
 def _is_written(*parts: fx.Node) -> bool:
     """Whether a part changes anywhere, so that reading it later than the sum did isn't the same."""
-    return any(True for part in parts for _ in writers_of(storage_of(part)))
+    return any(True for part in parts for _ in writers_of(part))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.ops import fake_tensor, op_name, same_size, varargs
 
 
@@ -13,6 +13,6 @@ def numbers_rows(node: Any, count: int | torch.SymInt) -> bool:
     tensor = fake_tensor(node)
     if tensor is None or op_name(node) != "arange" or len(varargs(node, 0, "end")) != 1:
         return False
-    if set(node.kwargs) - {"end", "device", "dtype"} or any(writers_of(storage_of(node))):
+    if set(node.kwargs) - {"end", "device", "dtype"} or any(writers_of(node)):
         return False
     return tensor.dtype in (torch.int32, torch.int64) and same_size(tensor.shape[0], count)

@@ -72,7 +72,11 @@ OF_PARAMETERS = POINTWISE | frozenset(
 )
 """What may be computed of parameters alone: it has no effect and draws nothing at random."""
 
-_WRITES_STATISTICS = frozenset("batch_norm instance_norm embedding embedding_bag".split())
+_WRITES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
+_EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
+_MAX_NORM = 3
+"""Place of the argument with which an embedding shrinks the rows of its weight."""
+
 _INPLACE_ARGUMENT = {
     **dict.fromkeys("relu relu6 silu mish hardswish hardsigmoid selu".split(), 1),
     **dict.fromkeys("elu leaky_relu celu".split(), 2),
@@ -234,7 +238,8 @@ def written(node: fx.Node) -> tuple[fx.Node, ...]:
     name = op_name(node)
     if name is None:
         return () if node.target in _HARMLESS else tuple(node.all_input_nodes)
-    if name in _WRITES_STATISTICS or "out" in node.kwargs:
+    shrinks = name in _EMBEDDINGS and arg(node, _MAX_NORM, "max_norm") is not None
+    if shrinks or name in _WRITES_STATISTICS or "out" in node.kwargs:
         return tuple(node.all_input_nodes)
     inplace = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     if inplace or arg(node, _INPLACE_ARGUMENT.get(name, 99), "inplace", False):

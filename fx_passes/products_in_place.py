@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.capture import events_of
 from fx_passes.loop_invariant import mark_as_ours
 from fx_passes.ops import ZEROS, arg, draws_random, known_tensor, op_name, same_size, same_sizes, written
@@ -84,7 +84,7 @@ def _taken(rows: fx.Node, product: fx.Node) -> _Copy | None:
     if before.dim() != 2 or not same_size(before.shape[0] * top_k, after.shape[0]):
         return None
     # The copy may be cut off from the tensor's history, or be older than what the tensor holds now.
-    is_older = any(writer > rows for writer in writers_of(storage_of(source)))
+    is_older = any(writer > rows for writer in writers_of(source))
     if is_older or _is_written(index) or _is_written(order_N) or before.requires_grad != after.requires_grad:
         return None
     return _Copy(source, order_of(known), order_N, int(top_k))
@@ -107,7 +107,7 @@ def _put_back(product: fx.Node) -> _Copy | None:
 
 
 def _is_written(node: fx.Node) -> bool:
-    return any(writers_of(storage_of(node)))
+    return any(writers_of(node))
 
 
 def _erase_unused(node: fx.Node) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.aliasing import is_read_before, storage_of, writers_of
+from fx_passes.aliasing import is_read_before, writers_of
 from fx_passes.capture.events import events_of, guards_of, tag
 from fx_passes.facts import fact
 from fx_passes.markers import expert_cat, expert_places
@@ -81,7 +81,7 @@ def _part(write: fx.Node, rows: fx.Node, last: fx.Node) -> fx.Node:
     sizes = (*sizes_of(places), *sizes_of(rows)[1:])
     if not isinstance(part, fx.Node) or tensor is None or not same_sizes(tensor.shape, sizes):
         raise Rejected(_RULE, write, "an expert writes something else than its rows")
-    if any(write < writer < last for writer in writers_of(storage_of(part))):
+    if any(write < writer < last for writer in writers_of(part)):
         raise Rejected(_RULE, write, "what an expert wrote is written to later")
     return part
 

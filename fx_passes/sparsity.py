@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.body import Op, SlotGathered
 from fx_passes.ops import ZEROS, arg, fake_tensor, is_dim, is_inplace, is_last_dim, keeps_last_dim, op_name, same_size
 from fx_passes.views import views_of
@@ -144,7 +144,7 @@ def _is_one_a_row(divisor: Any, experts: int) -> bool:
 
 def _is_changed(node: fx.Node) -> bool:
     """Whether `node` is written to otherwise than by a quotient or the scatter that fills it."""
-    writers = set(writers_of(storage_of(node))) - {node}
+    writers = set(writers_of(node)) - {node}
     filling = {writer for writer in writers if op_name(writer) == "scatter_"}
     if len(filling | ({node} if op_name(node) == "scatter_" else set())) > 1:
         return True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.facts import fact
 from fx_passes.ops import ZEROS, arg, fake_tensor, op_name
 from fx_passes.statements import Counts
@@ -77,7 +77,7 @@ def _known(node: Any, addition: fx.Node | None = None) -> Total | Totals | None:
     if "scatter_moe_total" not in node.meta:
         node.meta["scatter_moe_total"] = _derive(node)
     known = node.meta["scatter_moe_total"]
-    if known is None or set(writers_of(storage_of(node))) - {addition} - _own_additions(node):
+    if known is None or set(writers_of(node)) - {addition} - _own_additions(node):
         return None
     return known
 
@@ -104,7 +104,7 @@ def _derive(node: fx.Node) -> Total | Totals | None:
 def _all(node: fx.Node, counts: Counts) -> Totals | None:
     source: Any = node
     while isinstance(fact(source), Counts):
-        if any(writers_of(storage_of(source))):
+        if any(writers_of(source)):
             return None
         source = arg(source, 0, "input")
     if counts.positive or counts.open_ended:

@@ -16,7 +16,7 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import NumpyNdarrayVariable, SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.capture.events import Event, Scope, tag
 from fx_passes.capture.variables import rank_of
 from fx_passes.facts import fact
@@ -128,7 +128,7 @@ def _numbers(capture: Any, tx: Any, tensor: TensorVariable) -> ListVariable | No
     known = fact(node)
     if not isinstance(known, Counts) or known.positive:
         return None
-    if any(writers_of(storage_of(node))):
+    if any(writers_of(node)):
         capture.reject(tx, "nothing_is_written_inside", "the experts' numbers of slots change once they were counted")
         return None
     if node not in capture.numbers:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.facts.masks import flat_ids
 from fx_passes.ids import ids_dims, num_columns
 from fx_passes.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
@@ -87,13 +87,13 @@ def _counted_table(total: fx.Node) -> Counts | None:
         table = table.args[0]
     if not isinstance(table, fx.Node) or _reduced_dims(total) not in ((0,), (-2,)):
         return None
-    writers = [writer for writer in writers_of(storage_of(table)) if writer < total]
+    writers = [writer for writer in writers_of(table) if writer < total]
     marked = writers[0] if op_name(table) in ZEROS and len(writers) == 1 else table
     if op_name(marked) not in ("scatter", "scatter_") or (marked is table and writers):
         return None
     zeros, dim, ids, one = (arg(marked, at, name) for at, name in enumerate(("input", "dim", "index", "value")))
     size = known_tensor(zeros).shape
-    if any(writer < marked for writer in writers_of(storage_of(zeros))):
+    if any(writer < marked for writer in writers_of(zeros)):
         return None
     is_table = op_name(zeros) in ZEROS and len(size) == 2 and type(size[1]) is int and ids_dims(ids) == ("T", "K")
     if not is_table or dim not in (1, -1) or one != 1 or "reduce" in marked.kwargs or len(marked.args) > 4:

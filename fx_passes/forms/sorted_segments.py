@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from fx_passes.accumulation import closure, have_one_width, repeated
-from fx_passes.aliasing import inplace_users, is_read_before, storage_of, writers_of
+from fx_passes.aliasing import inplace_users, is_read_before, writers_of
 from fx_passes.capture import guards_of
 from fx_passes.facts import fact
 from fx_passes.loop_rules import is_contiguous
@@ -82,7 +82,7 @@ def _added(node: fx.Node) -> Total | None:
         return None
     if not is_contiguous(fake_tensor(zeros), 2):
         return None
-    if set(writers_of(storage_of(zeros))) - {node} or any(user < node for user in zeros.users):
+    if set(writers_of(zeros)) - {node} or any(user < node for user in zeros.users):
         return None
     buffer = zeros if is_inplace(node) else None
     return Total(node, rows, tokens.order, frozenset((node,)), buffer=buffer)

@@ -181,6 +181,8 @@ INPUTS = (
     ("under_ravel", lambda x: x.ravel().view(-1, D), lambda x: x.mul_(2)),
     ("under_type_as", lambda x: x.type_as(x), lambda x: x.mul_(2)),
     ("under_double_transpose", lambda x: x.mT.mT, lambda x: x.mul_(2)),
+    ("under_second_of_two", lambda x: torch.broadcast_tensors(x[:1] + 1, x)[1], lambda x: x.mul_(2)),
+    ("by_second_of_two", lambda x: x, lambda x: torch.atleast_2d(x[:1] + 1, x)[1].mul_(2)),
     ("by_custom_op", lambda x: x, torch.ops.near_miss.double_),
     ("by_positional_inplace", lambda x: x, lambda x: F.elu(x, 1.0, True)),
     ("by_out", lambda x: x, lambda x: torch.mul(x, 2, out=x)),
