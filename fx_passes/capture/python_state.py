@@ -25,6 +25,20 @@ from fx_passes.capture.liveness import live_locals
 
 Snapshot = dict[str, Any]
 
+
+@dataclass(frozen=True, eq=False)
+class _Itself:
+    """An object of which nothing is known. It lives on, so that no other has its identity."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 _MAX_DEPTH = 8
 _ITERATORS = (IteratorVariable, LocalGeneratorObjectVariable)
 _CONTAINERS = (BaseListVariable, ConstDictVariable, SetVariable)
@@ -148,11 +162,11 @@ def _describe(value: VariableTracker, depth: int = 0) -> Any:
 def _describe_content(value: VariableTracker, depth: int) -> Any:
     """What tells `value` apart: the node of a tensor, a constant, and of anything else its type and all its fields."""
     if isinstance(value, (TensorVariable, SymNodeVariable)):
-        return ("node", value.as_proxy().node) if isinstance(value.proxy, fx.Proxy) else ("id", id(value))
+        return ("node", value.as_proxy().node) if isinstance(value.proxy, fx.Proxy) else ("itself", _Itself(value))
     if isinstance(value, ConstantVariable):
         return ("constant", type(value).__name__, repr(value.as_python_constant()))
     if isinstance(value, LocalGeneratorObjectVariable):
-        return ("generator", id(value), _describe_frame(value.inline_tracer, depth))
+        return ("generator", _Itself(value), _describe_frame(value.inline_tracer, depth))
     if depth >= _MAX_DEPTH:
         return ("unseen", object())
     fields = sorted(name for name in vars(value) if name not in _NOT_CONTENT)
@@ -170,9 +184,14 @@ def _describe_field(field: Any, depth: int) -> Any:
     if isinstance(field, VariableTracker):
         return _describe(field, depth)
     if isinstance(field, dict):
-        return tuple((hash(key), _describe_field(item, depth)) for key, item in list(field.items()))
+        return tuple((_describe_key(key, depth), _describe_field(item, depth)) for key, item in list(field.items()))
     if isinstance(field, (list, tuple)):
         return tuple(_describe_field(item, depth) for item in field)
     if isinstance(field, (set, frozenset)):
-        return frozenset(hash(item) for item in field)
-    return field if isinstance(field, (int, str, bool, type(None))) else ("id", id(field))
+        return frozenset(_describe_key(item, depth) for item in field)
+    return field if isinstance(field, (int, str, bool, type(None))) else _Itself(field)
+
+
+def _describe_key(key: Any, depth: int) -> Any:
+    """A key of a dict or an item of a set, which Dynamo wraps. Its hash may be that of another: -1 and -2 have one."""
+    return _describe_field(getattr(key, "vt", key), depth)

@@ -131,9 +131,39 @@ CONTAINERS = {
     ),
 }
 
+class NumbersOfOneHash(RangeLoop):
+    """Which of -1 and -2, two numbers of one hash, a set holds changes with each expert."""
+
+    def forward(self, hidden_states):
+        x, weights, mask, out = self.start(hidden_states)
+        held = {-1}
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.value(x, weights, tokens, slots, e))
+            held.add(-3 - held.pop())
+        return out * (2 if -2 in held else 1)
+
+
+class NumbersOfOneHashInHits(StackedLoop):
+    """The same once there is any."""
+
+    def forward(self, hidden_states):
+        x, weights, mask, hit, out = self.begin(hidden_states)
+        held = {-1: 0}
+        for e in hit:
+            e = e[0]
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.expert(x[tokens], e) * weights[tokens, slots, None])
+            held.clear()
+            held[-2] = 0
+        return out * (2 if -2 in held else 1)
+
+
 MISSES = (
     *(NearMiss(f"range_{name}", STATE, partial(Remembers, *how)) for name, how in CONTAINERS.items()),
     *(NearMiss(f"hit_{name}", STATE, partial(RemembersInHits, *how)) for name, how in CONTAINERS.items()),
+    NearMiss("range_numbers_of_one_hash", None, NumbersOfOneHash, may_rewrite=True),
+    NearMiss("hit_numbers_of_one_hash", STATE, NumbersOfOneHashInHits),
     NearMiss("range_ordered_on_module", STATE, OrderedOnModule),
     NearMiss("range_callers_iterator", STATE, CallersIterator),
 )
