@@ -135,15 +135,13 @@ def _check_norm(op: Op) -> None:
 
 
 def _check_dims(op: Op) -> None:
-    """The dims that the operation works along must be given and must not be the row dim."""
-    operand = next((value for value in nested_values(op.args) if _is_row_tensor(value)), None)
-    operand_rank = rank(operand) if operand is not None else None
-    if operand_rank is None or any(
-        has_rows(value) and not _is_row_tensor(value) for value in nested_values((op.args, op.kwargs))
-    ):
+    """All operands are rows; the dims that the operation works along must be given and must not be the row dim."""
+    operands = list(nested_values((op.args, op.kwargs)))
+    operand_rank = rank(operands[0]) if operands and all(map(_is_row_tensor, operands)) else None
+    if operand_rank is None:
         raise _refused(op, f"`{op.name}` of something that is not rows")
     dims = op.arg(DIM_ARGUMENT.get(op.name, 1), "dim", _DIM_DEFAULT.get(op.name))
-    dims = (dims,) if isinstance(dims, int) else dims
+    dims = (dims,) if type(dims) is int else dims
     places = operand_rank + (op.name in ("unsqueeze", "stack"))
     if not isinstance(dims, (tuple, list)) or not dims or any(normalized_dim(dim, places) == 0 for dim in dims):
         raise _refused(op, f"`{op.name}` works along the rows")

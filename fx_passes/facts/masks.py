@@ -52,6 +52,8 @@ def _transpose(node: fx.Node, inner: Fact | None) -> Fact | None:
     if not isinstance(inner, (OneHot, Mask)) or (name == "getattr" and (node.args[1] != "T" or len(inner.dims) != 2)):
         return None
     dims = list(inner.dims)
+    if len(dims) < 2:
+        return inner
     first, second = (arg(node, 1, "dim0"), arg(node, 2, "dim1")) if name in ("transpose", "swapaxes") else (0, 1)
     dims[first], dims[second] = dims[second], dims[first]
     return replace(inner, dims=tuple(dims))

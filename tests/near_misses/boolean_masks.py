@@ -19,6 +19,18 @@ class AnyMaskOfClampedIds(MaskLoop):
         return out
 
 
+class AnyMaskTransposed(MaskLoop):
+    """The transpose of one dim is what it was."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            chosen = ids == e
+            rows = chosen.any(dim=-1).t()
+            out[rows] += self.experts[e](x[rows]) * (weights * chosen).sum(-1)[rows].unsqueeze(-1)
+        return out
+
+
 class AnyMaskOfModuloIds(MaskLoop):
     """The same by %, without weights: each token's row is added once."""
 
@@ -287,6 +299,7 @@ OVERWRITES, ZEROS = "assignments_overwrite_nothing", "accumulator_starts_as_zero
 
 MISSES = (
     NearMiss("any_mask_clamped_ids", REPEATED, AnyMaskOfClampedIds),
+    NearMiss("any_mask_transposed", None, AnyMaskTransposed, may_rewrite=True),
     NearMiss("any_mask_modulo_ids", REPEATED, AnyMaskOfModuloIds),
     NearMiss("any_mask_hashed_ids", REPEATED, AnyMaskOfHashedIds),
     NearMiss("any_mask_of_all", "loop_has_a_known_form", AllMask),

@@ -218,6 +218,20 @@ def block(expert):
     return lambda: SumOfProducts(expert)
 
 
+class BesideNumbers(SumOfProducts):
+    """Each expert reads integers beside its rows: they have a row for each token, but none for each slot."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(SwiGLU(width=D + 1) for _ in range(E))
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        positions = torch.arange(x.shape[0])[:, None] % 3
+        table = self.table(self.gate(x))
+        return sum(table[:, e, None] * self.experts[e](torch.cat([x, positions], -1)) for e in range(E))
+
+
 MISSES = (
     NearMiss("dense_modules_soft", "weights_are_zero_outside_the_top_k", Soft),
     NearMiss("dense_modules_soft_stacked", "weights_are_zero_outside_the_top_k", SoftStacked),
@@ -231,6 +245,7 @@ MISSES = (
     NearMiss("dense_modules_mixes_tokens", "body_is_row_wise", block(MixesTokens)),
     NearMiss("dense_modules_softmax_over_sequence", "body_is_row_wise", block(SoftmaxOverSequence)),
     NearMiss("dense_modules_dropout", "body_is_row_wise", block(Dropped)),
+    NearMiss("dense_modules_beside_numbers", "body_is_row_wise", BesideNumbers),
     NearMiss("dense_modules_balance_loss", "no_intermediate_escapes", BalanceLoss),
     NearMiss("dense_modules_read_between", "no_intermediate_escapes", ReadBetween),
     NearMiss("dense_modules_first_features", None, FirstFeatures),
