@@ -6,7 +6,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import registrations  # noqa: F401  (the ops must exist before a graph names them)
-from fx_passes import faults
+from fx_passes import faults, hook
 from fx_passes.backend import rewrite_graph
 from fx_passes.cache_key import sources_hash
 
@@ -24,7 +24,9 @@ class PreGradPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         gm = graph.owning_module
-        if isinstance(gm, fx.GraphModule) and _rewrite_or_restore(gm) and not _KEYED_BY_UUID:
+        if hook.current_capture() is not None or not isinstance(gm, fx.GraphModule):
+            return  # what was captured for our backend, or of a prepared model, was rewritten before it came here
+        if _rewrite_or_restore(gm) and not _KEYED_BY_UUID:
             _tell_caches_apart()
 
     def uuid(self) -> str:

@@ -11,10 +11,10 @@ from torch._inductor.utils import fresh_cache
 
 import scatter_moe
 from fx_passes import cache_key, faults, pipeline
-from tests.backend.harness import assert_same, counters, fresh_dynamo, observe, rewritten
+from tests.backend.harness import assert_close, assert_same, counters, fresh_dynamo, observe, rewritten
 from tests.near_misses import NEAR_MISSES
 from tests.zoo import ZOO, hidden_states
-from tests.zoo.bodies import RangeLoop
+from tests.zoo.bodies import HitLoop, RangeLoop
 from tests.zoo.case import Case
 
 TRACED_ALONE = [case for case in ZOO if case.name in ("gathered_einsum", "dense_einsum", "stack_gather")]
@@ -52,6 +52,22 @@ def test_loop_is_rewritten_where_stock_dynamo_traces_it(flag):
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=flag):
         check(LOOP, inductor_without_code)
     assert rewritten() == flag
+
+
+@pytest.mark.parametrize("way_in", ["backend", "prepare"])
+def test_what_came_in_by_another_door_is_rewritten_once(way_in):
+    """A second look at the graph would find that nothing is left of the loop that was captured."""
+    case = Case("hit", HitLoop)
+    eager, module = case.make(), case.make()
+    ours = way_in == "backend"
+    compiled = torch.compile(
+        module if ours else scatter_moe.prepare(module),
+        backend="scatter_moe" if ours else inductor_without_code,
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        assert_close(compiled(hidden_states()), eager(hidden_states()), "output")
+    assert rewritten() == 1
 
 
 def test_after_a_fault_the_graph_is_what_it_was(monkeypatch):
