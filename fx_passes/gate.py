@@ -5,13 +5,14 @@
 `inputs_of(module, method)` reads what the method can read from its module. It is plain Python, so Dynamo traces it and
 guards all that it reads. `recognise` depends on that alone: the method runs on an object of the same class that has
 these attributes and no others, and the operations that it calls are matched as an expert's body is. A method that
-reads, writes or computes anything else is not recognised.
+reads, writes or computes anything else is not recognised, nor is one that reads data of its Python module or closure.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from fx_passes.recorder import Recorder
 
 _log = logging.getLogger("scatter_moe")
 _READABLE = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType, functools.partial)
+_DATA = (bool, int, float, str, type(None), list, dict, set, Tensor)
 _ROWS = 3
 
 
@@ -129,9 +131,31 @@ def _recognise(inputs: Any, width: int, dtype: torch.dtype) -> Gate | None:
 
 def _is_readable(value: Any) -> bool:
     if isinstance(value, tuple):
-        _, _, attributes = value
-        return all(_is_readable(attribute) for _, attribute in attributes)
-    return value is not Unreadable
+        function, _, attributes = value
+        return not _reads_data(function, set()) and all(_is_readable(attribute) for _, attribute in attributes)
+    return value is not Unreadable and not _reads_data(value, set())
+
+
+def _reads_data(function: Any, seen: set[Any]) -> bool:
+    """Whether a Python function, or one that it calls, reads variables of its module, of another or of its closure.
+
+    Nobody would notice if they changed. PyTorch's own functions do as they are told.
+    """
+    function = function.func if isinstance(function, functools.partial) else function
+    if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch."):
+        return False
+    seen.add(function)
+    outer = inspect.getclosurevars(function)
+    read = [*outer.globals.values(), *outer.nonlocals.values()]
+    names = tuple(_names_in(function.__code__))
+    read += [
+        vars(module)[name]
+        for module in read
+        if isinstance(module, ModuleType)
+        for name in names
+        if name in vars(module)
+    ]
+    return any(isinstance(value, _DATA) or _reads_data(value, seen) for value in read)
 
 
 def _product(recorder: Recorder, width: int, dtype: torch.dtype) -> Tensor:

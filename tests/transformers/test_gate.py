@@ -122,6 +122,33 @@ def by_configuration(self, h):
     return F.silu(gate) * up if self.config["silu"] else F.relu(gate) * up
 
 
+SILU = True
+
+
+def by_variable_of_the_module(self, h):
+    gate, up = h.chunk(2, dim=-1)
+    return (F.silu if SILU else F.relu)(gate) * up
+
+
+def act_by_variable(x):
+    return F.silu(x) if SILU else F.relu(x)
+
+
+def by_helper(self, h):
+    gate, up = h.chunk(2, dim=-1)
+    return act_by_variable(gate) * up
+
+
+def with_a_closure():
+    silu = True
+
+    def by_cell(self, h):
+        gate, up = h.chunk(2, dim=-1)
+        return (F.silu if silu else F.relu)(gate) * up
+
+    return experts(by_cell)
+
+
 class Biased(nn.Module):
     def __init__(self):
         super().__init__()
@@ -164,6 +191,11 @@ def with_a_gate_of_its_own():
         experts(by_name),
         experts(by_value),
         experts(by_configuration, config={"silu": True}),
+        experts(by_variable_of_the_module),
+        experts(by_helper),
+        with_a_closure(),
+        Experts(act_by_variable),
+        Experts(functools.partial(act_by_variable)),
         Experts(Biased()),
         Experts(nn.SiLU(inplace=True)),
         Experts(nn.Hardswish()),
