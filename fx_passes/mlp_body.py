@@ -14,7 +14,7 @@ from torch import fx
 from fx_passes.body import Body, Gathered, Op, PerExpert, Scaled, SlotGathered, Value, rank
 from fx_passes.halves import joined
 from fx_passes.low_rank import low_rank
-from fx_passes.ops import fake_tensor, same_size
+from fx_passes.ops import fake_tensor, same_size, same_sizes
 
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
 Size = int | torch.SymInt
@@ -337,8 +337,4 @@ def _is_column(op: Op) -> bool:
     before, after = fake_tensor(op.node.all_input_nodes[0]), fake_tensor(op.node)
     if before is None or after is None or not isinstance(op.args[0], (SlotGathered, Op)):
         return False
-    return (
-        after.dim() == 2
-        and after.shape[1] == 1
-        and (before.dim() == 1 or tuple(map(str, before.shape)) == tuple(map(str, after.shape)))
-    )
+    return after.dim() == 2 and after.shape[1] == 1 and (before.dim() == 1 or same_sizes(before.shape, after.shape))

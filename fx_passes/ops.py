@@ -128,6 +128,16 @@ def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def by_position(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the operation `name`, of which the leading ones that were given by keyword stand in their places."""
+    leading, rest = list(args), dict(kwargs)
+    for keyword in ("input", *(("weight", "bias") if name == "linear" else ()))[len(leading) :]:
+        if keyword not in rest:
+            break
+        leading.append(rest.pop(keyword))
+    return tuple(leading), rest
+
+
 def varargs(node: fx.Node, index: int, name: str) -> tuple[Any, ...]:
     """Sizes or dims given as `f(x, 1, 2)`, as `f(x, (1, 2))` or by keyword."""
     if name in node.kwargs:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from fx_passes.body import Op, Value
-from fx_passes.ops import op_name
+from fx_passes.ops import by_position, op_name
 
 
 class Recorder(TorchFunctionMode):
@@ -55,7 +55,9 @@ class Recorder(TorchFunctionMode):
         if op_name(node) is None and getattr(Tensor, func.__name__, None) is func:
             node = self._graph.call_method(func.__name__)
         node.meta["example_value"] = out
-        op = Op(op_name(node) or "", node, self._values_in(args), self._values_in(kwargs), has_rows=True)
+        name = op_name(node) or ""
+        args, kwargs = by_position(name, self._values_in(args), self._values_in(kwargs))
+        op = Op(name, node, args, kwargs, has_rows=True)
         if isinstance(out, Tensor):
             self.note(out, op)
             return

@@ -18,7 +18,16 @@ from fx_passes.facts import counts_behind, fact
 from fx_passes.gather import Taking, chain, takings
 from fx_passes.ids import is_single_choice
 from fx_passes.markers import Expert, expert_of, expert_parameter, select_expert
-from fx_passes.ops import OF_PARAMETERS, POINTWISE, fake_tensor, is_inplace, known_tensor, op_name, out_of_place
+from fx_passes.ops import (
+    OF_PARAMETERS,
+    POINTWISE,
+    by_position,
+    fake_tensor,
+    is_inplace,
+    known_tensor,
+    op_name,
+    out_of_place,
+)
 from fx_passes.parameter_views import chosen_by, has_expert, viewed
 from fx_passes.simplify import simplified
 from fx_passes.stack_of_one import without_stack
@@ -147,8 +156,8 @@ class Unifier:
             raise UnknownOperation(first)
         args = self._structure(tuple(node.args for node in nodes), first)
         kwargs = self._structure(tuple(dict(node.kwargs) for node in nodes), first)
-        rows = any(has_rows(value) for value in nested_values((args, kwargs)))
-        value = without_stack(Op(op_name(first) or "", first, args, kwargs, rows))
+        name, rows = op_name(first) or "", any(has_rows(value) for value in nested_values((args, kwargs)))
+        value = without_stack(Op(name, first, *by_position(name, args, kwargs), rows))
         value = simplified(value) if isinstance(value, Op) else value
         return self._computed(nodes, value) if isinstance(value, Op) and not rows else value
 

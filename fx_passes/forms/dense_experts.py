@@ -29,7 +29,7 @@ from fx_passes.batched.rows import PAIRS, PAIRS_BY_BATCH, Total
 from fx_passes.batched.walk import Walk
 from fx_passes.body import PerExpert, SlotGathered
 from fx_passes.forms.summation import summation
-from fx_passes.loop_rules import ids_are_distinct
+from fx_passes.ids import ids_are_distinct
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes, sizes_of
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.sparsity import adds_nothing_where_unchosen, chosen_by

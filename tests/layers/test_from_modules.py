@@ -25,7 +25,16 @@ class Fused(nn.Module):
         return (F.silu(gate) * up) @ self.down
 
 
-@pytest.mark.parametrize("make", [Expert, Fused, lambda: mlp(nn.ReLU())], ids=["separate", "fused", "plain"])
+class ByKeyword(Expert):
+    def forward(self, x):
+        gate = F.linear(input=x, weight=self.gate.weight, bias=self.gate.bias)
+        return self.down(F.silu(input=gate) * self.up(x))
+
+
+MAKERS = {"separate": Expert, "fused": Fused, "by keyword": ByKeyword, "plain": lambda: mlp(nn.ReLU())}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_parameters_and_their_names_stay(make):
     torch.manual_seed(0)
     modules = nn.ModuleList(make() for _ in range(3))
