@@ -131,6 +131,7 @@ CONTAINERS = {
     ),
 }
 
+
 class NumbersOfOneHash(RangeLoop):
     """Which of -1 and -2, two numbers of one hash, a set holds changes with each expert."""
 
