@@ -191,8 +191,8 @@ def generate(model: nn.Module, prompt: bytes, length: int, size: Size, device: s
 def print_summary(runs: dict[str, Run]) -> None:
     eager = runs["eager"]
     caption = (
-        f"step: median after {WARM_UP}; loss: mean of the last 10; gap: largest difference to eager's loss, early in the "
-        f"first {EARLY} steps. Each way rounds in an order of its own and training amplifies that: later on curves "
+        f"step: median after {WARM_UP}; loss: mean of the last 10; gap: largest difference to eager's loss, early: in "
+        f"the first {EARLY} steps. Each way rounds in an order of its own and training amplifies that: later on curves "
         "part, as those of two eager runs do whose weights differ in the seventh digit."
     )
     table = Table(title="Training", caption=caption)
