@@ -15,13 +15,15 @@ from torch import fx
 
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.ids import rows_of_ids
+from fx_passes.linear_body import Linear, as_linear
 from fx_passes.loop_invariant import mark_as_ours
 from fx_passes.low_rank import low_rank
-from fx_passes.mlp_body import Linear, Mlp, as_linear, without_router_weight
+from fx_passes.mlp_body import Mlp
 from fx_passes.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
 from fx_passes.parameter_views import Cut, Index, Step
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion
 from fx_passes.row_wise import NORMS, RESHAPES
+from fx_passes.weighted_body import without_router_weight
 
 ops = torch.ops.scatter_moe
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fx_passes.body import Body, Gathered, PerExpert
 from fx_passes.gate import has_hooks
-from fx_passes.mlp_body import Linear, match_mlp
+from fx_passes.linear_body import Linear
+from fx_passes.mlp_body import match_mlp
 from fx_passes.recorder import Recorder
 
 _log = logging.getLogger("scatter_moe")

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fx_passes.activation_body import match_activation
 from fx_passes.body import Gathered, Op, PerExpert
 from fx_passes.hook_guards import HOOKS
-from fx_passes.mlp_body import match_activation
 from fx_passes.recorder import Recorder
 
 _log = logging.getLogger("scatter_moe")
