@@ -2,22 +2,23 @@
 
     out.index_add_(0, tokens, value)    out = out.index_add(0, tokens, value)    counts a token that occurs twice, twice
     out.scatter_add_(0, tokens.view(-1, 1).expand(-1, D), value)              the same; scatter_reduce_(..., "sum")
+    out.index_put_((tokens,), value, accumulate=True)                         the same
     out[tokens] += value                out[tokens] = out[tokens] + value        keeps one of them
-    out[tokens] = value                 out.index_copy_(0, tokens, value)        keeps the last of all
+    out[tokens] = value                 out.index_copy_(0, tokens, value)        keeps the last of all; index_put_
 
 `tokens` must come from a mask of one expert, or be its slots where the output has a row for each, [N, D] or [T, K, D];
 everything else in the graph is none of our business.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from fx_passes.facts import chosen, chosen_tokens, fact, without_rest
-from fx_passes.ops import arg, fake_tensor, op_name, same_size
+from fx_passes.ops import arg, op_name
 from fx_passes.region import Accumulation, Rejected
+from fx_passes.row_index import have_one_width, repeated
 
 
 def accumulations(graph: fx.Graph) -> dict[fx.Node, list[Accumulation]]:
@@ -41,6 +42,8 @@ def _accumulation(node: fx.Node) -> Accumulation | None:
         return _scatter_add(node)
     if name in ("index_copy", "index_copy_"):
         return _index_copy(node)
+    if name in ("index_put", "index_put_"):
+        return _index_put(node)
     if name == "setitem":
         return _add_by_index(node)
     return None
@@ -64,6 +67,18 @@ def _index_copy(node: fx.Node) -> Accumulation | None:
     return Accumulation(accumulator, rows, value, (node,), node, counts_duplicates=False, assigns=True)
 
 
+def _index_put(node: fx.Node) -> Accumulation | None:
+    """With `accumulate` it adds, without it assigns."""
+    accumulator, indices, value = (arg(node, at, name) for at, name in enumerate(("input", "indices", "values")))
+    index = without_rest(tuple(indices)) if isinstance(indices, (tuple, list)) else None
+    if chosen(index) is None or not isinstance(accumulator, fx.Node) or not isinstance(value, fx.Node):
+        return None
+    adds = arg(node, 3, "accumulate", False)
+    if type(adds) is not bool or (adds and chosen_tokens(index) is None):
+        return None
+    return Accumulation(accumulator, index, value, (node,), node, counts_duplicates=adds, assigns=not adds)
+
+
 def _scatter_add(node: fx.Node) -> Accumulation | None:
     """Every value of a row goes to the same token."""
     accumulator, dim, index, value = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index", "src")))
@@ -75,29 +90,6 @@ def _scatter_add(node: fx.Node) -> Accumulation | None:
     if dim != 0 or not is_sum or not have_one_width(index, value, accumulator):
         raise Rejected("accumulation_is_a_plain_sum", node, f"`{name}` that adds something else than rows")
     return Accumulation(accumulator, tokens, value, (node,), node, counts_duplicates=True)
-
-
-def have_one_width(*nodes: Any) -> bool:
-    """Whether all are matrices with as many columns."""
-    widths = [tensor.shape[1] for tensor in map(fake_tensor, nodes) if tensor is not None and tensor.dim() == 2]
-    return len(widths) == len(nodes) and all(same_size(width, widths[0]) for width in widths)
-
-
-def repeated(index: Any, is_base: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """`tokens` of `tokens.view(-1, 1).expand(-1, D)` or the like, if they are such a base."""
-    steps = ("expand", "expand_as", "repeat", "view", "reshape", "unsqueeze")
-    while isinstance(index, fx.Node) and not is_base(index):
-        before, after = fake_tensor(arg(index, 0, "input")), fake_tensor(index)
-        if op_name(index) not in steps or before is None or after is None or not _repeats_rows(before, after):
-            return None
-        index = index.args[0]
-    return index if isinstance(index, fx.Node) else None
-
-
-def _repeats_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """[R] or [R, 1] to [R, 1] or [R, D]."""
-    is_column = before.dim() == 1 or (before.dim() == 2 and same_size(before.shape[1], 1))
-    return is_column and after.dim() == 2 and same_size(before.shape[0], after.shape[0])
 
 
 def _add_by_index(node: fx.Node) -> Accumulation | None:

@@ -141,7 +141,9 @@ class Emitter:
     def _replay(self, op: Op) -> fx.Node:
         dims = rank(op) or _NO_TENSOR
         args, kwargs = map_values((op.args, op.kwargs), lambda child: self._operand(child, dims))
-        return self._located(self.graph.create_node(op.node.op, op.node.target, args, kwargs, name=op.node.name))
+        is_cast = op.name == "to"  # `type_as` is one, too
+        kind, target = ("call_method", "to") if is_cast else (op.node.op, op.node.target)
+        return self._located(self.graph.create_node(kind, target, args, kwargs, name=op.node.name))
 
     def _operand(self, value: Value, dims: int, dtype: torch.dtype | None = None) -> fx.Node:
         return self._expand(value, dims, dtype) if isinstance(value, PerExpert) else self.emit(value)

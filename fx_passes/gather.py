@@ -1,6 +1,7 @@
 """What an expert takes from tensors outside the loop: rows of its tokens, and one value for each of its slots.
 
     x[tokens]    x[mask]    x[None, tokens]                                rows of the tokens
+    x.index_select(0, tokens)    x.gather(0, tokens[:, None].expand(-1, D))    the same
     weights[tokens, slots, None]    weights[ids == e]                      the slots' own values
     weights[:, k][mask]    weights[mask, k]    weights[mask][:, k]         the same, where the mask is of slot k
     (weights * (ids == e)).sum(-1)[mask]    weights[mask, slot[mask]]      the same, where a token's ids are distinct
@@ -21,7 +22,8 @@ from torch import fx
 
 from fx_passes.facts import chosen, chosen_tokens, fact
 from fx_passes.markers import expert_of, expert_segment, index_with_expert
-from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_size, same_sizes, sizes_of
+from fx_passes.ops import arg, fake_tensor, op_name, same_size, same_sizes, sizes_of
+from fx_passes.row_index import index_of
 from fx_passes.slots import Order, Tokens, order_of, slot_fact
 from fx_passes.statements import TOKENS_BY_BATCH, Counts, Mask, Rows, with_one_token_dim
 
@@ -29,7 +31,8 @@ MAX_STEPS = 4
 
 _WHOLE = frozenset(("T", "N", "O", *TOKENS_BY_BATCH))
 _RESHAPES = frozenset(("view", "reshape", "flatten", "ravel"))
-_STEPS = _RESHAPES | frozenset(("select", "unsqueeze", "sum", "repeat_interleave"))
+_INDEXES = frozenset(("getitem", "select", "index_select", "gather"))
+_STEPS = _RESHAPES | _INDEXES | frozenset(("unsqueeze", "sum", "repeat_interleave"))
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,8 @@ def chain(node: fx.Node, steps: int) -> Iterator[fx.Node]:
 def _is_step(node: fx.Node) -> bool:
     if node.target in (index_with_expert, expert_segment):
         return True
-    name = op_name(node)
-    if name == "getitem":
-        return fake_tensor(node.args[0]) is not None
-    return name in _STEPS and fake_tensor(node) is not None
+    is_piece = op_name(node) == "getitem" and fake_tensor(node.args[0]) is None
+    return op_name(node) in _STEPS and fake_tensor(node) is not None and not is_piece
 
 
 def _operand(node: fx.Node) -> Any:
@@ -127,11 +128,9 @@ def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     name = op_name(step)
     if step.target is expert_segment:
         return _segment(step, state, mask)
-    if step.target is index_with_expert or name == "getitem":
-        return _index(step.args[1], state, mask)
-    if name == "select":
-        dim = normalized_dim(arg(step, 1, "dim"), len(state.dims))
-        return _index((*[slice(None)] * dim, arg(step, 2, "index")), state, mask)
+    if step.target is index_with_expert or name in _INDEXES:
+        index = index_of(step)
+        return _index(index, state, mask) if index is not None else None
     if name == "sum":
         return _sum_over_slots(step, state, mask)
     if name == "repeat_interleave":

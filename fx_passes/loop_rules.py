@@ -13,7 +13,7 @@ from fx_passes.aliasing import allocates, made_by
 from fx_passes.capture import Guard, guards_of
 from fx_passes.facts import chosen
 from fx_passes.ids import ids_are_distinct, is_single_choice
-from fx_passes.ops import EMPTY, ZEROS, fake_tensor, is_inplace, op_name, same_size, sizes_of
+from fx_passes.ops import EMPTY, ZEROS, fake_tensor, is_cast_alike, is_inplace, op_name, same_size, sizes_of
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 from fx_passes.statements import Mask
 
@@ -70,15 +70,17 @@ def accumulator_is_not_read_inside(region: LoopRegion) -> None:
     last, own = places[region.result], region.writes | region.earlier
     for output in region.outputs:
         for user in output.users:
-            if places[user] < last and user not in own and not asks_for_metadata(user):
+            if places[user] < last and user not in own and not asks_for_metadata(user, output):
                 raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
 
 
 _METADATA = frozenset("size dim numel stride new_zeros new_empty zeros_like empty_like ones_like full_like".split())
 
 
-def asks_for_metadata(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.sym_size.int or op_name(node) in _METADATA
+def asks_for_metadata(node: fx.Node, tensor: fx.Node) -> bool:
+    """Whether `node` reads sizes or the dtype of `tensor` alone."""
+    casts = is_cast_alike(node) and node.args[0] is not tensor
+    return casts or node.target is torch.ops.aten.sym_size.int or op_name(node) in _METADATA
 
 
 def additions_follow_each_other(region: LoopRegion) -> None:

@@ -60,10 +60,11 @@ ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 EMPTY = frozenset(("empty", "empty_like", "new_empty"))
 POINTWISE = frozenset(
     """
-    abs add addcmul bfloat16 celu clamp clamp_max clamp_min clip contiguous cos div double elu erf exp expm1 float
-    gelu half hardsigmoid hardswish hardtanh leaky_relu lerp log log1p logsigmoid max maximum min minimum mish mul
-    multiply neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign silu sin softplus softsign sqrt square sub
-    subtract tanh to true_divide truediv type_as where clone
+    abs add addcmul bfloat16 celu clamp clamp_max clamp_min clip contiguous cos div double elu erf exp exp2 expm1 float
+    ge gelu gt half hardshrink hardsigmoid hardswish hardtanh le leaky_relu lerp log log1p log2 logaddexp logsigmoid lt
+    masked_fill max maximum min minimum mish mul multiply nan_to_num neg pow reciprocal relu relu6 rsqrt rsub selu
+    sigmoid sign silu sin sinh softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold to
+    true_divide truediv type_as where clone
     """.split()
 )
 
@@ -203,6 +204,14 @@ def casts_nothing(node: fx.Node) -> bool:
     """Whether `node`, a `to`, keeps dtype and device."""
     before, after = fake_tensor(node.args[0]), fake_tensor(node)
     return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def is_cast_alike(node: fx.Node) -> bool:
+    """Whether `node` is `x.type_as(other)` or `x.to(other)` on one device: `other` is asked for its dtype alone."""
+    if op_name(node) not in ("type_as", "to") or len(node.args) != 2 or node.kwargs:
+        return False
+    before, other = (fake_tensor(operand) for operand in node.args)
+    return before is not None and other is not None and before.device == other.device
 
 
 def squeezes_nothing(node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from fx_passes.accumulation import have_one_width, repeated
 from fx_passes.aliasing import inplace_users, is_read_before
 from fx_passes.body import (
     Body,
@@ -45,6 +44,7 @@ from fx_passes.ops import (
     varargs,
 )
 from fx_passes.region import Rejected
+from fx_passes.row_index import have_one_width, repeated
 from fx_passes.segment_body import segment_body
 from fx_passes.slots import Absent, Experts, Flat, Offsets, Order, Tokens, slot_fact
 from fx_passes.statements import Counts

@@ -19,7 +19,7 @@ from torch import fx
 from fx_passes.aliasing import writers_of
 from fx_passes.body import Op, SlotGathered
 from fx_passes.ops import ZEROS, arg, fake_tensor, is_dim, is_inplace, is_last_dim, keeps_last_dim, op_name, same_size
-from fx_passes.views import views_of
+from fx_passes.views import is_transposed
 
 _SAME = frozenset("to float half bfloat16 double type_as bool contiguous clone detach".split())
 _RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
@@ -50,7 +50,7 @@ def chosen_by(node: Any, experts: int = -1) -> fx.Node | None:
     if name in ("softmax", "sigmoid"):
         along = name == "sigmoid" or is_dim(arg(node, 1, "dim"), node, experts)
         return _left_by(source, experts) if along else None
-    if _is_transposed(node):
+    if is_transposed(node):
         return chosen_by(source, -3 - experts)
     return _selected(node, 0.0, experts)
 
@@ -64,14 +64,9 @@ def _left_by(node: Any, experts: int) -> fx.Node | None:
         return _filled(node, -math.inf) if experts == -1 else None
     if name in ("to", "float", "double", "contiguous", "clone"):
         return _left_by(source, experts)
-    if _is_transposed(node):
+    if is_transposed(node):
         return _left_by(source, -3 - experts)
     return _selected(node, -math.inf, experts)
-
-
-def _is_transposed(node: fx.Node) -> bool:
-    """Whether `node` is a matrix with its two dims swapped."""
-    return any(view.steps == (node,) and view.dims == ((1,), (0,)) for view in views_of(node))
 
 
 def _filled(node: fx.Node, outside: float) -> fx.Node | None:
@@ -153,7 +148,7 @@ def _is_changed(node: fx.Node) -> bool:
 
 def _divides_rows(write: fx.Node) -> bool:
     """Whether `write` divides by one number a row, in place, a table with experts along its last dim."""
-    experts = -2 if _is_transposed(write.args[0]) else -1
+    experts = -2 if is_transposed(write.args[0]) else -1
     return op_name(write) in _QUOTIENTS and _is_one_a_row(arg(write, 1, "other"), experts)
 
 

@@ -23,6 +23,7 @@ from fx_passes.ops import (
     POINTWISE,
     by_position,
     fake_tensor,
+    is_cast_alike,
     is_inplace,
     known_tensor,
     op_name,
@@ -154,9 +155,12 @@ class Unifier:
             raise NotIsomorphic(first, "an expert's number of tokens is used as a value")
         if op_name(first) is None:
             raise UnknownOperation(first)
-        args = self._structure(tuple(node.args for node in nodes), first)
+        name, operands = op_name(first) or "", [node.args for node in nodes]
+        if all(map(is_cast_alike, nodes)):
+            name, operands = "to", [(node.args[0], known_tensor(node).dtype) for node in nodes]
+        args = self._structure(tuple(operands), first)
         kwargs = self._structure(tuple(dict(node.kwargs) for node in nodes), first)
-        name, rows = op_name(first) or "", any(has_rows(value) for value in nested_values((args, kwargs)))
+        rows = any(has_rows(value) for value in nested_values((args, kwargs)))
         value = without_stack(Op(name, first, *by_position(name, args, kwargs), rows))
         value = simplified(value) if isinstance(value, Op) else value
         return self._computed(nodes, value) if isinstance(value, Op) and not rows else value

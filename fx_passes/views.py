@@ -56,6 +56,11 @@ def views_of(node: Any) -> tuple[View, ...]:
     return (*(view for view in moved if view is not None), View(node, tuple((dim,) for dim in range(tensor.dim()))))
 
 
+def is_transposed(node: fx.Node) -> bool:
+    """Whether `node` is a matrix with its two dims swapped."""
+    return any(view.steps == (node,) and view.dims == ((1,), (0,)) for view in views_of(node))
+
+
 def step(node: fx.Node, inner: View) -> View | None:
     """The view that `node` is where its input is `inner`; None where `node` does more than moving dims."""
     rule = _RULES.get(op_name(node) or "")
@@ -127,7 +132,8 @@ def _transpose(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 
 def _getattr(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
-    return (*inner.dims[:-2], inner.dims[-1], inner.dims[-2]) if node.args[1] == "mT" else None
+    swaps = node.args[1] == "mT" or (node.args[1] == "T" and len(inner.dims) == 2)
+    return (*inner.dims[:-2], inner.dims[-1], inner.dims[-2]) if swaps else None
 
 
 def _expand(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.accumulation import have_one_width
 from fx_passes.aliasing import allocates
 from fx_passes.batched.moves import refused
 from fx_passes.batched.row_graph import RowGraph, features_of
@@ -18,6 +17,7 @@ from fx_passes.batched.rows import Labels, Rows, Seen, Total, are_tokens
 from fx_passes.loop_rules import asks_for_metadata
 from fx_passes.ops import arg, is_inplace, known_tensor, normalized_dim, op_name, same_size, sizes_of
 from fx_passes.region import Rejected
+from fx_passes.row_index import have_one_width
 from fx_passes.views import Dim, repeated_numbers
 
 ADDITIONS = frozenset("index_add index_add_ scatter_add scatter_add_".split())
@@ -58,7 +58,7 @@ def added_up(graph: RowGraph, node: fx.Node, seen: Callable[[Any], Seen | None])
 
 def _require_own_memory(onto: fx.Node, write: fx.Node) -> None:
     """What is written to has no other name, and nobody has read it before."""
-    early = [user for user in onto.users if user < write and not asks_for_metadata(user)]
+    early = [user for user in onto.users if user < write and not asks_for_metadata(user, onto)]
     if not allocates(onto) or early:
         seen = early[0].name if early else onto.name
         raise Rejected("nothing_is_written_inside", write, f"`{op_name(write)}` writes to what `{seen}` holds, too")

@@ -64,12 +64,17 @@ def _bincount(node: fx.Node, _inner: Fact | None) -> Fact | None:
 
 
 def _histc(node: fx.Node, _inner: Fact | None) -> Fact | None:
-    """With E bins from 0 to E - 1 the bin of expert e is [e, e + 1) (E - 1) / E: it holds the integer e alone."""
+    """With E bins from 0 to E - 1 the bin of expert e is [e, e + 1) (E - 1) / E: it holds the integer e alone.
+
+    With E bins from 0 to E it is [e, e + 1), and the last one has E, too, which then must not occur.
+    """
     bins, low, high = arg(node, 1, "bins", 100), arg(node, 2, "min", 0), arg(node, 3, "max", 0)
     values = arg(node, 0, "input")
     if op_name(values) in ("float", "to", "double") and known_tensor(values).dtype.itemsize >= _EXACT_BYTES:
         values = values.args[0]
-    if type(bins) is not int or bins < 2 or low != 0 or high != bins - 1 or ids_dims(values) is None:
+    if type(bins) is not int or bins < 2 or low != 0 or high not in (bins - 1, bins) or ids_dims(values) is None:
+        return None
+    if high == bins and (num_columns(values) or bins + 1) > bins:
         return None
     return Counts(flat_ids(values) or values, bins)
 

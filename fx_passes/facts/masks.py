@@ -40,14 +40,14 @@ def _same(_node: fx.Node, inner: Fact | None) -> Fact | None:
     return inner
 
 
-def _permute(node: fx.Node, inner: Fact | None) -> Fact | None:
+def permute(node: fx.Node, inner: Fact | None) -> Fact | None:
     order = varargs(node, 1, "dims")
     if not isinstance(inner, (OneHot, Mask)) or len(order) != len(inner.dims):
         return None
     return replace(inner, dims=tuple(inner.dims[dim] for dim in order))
 
 
-def _transpose(node: fx.Node, inner: Fact | None) -> Fact | None:
+def transpose(node: fx.Node, inner: Fact | None) -> Fact | None:
     name = op_name(node)
     if not isinstance(inner, (OneHot, Mask)) or (name == "getattr" and (node.args[1] != "T" or len(inner.dims) != 2)):
         return None
@@ -188,11 +188,6 @@ def by_token(node: fx.Node, inner: Kept) -> Fact | None:
 
 RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
     "one_hot": _one_hot,
-    "permute": _permute,
-    "transpose": _transpose,
-    "t": _transpose,
-    "getattr": _transpose,
-    "swapaxes": _transpose,
     "unsqueeze": _unsqueeze,
     "eq": _eq,
     "contiguous": _same,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.facts.masks import by_token, squeeze
+from fx_passes.facts.masks import by_token, permute, squeeze, transpose
 from fx_passes.ids import ids_dims, num_columns
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes
 from fx_passes.statements import (
@@ -27,6 +27,7 @@ from fx_passes.statements import (
     SlotOf,
     with_one_token_dim,
 )
+from fx_passes.views import is_transposed
 
 
 def _nonzero(node: fx.Node, inner: Fact | None) -> Fact | None:
@@ -39,10 +40,16 @@ def _nonzero(node: fx.Node, inner: Fact | None) -> Fact | None:
 
 
 def _unbind(node: fx.Node, inner: Fact | None) -> Fact | None:
-    """`mask.nonzero().unbind(-1)`: its columns."""
-    if isinstance(inner, Selection) and not inner.as_tuple and arg(node, 1, "dim", 0) in (1, -1):
-        return replace(inner, as_tuple=True)
-    return None
+    """`mask.nonzero().unbind(-1)`: its columns; `mask.nonzero().t().unbind()`."""
+    along = (0, -2) if isinstance(inner, Selection) and inner.as_tuple else (1, -1)
+    return replace(inner, as_tuple=True) if isinstance(inner, Selection) and arg(node, 1, "dim", 0) in along else None
+
+
+def _transpose(node: fx.Node, inner: Fact | None) -> Fact | None:
+    """`mask.nonzero().t()`: the positions along each dim are one entry of it, as in a tuple. And of masks."""
+    if isinstance(inner, Selection):
+        return replace(inner, as_tuple=True) if not inner.as_tuple and is_transposed(node) else None
+    return permute(node, inner) if op_name(node) == "permute" else transpose(node, inner)
 
 
 def _where(node: fx.Node, inner: Fact | None) -> Fact | None:
@@ -147,6 +154,7 @@ RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
     "where": _where,
     "unique": _unique,
     "unbind": _unbind,
+    **dict.fromkeys("t transpose swapaxes permute getattr".split(), _transpose),
     "argmax": _argmax,
     "detach": _detach,
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.accumulation import closure, have_one_width, repeated
+from fx_passes.accumulation import closure
 from fx_passes.aliasing import inplace_users, is_read_before, writers_of
 from fx_passes.capture import guards_of
 from fx_passes.facts import fact
@@ -28,6 +28,7 @@ from fx_passes.markers import expert_cat
 from fx_passes.ops import EMPTY, ZEROS, arg, fake_tensor, is_inplace, known_tensor, op_name
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.report import GRADIENTS
+from fx_passes.row_index import have_one_width, repeated
 from fx_passes.segment_body import numbers_of_slots
 from fx_passes.slot_body import SlotBody, is_tokens, translate
 from fx_passes.slot_sum import sum_over_slots

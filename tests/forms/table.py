@@ -49,8 +49,10 @@ TABLE = {
         temporaries_weighted temporaries_activated temporaries_gated temporaries_residual segments_of_slots
         segments_of_slots_inference segments_of_slots_index_add hit_identity_experts hit_item_more_classes
         merged_loop merged_normalised merged_stacked
+        picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped
         """,
         """
+        picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         listed_slots_as_tokens parameters_next_bias temporaries_input_written
         merged_dropped merged_other_scales merged_of_the_next merged_by_slot
@@ -92,7 +94,7 @@ TABLE = {
     "sorted_segments": row(
         """
         deepseek_v2_infer granite_45x segments_split segments_sliced segments_skipped segments_array
-        segments_written segments_for_loop merged_segments
+        segments_written segments_for_loop merged_segments picked_in_bins
         """,
         "segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last",
     ),
