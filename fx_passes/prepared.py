@@ -34,7 +34,7 @@ def prepare(model: Model) -> Model:
         TypeError: if `model` is not a module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
     extend_export(lambda exported: holds_prepared([exported]))
     _prepared.update(model.modules())
     if _hook_is_missing:

@@ -3,12 +3,25 @@
 Each names the argument, what was given and what is accepted.
 """
 
-from torch import nn
+from numbers import Integral
+
+from torch import Tensor, nn
 
 
-def at_least_one_expert(num_experts: int) -> None:
-    if num_experts < 1:
-        raise ValueError(f"num_experts: got {num_experts}, accepted is at least 1")
+def at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral):
+            raise TypeError(f"{name}: got {size!r}, accepted are whole numbers")
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, accepted is at least 1")
+
+
+def one_count_per_expert(num_tokens_per_expert: Tensor, num_experts: int) -> None:
+    if not isinstance(num_tokens_per_expert, Tensor):
+        raise TypeError(f"num_tokens_per_expert: got {type(num_tokens_per_expert).__name__}, accepted is a tensor")
+    if num_tokens_per_expert.shape != (num_experts,):
+        shape = tuple(num_tokens_per_expert.shape)
+        raise ValueError(f"num_tokens_per_expert: got shape {shape}, accepted is ({num_experts},), one count an expert")
 
 
 def chooses_among(router: nn.Module, num_experts: int) -> None:
@@ -16,3 +29,12 @@ def chooses_among(router: nn.Module, num_experts: int) -> None:
     chosen = getattr(router, "num_experts", num_experts)
     if chosen != num_experts:
         raise ValueError(f"router: got one of {chosen} experts, accepted is one of {num_experts}, as many as there are")
+
+
+def has_chosen(routed: object) -> None:
+    """Said of what a router returned: a layer takes any module for one."""
+    if not (hasattr(routed, "topk_ids") and hasattr(routed, "topk_weights")):
+        raise TypeError(
+            f"router: got one that returns {type(routed).__name__}, accepted is one that returns a "
+            "scatter_moe.routers.Routing, or anything with topk_ids and topk_weights"
+        )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scatter_moe.arguments import chooses_among
+from scatter_moe.arguments import chooses_among, has_chosen
 from scatter_moe.dispatch import Dispatch
 from scatter_moe.parallel_linear import ParallelLinear
 from scatter_moe.rotary import rotate
@@ -112,6 +112,7 @@ class MixtureOfAttention(nn.Module):
             raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, accepted is {tuple(shape)}")
         x_TD = x.flatten(0, 1)
         routed = self.router(x_TD)
+        has_chosen(routed)
         dispatch = Dispatch.of_ids(routed.topk_ids, self.num_experts)
         q_BHKSd = self._queries(x, dispatch)
         keys, values = (self._heads(projection(x)) for projection in (self.k_proj, self.v_proj))

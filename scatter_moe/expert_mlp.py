@@ -6,7 +6,7 @@ T tokens, K experts per token, E experts, D model width, F expert width.
 import torch
 from torch import Tensor, nn
 
-from scatter_moe.arguments import at_least_one_expert
+from scatter_moe.arguments import at_least_one, one_count_per_expert
 from scatter_moe.dispatch import Dispatch
 from scatter_moe.distributed.columns import on_columns
 from scatter_moe.distributed.exchange import Exchange, local_experts, zeros_of
@@ -50,7 +50,8 @@ class ExpertMLP(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: for no experts; for an activation, a layout or a weight_on that isn't one of these.
+        TypeError, ValueError: for a size that isn't a whole number of at least 1; for an activation, a layout or a
+            weight_on that isn't one of these.
 
     Source: ScatterMoE (arXiv 2403.08245); what is kept for backward follows SonicMoE (arXiv 2512.14080).
     """
@@ -71,7 +72,7 @@ class ExpertMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        at_least_one_expert(num_experts)
+        at_least_one(num_experts=num_experts, d_model=d_model, d_expert=d_expert)
         mlp_options(activation, layout, weight_on)
         self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
         self.activation, self.layout, self.weight_on = activation, layout, weight_on
@@ -127,6 +128,7 @@ class ExpertMLP(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument that isn't as above.
         """
+        one_count_per_expert(num_tokens_per_expert, self._stacked("down_proj")[0].shape[0])
         weights = x.new_ones(x.shape[0], 1)
         order, offsets, _ = Dispatch.of_counts(num_tokens_per_expert, x.shape[0])
         return self._mlp(x, weights, order, offsets)

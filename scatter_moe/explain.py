@@ -35,10 +35,14 @@ class Explanation:
         self.graphs = report.graphs
         self.notes = list(notes)
 
+    @property
+    def summary(self) -> str:
+        """How many regions and graphs, in one line."""
+        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
+        return f"{len(self.regions)} rewritten, {len(self.rejections)} left as they are, {graphs}"
+
     def __str__(self) -> str:
-        lines = [
-            f"scatter_moe: {len(self.regions)} rewritten, {len(self.rejections)} left as they are, {self.graphs} graphs"
-        ]
+        lines = [f"scatter_moe: {self.summary}"]
         lines += _table([_row(region) for region in self.regions]) if self.regions else []
         for deviation in dict.fromkeys(deviation for region in self.regions for deviation in region.deviations):
             lines.append(f"  deviation: {deviation}")
@@ -58,7 +62,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     Returns:
         An `Explanation`; it is printed too.
+
+    Raises:
+        TypeError: `model` can't be called.
     """
+    if not callable(model):
+        raise TypeError(f"model: got {type(model).__name__}, accepted is a module or a function")
     with collecting() as report:
         torch.compile(model, backend=backend_for_report())(*args, **kwargs)
     explanation = Explanation(report, list(notes_on(model)) if isinstance(model, nn.Module) else [])
@@ -68,7 +77,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
 def _row(region: RegionReport) -> tuple[str, ...]:
     return (
-        region.module_path,
+        region.module_path or "-",
         region.form,
         str(region.num_experts),
         str(region.top_k),

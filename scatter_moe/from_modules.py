@@ -77,8 +77,13 @@ def from_modules(experts: Iterable[nn.Module]) -> ExpertList:
             halves of one layer; with or without biases. All alike but for the parameters' values.
 
     Raises:
+        TypeError: `experts` holds no modules.
         ValueError: for an expert that isn't such an MLP, that differs from the first one or that has hooks.
     """
+    if not isinstance(experts, Iterable):
+        raise TypeError(
+            f"experts: got {type(experts).__name__}, accepted is a ModuleList or another iterable of modules"
+        )
     experts = list(experts)
     if not experts:
         raise ValueError("experts: got none, accepted is at least one")

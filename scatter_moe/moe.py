@@ -5,7 +5,7 @@ T tokens, K experts per token, E experts, D model width.
 
 from torch import Tensor, nn
 
-from scatter_moe.arguments import chooses_among
+from scatter_moe.arguments import chooses_among, has_chosen
 from scatter_moe.routers import Routing
 
 
@@ -40,6 +40,7 @@ class MoE(nn.Module):
         """Also returns what the router returned, for auxiliary losses and statistics."""
         x_TD = x.flatten(0, -2)
         routed: Routing = self.router(x_TD)
+        has_chosen(routed)
         y_TD = self.experts(x_TD, routed.topk_ids, routed.topk_weights)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from scatter_moe.arguments import at_least_one_expert
+from scatter_moe.arguments import at_least_one
 from scatter_moe.dispatch import Dispatch
 
 
@@ -31,7 +31,7 @@ class ParallelLinear(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: for no experts.
+        TypeError, ValueError: for a size that isn't a whole number of at least 1.
 
     Source: ParallelLinear of ScatterMoE (arXiv 2403.08245).
     """
@@ -46,7 +46,7 @@ class ParallelLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        at_least_one_expert(num_experts)
+        at_least_one(num_experts=num_experts, in_features=in_features, out_features=out_features)
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None

@@ -35,10 +35,13 @@ def stack_experts(model: Model) -> Model:
         The same model.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there is no such list; or the experts of one differ, share parameters, are on the meta device, or
             have parameters with hooks, weak references or strides of their own. Nothing was changed then.
         RuntimeError: a parameter is in use, by autograd or by a wrapper of the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
     lists = {"model": model} if isinstance(model, nn.ModuleList) else _lists_of_experts(model)
     if not lists:
         raise ValueError(f"model: got {type(model).__name__} without a ModuleList named `experts`; hand over the list")

@@ -52,10 +52,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are whole numbers from 1 on")
+    return int(text)
 
 
 def _info(options: argparse.Namespace) -> int:

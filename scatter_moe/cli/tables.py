@@ -47,19 +47,16 @@ def print_outcome(outcome: Outcome) -> None:
     facts = {"layers": target.layers, "experts_implementation": target.experts, "device": target.device}
     known = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     console.print(f"[bold]{escape(target.name)}[/bold]{'  ' + escape(known) if known else ''}")
-    console.print(
-        f"{len(explanation.regions)} rewritten, {len(explanation.rejections)} left as they are, "
-        f"{explanation.graphs} graphs"
-    )
+    console.print(explanation.summary)
     if explanation.regions:
         columns = ("module", "form", "experts", "top-k", "activation", "operator", "source")
         rows = [
-            (r.module_path, r.form, r.num_experts, r.top_k, r.activation, r.op, os.path.basename(r.source))
+            (r.module_path or "-", r.form, r.num_experts, r.top_k, r.activation, r.op, os.path.basename(r.source))
             for r in explanation.regions
         ]
         console.print(_table("rewritten", columns, rows))
     if explanation.rejections:
-        rows = [(r.module_path, r.rule, r.detail, f"{r.source}\n{r.code}") for r in explanation.rejections]
+        rows = [(r.module_path or "-", r.rule, r.detail, f"{r.source}\n{r.code}") for r in explanation.rejections]
         console.print(_table("left as they are", ("module", "rule", "what was seen", "source"), rows))
     for deviation in dict.fromkeys(d for region in explanation.regions for d in region.deviations):
         console.print(f"deviation: {escape(deviation)}")

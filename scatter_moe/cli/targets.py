@@ -38,12 +38,15 @@ def from_factory(text: str) -> Target:
     module_name, _, factory_name = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if not (module_name and factory_name):
+        raise UsageError(f"got {text!r}, accepted is MODULE:FACTORY, both with a name")
     try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(f"can't import {module_name}: {error}") from error
-    except AttributeError as error:
-        raise UsageError(f"{module_name} has no {factory_name!r}") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise UsageError(f"{module_name} has no function {factory_name!r}")
     made = factory()
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], tuple | dict)):
         raise UsageError(f"{text}() must return (model, inputs), inputs a tuple or a dict; got {type(made).__name__}")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scatter_moe.arguments import at_least_one
 from scatter_moe.routers.jitter import jitter
 
 
@@ -45,7 +46,8 @@ class Router(nn.Module):
     `Routing`.
 
     Raises:
-        ValueError: top_k or jitter out of range; x of another width than d_model.
+        TypeError, ValueError: a size that isn't a whole number of at least 1; top_k or jitter out of range; x of
+            another width than d_model.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        at_least_one(d_model=d_model, num_experts=num_experts, top_k=top_k)
+        if top_k > num_experts:
             raise ValueError(f"top_k: got {top_k}, accepted are 1..{num_experts} (num_experts)")
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter: got {jitter}, accepted are numbers from 0 to below 1")

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
-from scatter_moe import Dispatch, ExpertMLP, MixtureOfAttention, MoE, ParallelLinear
+from scatter_moe import (
+    Dispatch,
+    ExpertMLP,
+    MixtureOfAttention,
+    MoE,
+    ParallelLinear,
+    explain,
+    from_modules,
+    prepare,
+    stack_experts,
+)
 from scatter_moe.routers import CapacityRouter, TopKRouter
 
 
@@ -29,14 +40,42 @@ def test_expert_mlp_inputs():
         layer(torch.ones(3, 8, dtype=torch.half), ids, weights)
     with pytest.raises(TypeError, match=r"topk_ids: got torch.float32"):
         layer(torch.ones(3, 8), weights, weights)
-    with pytest.raises(ValueError, match="gate_up: got 4 experts, accepted is 5"):
+    with pytest.raises(ValueError, match=r"num_tokens_per_expert: got shape \(5,\), accepted is \(4,\)"):
         layer.forward_grouped(torch.ones(3, 8), torch.ones(5, dtype=torch.long))
+    with pytest.raises(TypeError, match="num_tokens_per_expert: got list, accepted is a tensor"):
+        layer.forward_grouped(torch.ones(3, 8), [3, 0, 0, 0])
 
 
 @pytest.mark.parametrize("layer", [ExpertMLP, ParallelLinear])
 def test_no_experts(layer):
     with pytest.raises(ValueError, match="num_experts: got 0, accepted is at least 1"):
         layer(0, 8, 8)
+
+
+@pytest.mark.parametrize("layer", [ExpertMLP, ParallelLinear, TopKRouter])
+def test_sizes(layer):
+    with pytest.raises(ValueError, match="got -3, accepted is at least 1"):
+        layer(4, -3, 8)
+    with pytest.raises(TypeError, match=r"got 8\.0, accepted are whole numbers"):
+        layer(4, 8, 8.0)
+
+
+def test_a_router_that_returns_something_else():
+    x = torch.ones(1, 3, 8)
+    for layer in (MoE(nn.Linear(8, 4), ExpertMLP(4, 8, 8)), MixtureOfAttention(nn.Linear(8, 4), 8, 4, 2, 4)):
+        with pytest.raises(TypeError, match="router: got one that returns Tensor, accepted is one that returns a"):
+            layer(x)
+
+
+@pytest.mark.parametrize("function", [explain, prepare, stack_experts])
+def test_what_is_no_model(function):
+    with pytest.raises(TypeError, match="model: got int, accepted is a"):
+        function(3)
+
+
+def test_what_holds_no_experts():
+    with pytest.raises(TypeError, match="experts: got Linear, accepted is a ModuleList"):
+        from_modules(nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("router", [TopKRouter(8, 5, 2), CapacityRouter(TopKRouter(8, 5, 2))])
