@@ -49,18 +49,18 @@ def store_gate_up(
     h,
     gate,
     up,
-    rows,
-    first_row,
-    end_row,
+    place,
     stride_h,
-    first_f,
-    f_size,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     LAYOUT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """h is a pointer, or a ragged descriptor ([rows, 2, F] if concatenated) if TMA."""
+    """place = (rows, first_row, end_row, first_f, f_size).
+
+    h is a pointer, or a ragged descriptor ([rows, 2, F] if concatenated) if TMA.
+    """
+    rows, first_row, end_row, first_f, f_size = place
     if LAYOUT == "interleaved":
         tile = tl.join(gate, up).reshape(BLOCK_M, 2 * BLOCK_F)
         store_tile(h, tile, rows, first_row, end_row, 2 * first_f, 2 * f_size, stride_h, TMA, 2 * BLOCK_F)
@@ -78,20 +78,20 @@ def store_gate_up(
 def add_gate_up_bias(
     gate,
     up,
-    gate_bias,
-    up_bias,
-    expert,
+    bias,
     first_f,
     f_size,
-    stride_gate_bias,
-    stride_up_bias,
     DTYPE: tl.constexpr,
     GATE_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """GATE_BIAS: none, strided or list. UP_BIAS too, or "within": the up half of the tensor that gate_bias is."""
+    """bias = (expert, gate's bias, up's, stride of an expert in either).
+
+    GATE_BIAS: none, strided or list. UP_BIAS too, or "within": the up half of the tensor that gate's is.
+    """
+    expert, gate_bias, up_bias, stride_gate_bias, stride_up_bias = bias
     f = first_f + tl.arange(0, BLOCK_F)
     valid = f < f_size
     if GATE_BIAS != "none":

@@ -25,22 +25,12 @@ def _differentiate_tile(
     gate_h,
     up_h,
     scale,
-    gate_bias,
-    up_bias,
-    grad_h,
-    grad_pre,
-    scaled_a,
-    expert,
-    row_index,
-    first_row,
-    end_row,
+    bias,
+    outputs,
+    place,
+    h_size,
     alpha,
     limit,
-    first_f,
-    f_size,
-    h_size,
-    stride_gate_bias,
-    stride_up_bias,
     DTYPE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -51,48 +41,26 @@ def _differentiate_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Store a tile of dH, of dP and of sA, each unless None; return its part of dS, [BLOCK_M]."""
+    """Store a tile of each of outputs = (dH, dP, sA) that isn't None; return its part of dS, [BLOCK_M].
+
+    bias and place are as in scatter_ops.kernels.glu.
+    """
     GATED: tl.constexpr = LAYOUT != "plain"
+    grad_h, grad_pre, scaled_a = outputs
+    rows, first_row, end_row, first_f, f_size = place
     gate_h = gate_h.to(tl.float32)
     up_h = up_h.to(tl.float32)
     if SCALE_INPUT:
-        gate, up = add_gate_up_bias(
-            gate_h * scale,
-            up_h * scale,
-            gate_bias,
-            up_bias,
-            expert,
-            first_f,
-            f_size,
-            stride_gate_bias,
-            stride_up_bias,
-            DTYPE,
-            GATE_BIAS,
-            UP_BIAS,
-            BLOCK_F,
-            LAYOUT,
-        )
+        gate = gate_h * scale
+        up = up_h * scale
+        gate, up = add_gate_up_bias(gate, up, bias, first_f, f_size, DTYPE, GATE_BIAS, UP_BIAS, BLOCK_F, LAYOUT)
         a, grad_gate, grad_up = activate_backward(gate, up, grad_a, alpha, limit, ACTIVATION, GATED)
         if GATED:
             grad_scale = tl.sum(grad_gate * gate_h + grad_up * up_h, 1)
         else:
             grad_scale = tl.sum(grad_gate * gate_h, 1)
         if grad_pre is not None:
-            store_gate_up(
-                grad_pre,
-                grad_gate,
-                grad_up,
-                row_index,
-                first_row,
-                end_row,
-                h_size,
-                first_f,
-                f_size,
-                BLOCK_M,
-                BLOCK_F,
-                LAYOUT,
-                OUT_TMA,
-            )
+            store_gate_up(grad_pre, grad_gate, grad_up, place, h_size, BLOCK_M, BLOCK_F, LAYOUT, OUT_TMA)
         grad_gate *= scale
         grad_up *= scale
     else:
@@ -100,23 +68,9 @@ def _differentiate_tile(
         grad_scale = tl.sum(grad_a * a, 1)
         a *= scale
     if scaled_a is not None:
-        store_tile(scaled_a, a, row_index, first_row, end_row, first_f, f_size, f_size, OUT_TMA, BLOCK_F)
+        store_tile(scaled_a, a, rows, first_row, end_row, first_f, f_size, f_size, OUT_TMA, BLOCK_F)
     if grad_h is not None:
-        store_gate_up(
-            grad_h,
-            grad_gate,
-            grad_up,
-            row_index,
-            first_row,
-            end_row,
-            h_size,
-            first_f,
-            f_size,
-            BLOCK_M,
-            BLOCK_F,
-            LAYOUT,
-            OUT_TMA,
-        )
+        store_gate_up(grad_h, grad_gate, grad_up, place, h_size, BLOCK_M, BLOCK_F, LAYOUT, OUT_TMA)
     return grad_scale
 
 
@@ -179,6 +133,7 @@ def glu_backward_kernel(
     num_row_tiles = tl.load(tile_map_ptr)
     num_column_tiles = tl.cdiv(f_size, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
+    strides = (stride_e, stride_way, stride_n, stride_k)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, first_row, end_row, column_tile = load_tile(
             tile_map_ptr, tile, num_row_tiles, num_column_tiles, GROUP_M
@@ -189,34 +144,12 @@ def glu_backward_kernel(
         row_index = rows.to(tl.int64)
         slots = load_slots(order_ptr, first_row, end_row, BLOCK_M, True)
         scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
+        left = (grad_out, source_rows(rows, slots, valid, GRAD_DIVISOR), first_row, stride_grad)
+        right = (weight, expert, first_f, f_size, strides, experts_per_way, distances_ptr)
         grad_a = multiply_tile(
-            grad_out,
-            weight,
-            source_rows(rows, slots, valid, GRAD_DIVISOR),
-            first_row,
-            expert,
-            first_f,
-            f_size,
-            k_size,
-            stride_grad,
-            stride_e,
-            stride_way,
-            stride_n,
-            stride_k,
-            experts_per_way,
-            distances_ptr,
-            DTYPE,
-            WEIGHT,
-            X_TMA,
-            N_MAJOR,
-            1,
-            1,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_F,
-            BLOCK_K,
-            PRECISION,
+            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, 1, EVEN_K, BLOCK_M, BLOCK_F, BLOCK_K, PRECISION
         )
+        bias = (expert, gate_bias, up_bias, stride_gate_bias, stride_up_bias)
         grad_scale = tl.zeros([BLOCK_M], tl.float32)
         parts = split_columns(grad_a, SPLIT)
         gate_h, up_h = load_gate_up(h_ptr, row_index, valid, h_size, first_f, f_size, BLOCK_M, PART, LAYOUT)
@@ -232,22 +165,12 @@ def glu_backward_kernel(
                 gate_now,
                 up_now,
                 scale,
-                gate_bias,
-                up_bias,
-                grad_h,
-                grad_pre,
-                scaled_a,
-                expert,
-                row_index,
-                first_row,
-                end_row,
+                bias,
+                (grad_h, grad_pre, scaled_a),
+                (row_index, first_row, end_row, first_f + part * PART, f_size),
+                h_size,
                 alpha,
                 limit,
-                first_f + part * PART,
-                f_size,
-                h_size,
-                stride_gate_bias,
-                stride_up_bias,
                 DTYPE,
                 ACTIVATION,
                 LAYOUT,

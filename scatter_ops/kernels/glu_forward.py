@@ -80,6 +80,7 @@ def glu_forward_kernel(
     num_column_tiles = tl.cdiv(f_size, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
     first_tile, step = tl.program_id(0), tl.num_programs(0)
+    strides = (stride_e, stride_way, stride_n, stride_k)
     here = load_tile(tile_map_ptr, first_tile, num_row_tiles, num_column_tiles, GROUP_M)
     slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
     for tile in tl.range(first_tile, num_tiles, step, flatten=FLATTEN):
@@ -92,81 +93,31 @@ def glu_forward_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         valid = rows < end_row
         first_f = column_tile * BLOCK_F
+        left = (x, source_rows(rows, slots, valid, X_DIVISOR), first_row, stride_x)
+        first_n, n_size = first_f * COLUMN_STEP, f_size * COLUMN_STEP
+        right = (weight, expert, first_n, n_size, strides, experts_per_way, distances_ptr)
         acc = multiply_tile(
-            x,
-            weight,
-            source_rows(rows, slots, valid, X_DIVISOR),
-            first_row,
-            expert,
-            first_f * COLUMN_STEP,
-            f_size * COLUMN_STEP,
-            k_size,
-            stride_x,
-            stride_e,
-            stride_way,
-            stride_n,
-            stride_k,
-            experts_per_way,
-            distances_ptr,
-            DTYPE,
-            WEIGHT,
-            X_TMA,
-            N_MAJOR,
-            N_WAYS,
-            1,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            PRECISION,
+            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, N_WAYS, 1, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         if not FLATTEN:
             slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)
         gate, up = split_gate_up(acc, BLOCK_M, BLOCK_F, LAYOUT)
+        bias = (expert, gate_bias, up_bias, stride_gate_bias, stride_up_bias)
         if not SCALE_INPUT:
-            gate, up = add_gate_up_bias(
-                gate,
-                up,
-                gate_bias,
-                up_bias,
-                expert,
-                first_f,
-                f_size,
-                stride_gate_bias,
-                stride_up_bias,
-                DTYPE,
-                GATE_BIAS,
-                UP_BIAS,
-                BLOCK_F,
-                LAYOUT,
-            )
+            gate, up = add_gate_up_bias(gate, up, bias, first_f, f_size, DTYPE, GATE_BIAS, UP_BIAS, BLOCK_F, LAYOUT)
         gate = gate.to(DTYPE)
         up = up.to(DTYPE)
         row_index = rows.to(tl.int64)
         if STORE_H:
-            store_gate_up(
-                h, gate, up, row_index, first_row, end_row, h_size, first_f, f_size, BLOCK_M, BLOCK_F, LAYOUT, OUT_TMA
-            )
+            place = (row_index, first_row, end_row, first_f, f_size)
+            store_gate_up(h, gate, up, place, h_size, BLOCK_M, BLOCK_F, LAYOUT, OUT_TMA)
         gate = gate.to(tl.float32)
         up = up.to(tl.float32)
         if SCALE_INPUT:
             scale = tl.load(topk_weights_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
-            gate, up = add_gate_up_bias(
-                gate * scale,
-                up * scale,
-                gate_bias,
-                up_bias,
-                expert,
-                first_f,
-                f_size,
-                stride_gate_bias,
-                stride_up_bias,
-                DTYPE,
-                GATE_BIAS,
-                UP_BIAS,
-                BLOCK_F,
-                LAYOUT,
-            )
+            gate *= scale
+            up *= scale
+            gate, up = add_gate_up_bias(gate, up, bias, first_f, f_size, DTYPE, GATE_BIAS, UP_BIAS, BLOCK_F, LAYOUT)
         result = activate(gate, up, alpha, limit, ACTIVATION, LAYOUT != "plain")
         store_tile(a, result, row_index, first_row, end_row, first_f, f_size, f_size, OUT_TMA, BLOCK_F)
         if not FLATTEN:

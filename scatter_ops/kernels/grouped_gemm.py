@@ -65,6 +65,7 @@ def grouped_gemm_kernel(
     num_column_tiles = tl.cdiv(n_size, BLOCK_N)
     num_tiles = num_row_tiles * num_column_tiles
     first_tile, step = tl.program_id(0), tl.num_programs(0)
+    strides = (stride_e, stride_way, stride_n, stride_k)
     here = load_tile(tile_map_ptr, first_tile, num_row_tiles, num_column_tiles, GROUP_M)
     slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
     for tile in tl.range(first_tile, num_tiles, step, flatten=FLATTEN):
@@ -76,42 +77,19 @@ def grouped_gemm_kernel(
         expert, first_row, end_row, column_tile = here
         rows = first_row + tl.arange(0, BLOCK_M)
         valid = rows < end_row
+        left = (x, source_rows(rows, slots, valid, X_DIVISOR), first_row, stride_x)
+        first_column = column_tile * BLOCK_N
+        right = (weight, expert, first_column, n_size, strides, experts_per_way, distances_ptr)
         acc = multiply_tile(
-            x,
-            weight,
-            source_rows(rows, slots, valid, X_DIVISOR),
-            first_row,
-            expert,
-            column_tile * BLOCK_N,
-            n_size,
-            k_size,
-            stride_x,
-            stride_e,
-            stride_way,
-            stride_n,
-            stride_k,
-            experts_per_way,
-            distances_ptr,
-            DTYPE,
-            WEIGHT,
-            X_TMA,
-            N_MAJOR,
-            1,
-            K_WAYS,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            PRECISION,
+            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, K_WAYS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         if not FLATTEN:
             slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)
         if BIAS != "none":
-            columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            columns = first_column + tl.arange(0, BLOCK_N)
             in_range = columns < n_size
             acc += load_bias(bias, expert, columns, in_range, stride_bias, DTYPE, BIAS == "list")[None, :]
         targets = source_rows(rows, slots, valid, 1 if SCATTER else 0)
-        first_column = column_tile * BLOCK_N
         store_tile(out, acc, targets, first_row, end_row, first_column, n_size, stride_out, OUT_TMA, BLOCK_N)
         if not FLATTEN:
             here = ahead

@@ -86,22 +86,101 @@ def load_bias(bias, expert, columns, mask, stride_e, DTYPE: tl.constexpr, LIST: 
 
 
 @triton.jit
-def multiply_tile(
-    x,
-    weight,
-    rows,
-    first_row,
-    expert,
-    first_column,
-    n_size,
+def _experts_in_weight(right, DTYPE: tl.constexpr, WEIGHT: tl.constexpr, N_WAYS: tl.constexpr, K_WAYS: tl.constexpr):
+    """Where the expert's first and second way are: numbers in a descriptor, or base pointers."""
+    weight, expert, _, _, strides, experts_per_way, distances_ptr = right
+    if WEIGHT == "tma":
+        first = expert
+        second = expert
+        if distances_ptr is not None:
+            first = tl.load(distances_ptr + expert).to(tl.int32)
+            if K_WAYS > 1:
+                second = tl.load(distances_ptr + expert + experts_per_way).to(tl.int32)
+    else:
+        first = expert_base(weight, expert, strides[0], DTYPE, WEIGHT == "list")
+        second = first
+        if WEIGHT == "list" and N_WAYS * K_WAYS > 1:
+            second = expert_base(weight, expert + experts_per_way, strides[0], DTYPE, True)
+    return first, second
+
+
+@triton.jit
+def _load_left(left, k_way, k_first, k_size, X_TMA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of x."""
+    x, rows, first_row, stride_x = left
+    k = k_first + tl.arange(0, BLOCK_K)
+    if X_TMA:
+        tile = x.load([first_row, k_way * k_size + k_first])
+    else:
+        pointers = x + rows[:, None] * stride_x + (k_way * k_size + k)[None, :]
+        if EVEN_K:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(k < k_size)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_by_descriptor(
+    right,
+    experts,
+    k_way,
+    k_first,
+    K_WAYS: tl.constexpr,
+    N_MAJOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_K, BLOCK_N] of an expert's weight."""
+    weight, _, first_column, _, _, _, distances_ptr = right
+    expert = experts[0]
+    way = k_way
+    if distances_ptr is not None and K_WAYS > 1:
+        expert = tl.where(k_way == 0, experts[0], experts[1])
+        way = 0
+    if N_MAJOR:
+        tile = weight.load([expert, k_first, way, first_column]).reshape(BLOCK_K, BLOCK_N)
+    else:
+        tile = weight.load([expert, way, first_column, k_first]).reshape(BLOCK_N, BLOCK_K).T
+    return tile
+
+
+@triton.jit
+def _load_by_pointer(
+    strides,
+    bases,
+    columns,
+    k_way,
+    k_first,
     k_size,
-    stride_x,
-    stride_e,
-    stride_way,
-    stride_n,
-    stride_k,
-    experts_per_way,
-    distances_ptr,
+    N_WAYS: tl.constexpr,
+    K_WAYS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_K, BLOCK_N] of an expert's weight."""
+    offsets, in_range, way = columns
+    k = k_first + tl.arange(0, BLOCK_K)
+    if N_WAYS > 1:
+        base = tl.where(way == 0, bases[0], bases[1])
+    elif K_WAYS > 1:
+        base = tl.where(k_way == 0, bases[0], bases[1])
+    else:
+        base = bases[0]
+    k_offsets = k_way * strides[1] + k.to(tl.int64) * strides[3]
+    pointers = (base + offsets)[None, :] + k_offsets[:, None]
+    if EVEN_K:
+        tile = tl.load(pointers, mask=in_range[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=in_range[None, :] & (k < k_size)[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def multiply_tile(
+    left,
+    right,
+    k_size,
     DTYPE: tl.constexpr,
     WEIGHT: tl.constexpr,
     X_TMA: tl.constexpr,
@@ -116,26 +195,17 @@ def multiply_tile(
 ):
     """sum over ways and k of x[rows, way * k_size + k] * weight[expert, way, first_column + column, k], in fp32.
 
-    rows (int64) are read unless X_TMA, where the tile is the BLOCK_M rows from first_row on.
+    left = (x, rows, first_row, stride): rows (int64) are read unless X_TMA, where the tile is BLOCK_M rows from
+    first_row on. right = (weight, expert, first_column, n_size, strides, experts_per_way, distances_ptr), with the
+    strides of an expert, a way, n and k.
     """
+    _, _, first_column, n_size, strides, _, _ = right
     way, column = column_split(BLOCK_N, N_WAYS)
     n = first_column + column
-    n_valid = n < n_size
-    k_block = tl.arange(0, BLOCK_K)
+    in_range = n < n_size
     k_tiles = tl.cdiv(k_size, BLOCK_K)
-    n_offsets = way.to(tl.int64) * stride_way + n.to(tl.int64) * stride_n
-    if WEIGHT == "tma":
-        first_expert = expert
-        second_expert = expert
-        if distances_ptr is not None:
-            first_expert = tl.load(distances_ptr + expert).to(tl.int32)
-            if K_WAYS > 1:
-                second_expert = tl.load(distances_ptr + expert + experts_per_way).to(tl.int32)
-    else:
-        first_base = expert_base(weight, expert, stride_e, DTYPE, WEIGHT == "list")
-        second_base = first_base
-        if WEIGHT == "list" and N_WAYS * K_WAYS > 1:
-            second_base = expert_base(weight, expert + experts_per_way, stride_e, DTYPE, True)
+    columns = (way.to(tl.int64) * strides[1] + n.to(tl.int64) * strides[2], in_range, way)
+    experts = _experts_in_weight(right, DTYPE, WEIGHT, N_WAYS, K_WAYS)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(K_WAYS * k_tiles):
         if K_WAYS == 1:
@@ -144,40 +214,13 @@ def multiply_tile(
         else:
             k_way = step // k_tiles
             k_first = (step - k_way * k_tiles) * BLOCK_K
-        k = k_first + k_block
-
-        if X_TMA:
-            x_tile = x.load([first_row, k_way * k_size + k_first])
-        else:
-            x_ptrs = x + rows[:, None] * stride_x + (k_way * k_size + k)[None, :]
-            if EVEN_K:
-                x_tile = tl.load(x_ptrs)
-            else:
-                x_tile = tl.load(x_ptrs, mask=(k < k_size)[None, :], other=0.0)
-
+        x_tile = _load_left(left, k_way, k_first, k_size, X_TMA, EVEN_K, BLOCK_K)
         if WEIGHT == "tma":
-            w_expert = first_expert
-            w_way = k_way
-            if distances_ptr is not None and K_WAYS > 1:
-                w_expert = tl.where(k_way == 0, first_expert, second_expert)
-                w_way = 0
-            if N_MAJOR:
-                w_tile = weight.load([w_expert, k_first, w_way, first_column]).reshape(BLOCK_K, BLOCK_N)
-            else:
-                w_tile = weight.load([w_expert, w_way, first_column, k_first]).reshape(BLOCK_N, BLOCK_K).T
+            w_tile = _load_by_descriptor(right, experts, k_way, k_first, K_WAYS, N_MAJOR, BLOCK_N, BLOCK_K)
         else:
-            if N_WAYS > 1:
-                w_base = tl.where(way == 0, first_base, second_base)
-            elif K_WAYS > 1:
-                w_base = tl.where(k_way == 0, first_base, second_base)
-            else:
-                w_base = first_base
-            k_offsets = k_way * stride_way + k.to(tl.int64) * stride_k
-            w_ptrs = (w_base + n_offsets)[None, :] + k_offsets[:, None]
-            if EVEN_K:
-                w_tile = tl.load(w_ptrs, mask=n_valid[None, :], other=0.0)
-            else:
-                w_tile = tl.load(w_ptrs, mask=n_valid[None, :] & (k < k_size)[:, None], other=0.0)
+            w_tile = _load_by_pointer(
+                strides, experts, columns, k_way, k_first, k_size, N_WAYS, K_WAYS, EVEN_K, BLOCK_K
+            )
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
     return acc
 

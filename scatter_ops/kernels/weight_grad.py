@@ -38,27 +38,20 @@ def _operand_rows(grouped_rows, slots, DIVISOR: tl.constexpr):
 
 @triton.jit
 def _load_operand(
-    operand,
-    rows,
-    slots,
-    valid,
-    end,
-    first,
-    first_column,
-    size,
-    stride,
-    DIVISOR: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    operand, span, DIVISOR: tl.constexpr, TMA: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """[BLOCK_ROWS, BLOCK], zero beyond the expert's rows (clipped by hardware if TMA) and the last column."""
+    """[BLOCK_ROWS, BLOCK], zero beyond the expert's rows (clipped by hardware if TMA) and the last column.
+
+    operand = (its memory, first column, number of columns, stride), span = (first row, end of the rows, rows, slots).
+    """
+    memory, first_column, size, stride = operand
+    first, end, rows, slots = span
     if TMA:
-        tile = load_rows(operand, first, end, first_column, BLOCK_ROWS, BLOCK)
+        tile = load_rows(memory, first, end, first_column, BLOCK_ROWS, BLOCK)
     else:
         columns = first_column + tl.arange(0, BLOCK)
-        pointers = operand + _operand_rows(rows, slots, DIVISOR)[:, None] * stride + columns[None, :]
-        tile = tl.load(pointers, mask=valid[:, None] & (columns < size)[None, :], other=0.0)
+        pointers = memory + _operand_rows(rows, slots, DIVISOR)[:, None] * stride + columns[None, :]
+        tile = tl.load(pointers, mask=(rows < end)[:, None] & (columns < size)[None, :], other=0.0)
     return tile
 
 
@@ -103,39 +96,12 @@ def weight_grad_kernel(
         acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
         # Indices are loaded one iteration ahead: loaded where they are used, they would cost a stage of the pipeline.
         slots = _slots_or_rows(order_ptr, start + block, start + block < end, GATHERED)
+        p_side, q_side = (left, first_p, p_size, stride_left), (right, first_q, q_size, stride_right)
         for first in range(start, end, BLOCK_ROWS):
             rows = first + block
-            valid = rows < end
-            left_tile = _load_operand(
-                left,
-                rows,
-                slots,
-                valid,
-                end,
-                first,
-                first_p,
-                p_size,
-                stride_left,
-                LEFT_DIVISOR,
-                LEFT_TMA,
-                BLOCK_ROWS,
-                BLOCK_P,
-            )
-            right_tile = _load_operand(
-                right,
-                rows,
-                slots,
-                valid,
-                end,
-                first,
-                first_q,
-                q_size,
-                stride_right,
-                RIGHT_DIVISOR,
-                RIGHT_TMA,
-                BLOCK_ROWS,
-                BLOCK_Q,
-            )
+            span = (first, end, rows, slots)
+            left_tile = _load_operand(p_side, span, LEFT_DIVISOR, LEFT_TMA, BLOCK_ROWS, BLOCK_P)
+            right_tile = _load_operand(q_side, span, RIGHT_DIVISOR, RIGHT_TMA, BLOCK_ROWS, BLOCK_Q)
             next_rows = rows + BLOCK_ROWS
             slots = _slots_or_rows(order_ptr, next_rows, next_rows < end, GATHERED)
             acc = tl.dot(left_tile.T, right_tile, acc, input_precision=PRECISION)
