@@ -1,7 +1,7 @@
 """Calls of the operators from within this package that pass PyTorch's dispatcher by.
 
 From Python into the dispatcher and back takes as long as ten small calls of PyTorch. Where all that it would do is to
-call the CPU kernel, the kernel is called at once.
+call the kernel, the CPU's is called at once, and the CUDA kernel's launches are made if they are planned.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,20 @@ def nobody_watches() -> bool:
     return not torch._C._dispatch_tls_local_include_set().raw_repr() & UNUSUAL_KEYS
 
 
-def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None]) -> Callable:
-    """The operator without its derivative: by its CPU function if it is nobody else's business, else by dispatch."""
+def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None], plans: Any = None) -> Callable:
+    """The operator without its derivative: where it is nobody else's business by its CPU function or, if a call like it
+    had been made, by `plans` (scatter_ops.cuda.plans.Planned); else by dispatch.
+    """
     check_once = once_per_signature(check, are_plain)
 
     def call(*args):
         with torch._C._AutoDispatchBelowAutograd():
             if _is_on_cpu(args[0]) and nobody_watches() and check_once(*args):
                 return on_cpu(*args)
+            if plans is not None and args[0].is_cuda and nobody_watches():
+                results = plans.again(*args)
+                if results is not None:
+                    return results
             return op(*args)
 
     return call
@@ -68,7 +74,7 @@ def are_plain(values: Sequence[Any]) -> bool:
 
 
 def _is_on_cpu(first: Any) -> bool:
-    """Whether the first argument is: on a GPU nothing else is looked at."""
+    """Whether the first argument is: nothing else is looked at."""
     tensor = first[0] if isinstance(first, list) and first else first
     return isinstance(tensor, Tensor) and tensor.is_cpu
 

@@ -49,8 +49,9 @@ def kernels(
 
     LIBRARY.impl(name, checked(cpu_function), "CPU")
     cuda_kernel = checked(on_cuda or _on_cuda(name))
-    LIBRARY.impl(name, _planned(cuda_kernel) if planned else cuda_kernel, "CUDA")
-    BELOW_AUTOGRAD[name] = below_autograd(getattr(OPS, name).default, cpu_function, check)
+    plans = _Plans(cuda_kernel) if planned else None
+    LIBRARY.impl(name, plans or cuda_kernel, "CUDA")
+    BELOW_AUTOGRAD[name] = below_autograd(getattr(OPS, name).default, cpu_function, check, plans)
 
 
 def call(name: str, *args) -> Any:
@@ -157,14 +158,23 @@ def _on_cuda(name: str) -> Callable:
     return function
 
 
-def _planned(kernel: Callable) -> Callable:
-    @functools.cache
-    def with_plans() -> Callable:
-        from scatter_ops.cuda.plans import planned
+class _Plans:
+    """scatter_ops.cuda.plans.Planned of a kernel, made at the first call: Triton is needed only then."""
 
-        return planned(kernel)
+    def __init__(self, kernel: Callable) -> None:
+        self._kernel = kernel
 
-    return lambda *args: with_plans()(*args)
+    @functools.cached_property
+    def _planned(self) -> Any:
+        from scatter_ops.cuda.plans import Planned
+
+        return Planned(self._kernel)
+
+    def __call__(self, *args) -> Any:
+        return self._planned(*args)
+
+    def again(self, *args) -> Any:
+        return self._planned.again(*args)
 
 
 def _autocast_kernel(name: str, device_type: str, cast: Callable[..., tuple]) -> Callable:

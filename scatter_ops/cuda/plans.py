@@ -6,10 +6,10 @@ in one piece, and launch the same kernels. Nothing that is decided depends on a 
 
 Only what `launch` launches is recorded: a call that does anything else on the device, or reads any other tensor, has no
 plan and is always made as usual. So is one that says that more is `decided_by_addresses`, and one of large workspaces,
-which take turns in memory there.
+which take turns in memory there. PyTorch gives the same memory out again and again: the arguments that belong to a
+call's addresses are kept too.
 """
 
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from triton.runtime import driver
 MAX_SIGNATURES = 1024
 ALIGNMENT = 16  # bytes: what kernels are compiled for, and what descriptors ask for
 WORKSPACE_ALIGNMENT = 512
+MAX_BOUND = 256  # sets of addresses of a plan
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MAX_WORKSPACE_BYTES = 2**27  # more keeps the device busy for longer than the host
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
@@ -52,25 +54,37 @@ class Launch(NamedTuple):
     descriptors: list[tuple[int, Place]] = []
 
 
-class Plan(NamedTuple):
-    launches: list[Launch]
-    results: list[tuple[torch.Size, torch.dtype]]
-    workspace_bytes: int
+class Plan:
+    """bound: by the addresses of inputs, results and workspace, what each launch calls and with what."""
+
+    def __init__(self, launches: list[Launch], results: list[tuple[torch.Size, torch.dtype]], workspace_bytes: int):
+        self.launches, self.results, self.workspace_bytes = launches, results, workspace_bytes
+        self.bound: dict[tuple[int, ...], list[tuple[Callable[..., None], list[Any]]]] = {}
 
     def run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         device = inputs[0].device
         results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
-        addresses = [tensor.data_ptr() for tensor in (*inputs, *results, workspace)]
+        addresses = tuple([tensor.data_ptr() for tensor in (*inputs, *results, workspace)])
+        bound = self.bound.get(addresses) or self._bind(addresses)
         stream = driver.active.get_current_stream(device.index)  # pyright: ignore[reportAttributeAccessIssue]
+        for run, args in bound:
+            run(*args, stream=stream)
+        return tuple(results)
+
+    def _bind(self, addresses: tuple[int, ...]) -> list[tuple[Callable[..., None], list[Any]]]:
+        if len(self.bound) >= MAX_BOUND:
+            self.bound.clear()
+        bound = []
         for compiled, grid, template, pointers, descriptors in self.launches:
             args = template.copy()
             for i, (tensor, offset) in pointers:
                 args[i] = addresses[tensor] + offset
             for i, (tensor, offset) in descriptors:
                 args[i] = _described_at(args[i], Address(addresses[tensor] + offset))
-            compiled[grid](*args, stream=stream)
-        return tuple(results)
+            bound.append((compiled[grid], args))
+        self.bound[addresses] = bound
+        return bound
 
 
 class _Recording(TorchDispatchMode):
@@ -117,34 +131,52 @@ def decided_by_addresses() -> None:
         recording.complete = False
 
 
-def planned(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Decorator of a function of tensors, a tensor first, lists of them and options that returns new tensors.
+class Planned:
+    """A function of tensors, a tensor first, lists of them and options that returns new tensors.
 
     A signature is recorded when it is met for the second time: one that never comes again should cost nothing.
     """
-    plans: dict[Any, Plan | None] = {}
-    met = set()
 
-    @functools.wraps(function)
-    def run(*args: Any) -> tuple[Tensor, ...]:
-        signature = (torch.get_float32_matmul_precision(), *[_signature(arg) for arg in args])
-        plan = plans.get(signature)
-        if plan is not None and args[0].device.index == torch.cuda.current_device():
-            return plan.run(_tensors(args))
-        if signature in plans:
-            return function(*args)
-        for known in (plans, met):
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._function = function
+        self._plans: dict[Any, Plan | None] = {}
+        self._met = set()
+
+    def again(self, *args: Any) -> tuple[Tensor, ...] | None:
+        """The results of a call that has a plan; None, and nothing done, if it has none."""
+        return self._run(_signature_of_call(args), args)
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        signature = _signature_of_call(args)
+        results = self._run(signature, args)
+        if results is not None:
+            return results
+        if signature is None or signature in self._plans:
+            return self._function(*args)
+        for known in (self._plans, self._met):
             if len(known) >= MAX_SIGNATURES:
                 known.clear()
-        if signature not in met:
-            met.add(signature)
-            return function(*args)
+        if signature not in self._met:
+            self._met.add(signature)
+            return self._function(*args)
         with _Recording() as recording:
-            results = function(*args)
-        plans[signature] = _plan(recording, args, results)
+            results = self._function(*args)
+        self._plans[signature] = _plan(recording, args, results)
         return results
 
-    return run
+    def _run(self, signature: Any, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
+        plan = self._plans.get(signature)
+        if plan is None or args[0].device.index != torch.cuda.current_device():
+            return None
+        return plan.run(_tensors(args))
+
+
+def _signature_of_call(args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """None of a call with several tensors in a list: where they lie decides how they are read."""
+    for arg in args:
+        if type(arg) is list and len(arg) > 1:
+            return None
+    return torch.get_float32_matmul_precision(), *[_signature(arg) for arg in args]
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
@@ -158,7 +190,10 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 
 
 def _signature(arg: Any) -> Any:
+    """Of a tensor that is no ordinary one: nobody else's."""
     if isinstance(arg, Tensor):
+        if type(arg) not in PLAIN_TYPES:
+            return object()
         return arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % ALIGNMENT
     return tuple([_signature(tensor) for tensor in arg]) if type(arg) is list else (type(arg), arg)
 

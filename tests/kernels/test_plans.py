@@ -90,7 +90,7 @@ def described(launches: list[Any], args: tuple[Any, ...], results: tuple[Tensor,
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_a_call_like_an_earlier_one(layout: str, num_tokens: int, launches: list[Any]):
     original, made = mock.Mock(wraps=cuda.mlp_forward), []
-    function = plans.planned(original)
+    function = plans.Planned(original)
     for _ in range(4):
         args = (*arguments(num_tokens, "cpu", layout), True, False)
         del launches[:]
@@ -109,7 +109,7 @@ def test_a_call_like_an_earlier_one(layout: str, num_tokens: int, launches: list
 @pytest.mark.parametrize("changed", [{"num_tokens": 6}, {"layout": "interleaved"}, {"on": "input"}])
 def test_another_signature_is_another_plan(changed: dict[str, Any], launches: list[Any]):
     original = mock.Mock(wraps=cuda.mlp_forward)
-    function = plans.planned(original)
+    function = plans.Planned(original)
     for _ in range(3):
         function(*arguments(5, "cpu"), False, False)
     assert original.call_count == 2
@@ -139,7 +139,7 @@ def twice_the_same(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_what_has_no_plan(options: dict[str, Any], change: Callable[..., Any], launches: list[Any]):
     """An argument that is copied, two that are one tensor, weights that kernels find by their distances."""
     original = mock.Mock(wraps=cuda.mlp_forward)
-    function = plans.planned(original)
+    function = plans.Planned(original)
     for _ in range(4):
         function(*change(arguments(8, "cpu", **options)), False, False)
     assert original.call_count == 4
@@ -147,7 +147,7 @@ def test_what_has_no_plan(options: dict[str, Any], change: Callable[..., Any], l
 
 def test_large_workspaces_have_no_plan(launches: list[Any]):
     original = mock.Mock(wraps=cuda.mlp_forward)
-    function = plans.planned(original)
+    function = plans.Planned(original)
     with mock.patch.object(plans, "MAX_WORKSPACE_BYTES", 4096):
         for _ in range(4):
             function(*arguments(8, "cpu"), False, False)
@@ -159,13 +159,14 @@ def test_large_workspaces_have_no_plan(launches: list[Any]):
 @pytest.mark.parametrize("on", ["output", "input"])
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
 def test_results(layout: str, on: str, num_tokens: int, poisoned_memory):
-    """As without plans, bit by bit."""
+    """As without plans, bit by bit; a call from within the package is made again without the dispatcher."""
     with mock.patch.object(plans.Plan, "run", autospec=True, side_effect=plans.Plan.run) as run:
         for _ in range(4):
             args = (*arguments(num_tokens, "cuda", layout, on), True, False)
             for ours, expected in zip(OPS.mlp_forward(*args), cuda.mlp_forward(*args), strict=True):
                 assert torch.equal(ours, expected)
-    assert run.call_count >= (0 if layout == "separate" else 2)
+            assert torch.equal(OPS.mlp(*args[:-1]), cuda.mlp_forward(*args[:-1], False)[0])
+    assert run.call_count >= (0 if layout == "separate" else 4)
 
 
 @pytest.mark.gpu
