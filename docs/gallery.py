@@ -2,8 +2,9 @@
 
 import ast
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -12,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 INTRODUCTION = """\
 # Gallery
 
-Left: the experts as somebody wrote them, from the zoo of naive programs (`tests/zoo`). Right: the graph that Inductor
-gets instead. The graphs are the goldens in `tests/forms/goldens`: a test fails when one changes. Names that start with
+Left: the experts as somebody wrote them, from the zoo of naive programs (`tests/zoo`): a forward and the methods that it
+leads to. Right: the graph that Inductor gets instead. The graphs are the goldens in `tests/forms/goldens`: a test fails when one changes. Names that start with
 a dot are methods of tensors; `scatter_moe.*` are [operators](ops.md). What stands before the first of them is the
 program's own router, untouched."""
 
@@ -45,7 +46,27 @@ def goldens() -> Iterator[tuple[str, str, str]]:
 
 
 def source_of_experts(module: nn.Module) -> str:
-    """The forward that loops over experts, of the module or of what is inside it; without a loop, the longest one."""
-    own = [type(candidate).forward for candidate in module.modules() if type(candidate).__module__.startswith("tests.")]
-    sources = [textwrap.dedent(inspect.getsource(forward)).strip() for forward in own]
-    return max(sources, key=lambda source: ("for " in source, len(source)))
+    """The code that loops over experts, of the module or of what is inside it; without a loop, the longest one."""
+    own = [candidate for candidate in module.modules() if type(candidate).__module__.startswith("tests.")]
+    return max(map(_source, own), key=lambda source: ("for " in source, len(source)))
+
+
+def _source(module: nn.Module) -> str:
+    """The forward, and below it each method that it leads to, but for the router."""
+    sources: dict[Callable, str] = {}
+    waiting: list[Callable] = [type(module).forward]
+    while waiting:
+        method = waiting.pop(0)
+        if method in sources or not method.__module__.startswith("tests.") or method.__name__ == "route":
+            continue
+        sources[method] = textwrap.dedent(inspect.getsource(method)).strip()
+        above = super(_class_of(method, module), module)
+        for base, name in re.findall(r"\b(self|super\(\))\.(\w+)\(", sources[method]):
+            called = getattr(module if base == "self" else above, name)
+            if inspect.ismethod(called):
+                waiting.append(called.__func__)
+    return "\n\n\n".join(sources.values())
+
+
+def _class_of(method: Callable, module: nn.Module) -> type:
+    return next(base for base in type(module).__mro__ if vars(base).get(method.__name__) is method)
