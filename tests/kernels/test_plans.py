@@ -165,7 +165,7 @@ def test_results(layout: str, on: str, num_tokens: int, poisoned_memory):
             args = (*arguments(num_tokens, "cuda", layout, on), True, False)
             for ours, expected in zip(OPS.mlp_forward(*args), cuda.mlp_forward(*args), strict=True):
                 assert torch.equal(ours, expected)
-            assert torch.equal(OPS.mlp(*args[:-1]), cuda.mlp_forward(*args[:-1], False)[0])
+            assert torch.equal(OPS.mlp(*args[:-2]), cuda.mlp_forward(*args[:-2], False, False)[0])
     assert run.call_count >= (0 if layout == "separate" else 4)
 
 
