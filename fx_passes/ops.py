@@ -73,6 +73,8 @@ OF_PARAMETERS = POINTWISE | frozenset(
 )
 """What may be computed of parameters alone: it has no effect and draws nothing at random."""
 
+CASTS = frozenset("to type float half bfloat16 double type_as".split())
+
 _WRITES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 _EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
 _MAX_NORM = 3

@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 from fx_passes.body import Gathered, Op, PerExpert, Value, rank
-from fx_passes.ops import casts_nothing, fake_tensor, squeezes_nothing
-
-_CASTS = frozenset("to float half bfloat16 double type_as contiguous".split())
+from fx_passes.ops import CASTS, casts_nothing, fake_tensor, squeezes_nothing
 
 
 def simplified(op: Op) -> Value:
@@ -21,7 +19,7 @@ def simplified(op: Op) -> Value:
             and before.shape[operand.leading + 1 :] == result.shape[1:]
         ):
             return replace(operand, leading=0, node=op.node)
-    if isinstance(operand, PerExpert) and op.name in _CASTS and casts_nothing(op.node):
+    if isinstance(operand, PerExpert) and op.name in CASTS | {"contiguous"} and casts_nothing(op.node):
         return operand
     if isinstance(operand, (Op, Gathered)) and squeezes_nothing(op.node):
         return operand

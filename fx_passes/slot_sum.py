@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.ops import arg, fake_tensor, is_inplace, op_name, same_size, same_sizes, sizes_of
-
-_CASTS = frozenset(("to", "type", "float", "half", "bfloat16", "double", "type_as"))
+from fx_passes.ops import CASTS, arg, fake_tensor, is_inplace, op_name, same_size, same_sizes, sizes_of
+from fx_passes.rounding import with_cast
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,6 @@ class SlotSum:
     def result(self) -> fx.Node:
         return self.nodes[-1]
 
-    @property
-    def writes(self) -> frozenset[fx.Node]:
-        return frozenset(node for node in self.nodes if is_inplace(node))
-
 
 def sum_over_slots(total: fx.Node, ids_TK: fx.Node) -> SlotSum | None:
     """The sum that ends in `total`, if its rows are those of the slots of `ids_TK`."""
@@ -39,7 +34,8 @@ def sum_over_slots(total: fx.Node, ids_TK: fx.Node) -> SlotSum | None:
         return None
     if arg(total, 2, "keepdim", False) or not _is_float(total):
         return None
-    nodes, weights = [*_final_cast(total)], None
+    result, weights = with_cast(total), None
+    nodes = [total] if result is total else [total, result]
     node: Any = arg(total, 0, "input")
     while isinstance(node, fx.Node) and _is_float(node):
         name = op_name(node)
@@ -47,25 +43,13 @@ def sum_over_slots(total: fx.Node, ids_TK: fx.Node) -> SlotSum | None:
             return SlotSum(node.args[0], weights, (node, *nodes)) if _is_by_slot(node, ids_TK) else None
         if name in ("mul", "multiply", "mul_", "imul") and weights is None and len(node.args) == 2:
             source, weights = _weighted(node, ids_TK)
-        elif name in _CASTS:
+        elif name in CASTS:
             source = node.args[0]
         else:
             return SlotSum(node, weights, tuple(nodes)) if _has_slots(node, ids_TK) else None
         nodes.insert(0, node)
         node = source
     return None
-
-
-def _final_cast(total: fx.Node) -> tuple[fx.Node, ...]:
-    """`total`, and the cast of it where nothing else reads it and digits are dropped: the op then rounds once."""
-    user = next(iter(total.users), total)
-    before, after = fake_tensor(total), fake_tensor(user)
-    if len(total.users) != 1 or op_name(user) not in _CASTS or before is None or after is None:
-        return (total,)
-    narrows = after.dtype == before.dtype or (
-        after.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize
-    )
-    return (total, user) if narrows and after.device == before.device else (total,)
 
 
 def _weighted(node: fx.Node, ids_TK: fx.Node) -> tuple[Any, fx.Node | None]:

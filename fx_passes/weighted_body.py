@@ -7,9 +7,8 @@ import torch
 
 from fx_passes.body import Op, Scaled, SlotGathered, Value, rank
 from fx_passes.linear_body import binary
-from fx_passes.ops import fake_tensor, same_sizes
+from fx_passes.ops import CASTS, fake_tensor, same_sizes
 
-_CASTS = frozenset(("to", "float", "half", "bfloat16", "type_as"))
 _FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 
@@ -44,7 +43,7 @@ def router_weight(value: Any) -> SlotGathered | None:
 
 def _uncast(value: Value) -> Value:
     """`value` before casts of floating point rows."""
-    while isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
+    while isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
         value = value.args[0]
     return value
 
@@ -57,7 +56,7 @@ def _is_float_cast(op: Op) -> bool:
 
 def _uncast_exact(value: Value) -> Value:
     """Without a cast that widens the rows before they are weighted: combining is done in fp32 anyway."""
-    if isinstance(value, Op) and value.name in _CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
+    if isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
         before, after = fake_tensor(value.args[0].node), fake_tensor(value.node)
         if before is not None and after is not None and before.dtype.itemsize <= after.dtype.itemsize:
             return value.args[0]
@@ -65,7 +64,7 @@ def _uncast_exact(value: Value) -> Value:
 
 
 def _is_cast_of_slots(op: Op) -> bool:
-    return op.name in _CASTS and isinstance(op.args[0], (SlotGathered, Op)) and _is_float_cast(op)
+    return op.name in CASTS and isinstance(op.args[0], (SlotGathered, Op)) and _is_float_cast(op)
 
 
 def _is_column(op: Op) -> bool:

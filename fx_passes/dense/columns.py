@@ -16,6 +16,7 @@ from fx_passes.aliasing import writers_of
 from fx_passes.facts import fact
 from fx_passes.ids import is_single_choice
 from fx_passes.ops import (
+    CASTS,
     ZEROS,
     arg,
     example,
@@ -28,8 +29,6 @@ from fx_passes.ops import (
 )
 from fx_passes.statements import Mask, with_one_token_dim
 from fx_passes.views import Dim, views_of
-
-CASTS = frozenset("to float half bfloat16 double type_as".split())
 
 
 @dataclass(frozen=True)

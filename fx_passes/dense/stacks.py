@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.dense.columns import CASTS, Weights
+from fx_passes.dense.columns import Weights
 from fx_passes.dense.sums import Mixture, is_product, stacked
 from fx_passes.numbering import numbers_rows
-from fx_passes.ops import arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size
+from fx_passes.ops import CASTS, arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size
 from fx_passes.views import Dim, View, views_of
 
 Labels = tuple[str, ...]

@@ -12,9 +12,10 @@ from typing import Any
 from torch import fx
 
 from fx_passes.aliasing import allocates
-from fx_passes.dense.columns import CASTS, Column, Weights, column_of, masked, tokens_of_expert
+from fx_passes.dense.columns import Column, Weights, column_of, masked, tokens_of_expert
 from fx_passes.ids import is_single_choice
 from fx_passes.ops import (
+    CASTS,
     ZEROS,
     arg,
     fake_tensor,

@@ -7,8 +7,8 @@ from torch import fx
 
 from fx_passes.accumulation import closure
 from fx_passes.batched.rows import Total
-from fx_passes.forms.rounding import with_cast
 from fx_passes.ops import ZEROS, is_inplace, op_name
+from fx_passes.rounding import with_cast
 
 
 @dataclass(frozen=True)
