@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 INTRODUCTION = """\
 # Gallery
 
-Left: the experts as somebody wrote them, from the zoo of naive programs (`tests/zoo`): a forward and the methods that it
-leads to. Right: the graph that Inductor gets instead. The graphs are the goldens in `tests/forms/goldens`: a test fails when one changes. Names that start with
-a dot are methods of tensors; `scatter_moe.*` are [operators](ops.md). What stands before the first of them is the
-program's own router, untouched."""
+Left: the experts as somebody wrote them, from the zoo of naive programs (`tests/zoo`): a forward and the methods that
+it leads to. Right: the graph that Inductor gets instead. The graphs are the goldens in `tests/forms/goldens`: a test
+fails when one changes. Names that start with a dot are methods of tensors; `scatter_moe.*` are [operators](ops.md).
+What stands before the first of them is the program's own router, untouched."""
 
 
 def text() -> str:

@@ -17,7 +17,9 @@ _NEVER_CAST = POINTWISE | ALONG_DIM | RESHAPES | {"getitem"}
 
 
 def dtype_at(node: fx.Node, device_type: str) -> torch.dtype | None:
-    """What autocast casts to where `node` stands; None where it is off."""
+    """What autocast casts to where `node` stands; None where it is off, or where the device has none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
     ambient = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     entered: dict[fx.Node, torch.dtype | None] = {}
     for other in node.graph.nodes:

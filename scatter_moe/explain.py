@@ -47,7 +47,7 @@ class Explanation:
         for deviation in dict.fromkeys(deviation for region in self.regions for deviation in region.deviations):
             lines.append(f"  deviation: {deviation}")
         for rejection in self.rejections:
-            lines.append(f"  left as it is: {rejection.module_path} {rejection}".replace("  ", " "))
+            lines.append("  left as it is: " + f"{rejection.module_path} {rejection}".strip())
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

@@ -9,6 +9,7 @@ from scatter_moe.cli.errors import UsageError
 from scatter_moe.cli.examine import Outcome
 
 try:
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -49,7 +50,7 @@ def print_outcome(outcome: Outcome) -> None:
     console.print(f"[bold]{escape(target.name)}[/bold]{'  ' + escape(known) if known else ''}")
     console.print(explanation.summary)
     if explanation.regions:
-        columns = ("module", "form", "experts", "top-k", "activation", "operator", "source")
+        columns = ("module", "form", "E", "K", "activation", "op", "source")
         rows = [
             (r.module_path or "-", r.form, r.num_experts, r.top_k, r.activation, r.op, os.path.basename(r.source))
             for r in explanation.regions
@@ -68,7 +69,7 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
-    table = Table(title=title, title_justify="left", show_header=any(columns))
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

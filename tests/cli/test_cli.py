@@ -119,6 +119,12 @@ def test_a_configuration_is_explained_at_full_size_without_weights(capsys, tmp_p
     assert [region["module_path"] for region in outcome["rewritten"]] == ["model.layers.0.mlp.experts"]
 
 
+def test_what_transformers_runs_unless_told_otherwise_is_rewritten(capsys):
+    code, outcome = run_json(capsys, "explain", "mixtral", "--layers", "1")
+    assert (code, outcome["experts_implementation"]) == (0, "grouped_mm")
+    assert [region["form"] for region in outcome["rewritten"]] == ["sorted_slots"]
+
+
 def test_a_loop_that_cannot_run_without_values_says_so(capsys, monkeypatch):
     monkeypatch.setattr("fx_passes.capture.counts.is_of_experts", lambda _counts: False)  # numbers are left to Dynamo
     code, outcome = run_json(capsys, "explain", "jetmoe", "--layers", "1")
