@@ -21,6 +21,7 @@ from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewrite import rewrite
 from fx_passes.segment_writes import put_together, written_by_segment
+from fx_passes.static_counts import fix_lengths
 from fx_passes.verify import verify
 
 log = logging.getLogger("scatter_moe")
@@ -47,13 +48,15 @@ def run(gm: fx.GraphModule) -> Outcome:
 
 
 def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
-    changed = sum_masks(gm.graph)
+    counted = fix_lengths(gm.graph)
+    changed = sum_masks(gm.graph) or bool(counted)
     for rows in written_by_segment(gm.graph):
         changed |= _put_together(rows, outcome)
     for form in FORMS:
         for candidate in _candidates(form, gm.graph, outcome):
             changed |= _rewrite_candidate(form, candidate, outcome)
     changed |= put_products_in_place(gm.graph)
+    outcome.erased_events |= counted if outcome.regions else set()
     for node in gm.graph.nodes:
         if not switches_grad_mode(node) and not is_left_for_ours(node):
             outcome.remaining_events.update(events_of(node))

@@ -5,6 +5,7 @@ Both may have more dims of tokens, and not the same: `table.reshape(-1, E)`. A t
 table, or made of one: `sigmoid(scores.t())`.
 
     zeros.scatter(1, ids, weights)                          and products, casts and quotients of such tables
+    (one_hot(ids, E) * weights.unsqueeze(-1)).sum(-2)       one_hot(ids, E).sum(-2), einsum("tke,tk->te", ...)
     softmax(full(-inf).scatter(1, ids, logits), -1)         and sigmoid
     softmax(logits.masked_fill(~mask, -inf), -1)            with a mask that is such a table
 
@@ -18,7 +19,21 @@ from torch import fx
 
 from fx_passes.aliasing import writers_of
 from fx_passes.body import Op, SlotGathered
-from fx_passes.ops import ZEROS, arg, fake_tensor, is_dim, is_inplace, is_last_dim, keeps_last_dim, op_name, same_size
+from fx_passes.facts import fact
+from fx_passes.ops import (
+    ZEROS,
+    arg,
+    fake_tensor,
+    is_dim,
+    is_inplace,
+    is_last_dim,
+    keeps_last_dim,
+    op_name,
+    same_size,
+    same_sizes,
+    sizes_of,
+)
+from fx_passes.statements import OneHot
 from fx_passes.views import is_transposed
 
 _SAME = frozenset("to float half bfloat16 double type_as bool contiguous clone detach".split())
@@ -36,6 +51,9 @@ def chosen_by(node: Any, experts: int = -1) -> fx.Node | None:
     if fake_tensor(node) is None or _is_changed(node):
         return None
     name, source = op_name(node), arg(node, 0, "input")
+    by_slot = _summed_one_hot(node) if experts == -1 else None
+    if by_slot is not None:
+        return by_slot
     if name in ("scatter", "scatter_", *ZEROS):
         return _filled(node, 0.0) if experts == -1 else None
     if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"), experts)):
@@ -53,6 +71,42 @@ def chosen_by(node: Any, experts: int = -1) -> fx.Node | None:
     if is_transposed(node):
         return chosen_by(source, -3 - experts)
     return _selected(node, 0.0, experts)
+
+
+def _summed_one_hot(node: fx.Node) -> fx.Node | None:
+    """The ids behind a one-hot tensor that is summed over slots, perhaps times other things before that."""
+    known, source = fact(node), arg(node, 0, "input")
+    if isinstance(known, OneHot):
+        return known.ids if known.dims[-1] == "E" and "K" not in known.dims else None
+    if op_name(node) == "einsum":
+        return _contracted_one_hot(node)
+    is_sum = op_name(node) == "sum" and is_dim(arg(node, 1, "dim"), source, -2) and not arg(node, 2, "keepdim", False)
+    return _one_hot_by_slot(source) if is_sum else None
+
+
+def _contracted_one_hot(node: fx.Node) -> fx.Node | None:
+    """`einsum("tke,tk->te", one_hot(ids, E), weights)`, in any order."""
+    equation, operands = node.args[0], node.args[1:]
+    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return None
+    inputs, out = equation.replace(" ", "").split("->")
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        ids = _one_hot_by_slot(operand)
+        if ids is not None and len(set(letters)) == len(letters) and letters[:-2] + letters[-1] == out:
+            return ids
+    return None
+
+
+def _one_hot_by_slot(node: Any) -> fx.Node | None:
+    """The ids of a tensor [.., K, E] that is zero for the classes which a slot doesn't have."""
+    known, tensor = fact(node), fake_tensor(node)
+    if isinstance(known, OneHot):
+        return known.ids if known.dims[-2:] == ("K", "E") else None
+    if tensor is None or _is_changed(node) or op_name(node) not in ("mul", "multiply", *_SAME):
+        return None
+    factors = [factor for factor in node.args[:2] if same_sizes(sizes_of(factor), tensor.shape)]
+    return next((ids for factor in factors if (ids := _one_hot_by_slot(factor)) is not None), None)
 
 
 def _left_by(node: Any, experts: int) -> fx.Node | None:

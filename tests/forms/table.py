@@ -50,6 +50,7 @@ TABLE = {
         segments_of_slots_inference segments_of_slots_index_add hit_identity_experts hit_item_more_classes
         merged_loop merged_normalised merged_stacked
         picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped
+        loads_after loads_first loads_bias
         """,
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
@@ -131,7 +132,7 @@ TABLE = {
         dense_modules_masked dense_modules_einsum dense_modules_product dense_modules_matmul
         dense_modules_gather dense_modules_index dense_modules_norm
         dense_modules_where dense_modules_kept_scores dense_modules_where_top_1
-        merged_dense_modules
+        merged_dense_modules dense_modules_one_hot dense_modules_one_hot_einsum
         """,
         """
         dense_modules_soft dense_modules_repeated_ids dense_modules_tied dense_modules_weights_written

@@ -15,6 +15,7 @@ from tests.zoo.dense_modules import (
     SumOfProducts,
     Where,
 )
+from tests.zoo.masks import MaskLoop
 
 
 class Soft(SumOfProducts):
@@ -232,6 +233,32 @@ class BesideNumbers(SumOfProducts):
         return sum(table[:, e, None] * self.experts[e](torch.cat([x, positions], -1)) for e in range(E))
 
 
+class OneHotOfTokens(MaskLoop):
+    """One-hot rows summed over tokens: every token has the same table."""
+
+    def moe(self, x, ids, weights):
+        table = (F.one_hot(ids, self.num_experts).to(x.dtype) * weights.unsqueeze(-1)).sum(0, keepdim=True).sum(-2)
+        return sum(table[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class OneHotPlusOne(MaskLoop):
+    """One-hot rows to which a number was added."""
+
+    def moe(self, x, ids, weights):
+        table = ((F.one_hot(ids, self.num_experts) + 0.1) * weights.unsqueeze(-1)).sum(-2)
+        return sum(table[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class OneHotSpread(MaskLoop):
+    """An einsum that gives every expert the sum of the others."""
+
+    def moe(self, x, ids, weights):
+        one_hot = F.one_hot(ids, self.num_experts).to(x.dtype)
+        spread = 1 - torch.eye(self.num_experts)
+        table = torch.einsum("tkf,tk,fe->te", one_hot, weights, spread)
+        return sum(table[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
 MISSES = (
     NearMiss("dense_modules_soft", "weights_are_zero_outside_the_top_k", Soft),
     NearMiss("dense_modules_soft_stacked", "weights_are_zero_outside_the_top_k", SoftStacked),
@@ -257,4 +284,7 @@ MISSES = (
     NearMiss("dense_modules_where_unchosen", None, WhereUnchosen),
     NearMiss("dense_modules_where_written", "nothing_is_written_inside", WhereWritten),
     NearMiss("dense_modules_weights_written", "nothing_is_written_inside", WeightsWritten),
+    NearMiss("dense_modules_one_hot_of_tokens", "weights_are_zero_outside_the_top_k", OneHotOfTokens),
+    NearMiss("dense_modules_one_hot_plus_one", "weights_are_zero_outside_the_top_k", OneHotPlusOne),
+    NearMiss("dense_modules_one_hot_spread", "weights_are_zero_outside_the_top_k", OneHotSpread),
 )

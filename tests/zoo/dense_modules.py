@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from tests.zoo.case import Case
 from tests.zoo.common import FF, Block, D, E, K
+from tests.zoo.masks import MaskLoop
 
 
 class Dense(Block):
@@ -166,6 +167,26 @@ class NormedMLP(nn.Module):
         return self.down(h.flatten(-2))
 
 
+class OneHotTable(MaskLoop):
+    """The table as one-hot rows times the weights, summed over slots."""
+
+    def moe(self, x, ids, weights):
+        table = (F.one_hot(ids, self.num_experts).to(x.dtype) * weights.unsqueeze(-1)).sum(-2)
+        out = 0
+        for e, expert in enumerate(self.experts):
+            out = out + table[:, e, None] * expert(x)
+        return out
+
+
+class OneHotContracted(MaskLoop):
+    """The same by an einsum, and the outputs stacked."""
+
+    def moe(self, x, ids, weights):
+        table = torch.einsum("tke,tk->te", F.one_hot(ids, self.num_experts).to(x.dtype), weights)
+        outputs = torch.stack([expert(x) for expert in self.experts], 0)
+        return torch.einsum("etd,te->td", outputs, table)
+
+
 CASES = (
     Case("dense_modules_sum", SumOfProducts),
     Case("dense_modules_in_place", AddedInPlace),
@@ -180,4 +201,6 @@ CASES = (
     Case("dense_modules_gather", GatheredOutputs),
     Case("dense_modules_index", IndexedOutputs),
     Case("dense_modules_norm", lambda: SumOfProducts(NormedMLP), activation="any", op="parallel_linear"),
+    Case("dense_modules_one_hot", OneHotTable),
+    Case("dense_modules_one_hot_einsum", OneHotContracted),
 )

@@ -1,0 +1,68 @@
+"""What is made of the experts' numbers of tokens beside the experts: losses, running counts, biases of the router."""
+
+import torch
+
+from tests.zoo.case import Case
+from tests.zoo.common import D
+from tests.zoo.masks import MaskLoop
+
+
+class Loads(MaskLoop):
+    """A loss of the fractions of tokens, counted after the loop."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
+        load = torch.bincount(ids.flatten(), minlength=self.num_experts)
+        return out + (load / x.shape[0]).square().sum()
+
+
+class LoadsFirst(MaskLoop):
+    """The numbers skip experts, and scale the output."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        load = ids.flatten().bincount(minlength=self.num_experts)
+        for e, count in enumerate(load.tolist()):
+            if count == 0:
+                continue
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out * (load.float().std() + 1)
+
+
+class LoadBias(MaskLoop):
+    """DeepSeek-V3's balance without a loss: a bias of the choice follows the numbers of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(self.num_experts))
+        self.register_buffer("seen", torch.zeros(self.num_experts))
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        scores = self.gate(x).sigmoid()
+        ids = (scores + self.bias).topk(self.top_k, dim=-1).indices
+        out = self.moe(x, ids, scores.gather(1, ids))
+        if self.training:
+            with torch.no_grad():
+                load = torch.bincount(ids.flatten(), minlength=self.num_experts).float()
+                self.seen += load
+                self.bias.add_(torch.sign(load.mean() - load), alpha=0.01)
+        return out.view_as(hidden_states)
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+CASES = (
+    Case("loads_after", Loads),
+    Case("loads_first", LoadsFirst),
+    Case("loads_bias", LoadBias),
+)
