@@ -4,14 +4,46 @@ Dynamo doesn't guard on empty hook dicts of modules, as a rule. A naive loop not
 runs in eager; so the modules of a rewritten region are guarded.
 """
 
+import functools
 import re
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from torch import fx
-from torch._dynamo.guards import GuardBuilder
-from torch._guards import TracingContext
+from torch._dynamo.guards import GuardBuilder, GuardManagerType
+from torch._dynamo.source import AttrSource
+from torch._guards import Guard, Source, TracingContext
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_on_hooks(guard: Guard) -> bool:
+    """Whether it is one of Dynamo's on an empty dict of a module's hooks, which check nothing as a rule."""
+    return guard.inner_create_fn() is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT and guard.name.endswith(HOOKS)
+
+
+def without_hooks(guards: Iterable[Guard]) -> list[Guard]:
+    """Guards that do check what these are on, one a module."""
+    names: dict[Source, list[str]] = {}
+    for guard in guards:
+        source = guard.originating_source
+        assert isinstance(source, AttrSource)
+        names.setdefault(source.base, []).append(source.member)
+    return [Guard(module, functools.partial(_are_empty, tuple(own))) for module, own in names.items()]
+
+
+def _are_empty(names: tuple[str, ...], builder: GuardBuilder, guard: Guard) -> None:
+    attributes = builder.get_guard_manager(guard).get_generic_dict_manager(
+        source=f"{guard.name}.__dict__", example_value={}, guard_manager_enum=GuardManagerType.GUARD_MANAGER
+    )
+    for name in names:
+        hooks = attributes.dict_getitem_manager(
+            key=name,
+            source=f"{guard.name}.{name}",
+            example_value=OrderedDict(),
+            guard_manager_enum=GuardManagerType.GUARD_MANAGER,
+        )
+        hooks.add_dict_length_check_guard(0, [f"not {guard.name}.{name}"], guard.user_stack)
 
 
 def guard_hooks_of(anchors: Iterable[fx.Node]) -> None:
@@ -21,9 +53,16 @@ def guard_hooks_of(anchors: Iterable[fx.Node]) -> None:
         return
     regions = {_module_of(anchor) for anchor in anchors}
     guards = context.guards_context.dynamo_guards
-    for guard in list(guards):
-        if guard.name.endswith(HOOKS) and any(_words(guard.name)[: len(path)] == path for path in regions):
+    own = [guard for guard in guards if guard.name.endswith(HOOKS) and _is_below(guard.name, regions)]
+    for guard in without_hooks(filter(is_on_hooks, own)):
+        guards.add(guard)
+    for guard in own:
+        if not is_on_hooks(guard):
             guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+
+
+def _is_below(source: str, modules: set[tuple[str, ...]]) -> bool:
+    return any(_words(source)[: len(path)] == path for path in modules)
 
 
 def _module_of(anchor: fx.Node) -> tuple[str, ...]:

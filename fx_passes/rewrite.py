@@ -68,8 +68,8 @@ def _erase(region: MoERegion) -> frozenset[int]:
             doomed.add(node)
             stack.extend(node.all_input_nodes)
     events: set[int] = set()
-    for node in reversed(region.graph.nodes):
-        if node in doomed and not node.users:
+    for node in sorted(doomed, reverse=True):
+        if not node.users:
             events.update(events_of(node))
             region.graph.erase_node(node)
     return frozenset(events)

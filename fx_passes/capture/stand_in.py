@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
-from torch._dynamo import config
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import UnspecializedNNModuleSource
 from torch._dynamo.variables.base import VariableTracker
@@ -28,7 +27,7 @@ from torch._guards import ChainedSource, Guard, Source, dataclass_with_cached_ha
 
 from fx_passes.capture.stacked import guard_stack, read_buffer
 from fx_passes.expert_stacks import ExpertStack, stack_of
-from fx_passes.hook_guards import HOOKS
+from fx_passes.hook_guards import is_on_hooks, without_hooks
 from fx_passes.likeness import Path, are_alike, copy_without_identity, parts_of, tensor_at
 from fx_passes.markers import expert_parameter
 
@@ -169,7 +168,8 @@ def guard_every_expert(output: Any, stand_ins: list[StandIn]) -> None:
     ordered.difference_update(ordered_dicts)
     for guard in on_stand_ins:
         guards.inner.discard(guard)
-    needed = [needed for guard in on_stand_ins if (needed := _needed(guard)) is not None]
+    on_hooks = [guard for guard in on_stand_ins if is_on_hooks(guard)]
+    needed = [guard for guard in on_stand_ins if _checks_an_expert(guard)] + without_hooks(on_hooks)
     for stand_in in stand_ins:
         if stand_in.stack is not None:
             guard_stack(output, stand_in.container, stand_in.stack)
@@ -183,19 +183,12 @@ def guard_every_expert(output: Any, stand_ins: list[StandIn]) -> None:
                 guards.add(Guard(source, create_fn, user_stack=guard.user_stack), collect_debug_stack=False)
 
 
-def _needed(guard: Guard) -> Guard | None:
-    """What `guard` on a stand-in must become on each expert.
+def _checks_an_expert(guard: Guard) -> bool:
+    """Whether `guard` on a stand-in must hold for each expert.
 
-    The inputs that took the place of its tensors have guards of their own. Where Dynamo doesn't check that a module has
-    no hooks, we do: see `fx_passes.hook_guards`.
+    The inputs that took the place of its tensors have guards of their own. For hooks see `fx_passes.hook_guards`.
     """
-    function = guard.inner_create_fn()
-    if function is GuardBuilder.TENSOR_MATCH:
-        return None
-    if function is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT and config.skip_nnmodule_hook_guards:
-        is_noticed = guard.name.endswith(HOOKS)
-        return guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH) if is_noticed else None
-    return guard
+    return guard.inner_create_fn() not in (GuardBuilder.TENSOR_MATCH, GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT)
 
 
 def _moved_arguments(create_fn: Callable[..., Any], moved: dict[Source, Source]) -> Callable[..., Any]:

@@ -11,14 +11,17 @@ from fx_passes.aliasing import made_by
 from fx_passes.body import Body
 from fx_passes.capture import guards_of
 from fx_passes.facts import chosen, fact
-from fx_passes.markers import Expert, current_expert, expert_segment
+from fx_passes.markers import current_expert, expert_segment
 from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected, mismatches_rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
 from fx_passes.segment_body import numbers_of_slots
 from fx_passes.slot_sum import SlotSum
-from fx_passes.statements import Counts, Hit, Listed, Mask, Occupied, Selection
+from fx_passes.statements import Counts, Fact, Hit, Listed, Mask, Occupied, Selection
 from fx_passes.unify import unify
+
+Known = dict[fx.Node, Fact]
+"""What nodes say about the routing."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,13 @@ def region_of(
         raise Rejected("accumulator_starts_as_zeros", loop.accumulator, "the loop adds to something that is no tensor")
     additions = frozenset(node for accumulation in found for node in accumulation.nodes)
     stops = frozenset(accumulation.result for accumulation in found)
-    inner = closure(_starts(loop.accumulator.graph, masks, body), stops) | additions
+    known = {node: said for node in loop.accumulator.graph.nodes if (said := fact(node)) is not None}
+    inner = closure(_starts(known, masks, body), stops) | additions
     if total is not None:
         inner |= closure(total.nodes[:1], stops=frozenset((result,))) | {result}
         additions |= {*total.nodes}
         body = body.scaled(total.weights) if total.weights is not None else body
-    routing = _routing(loop, masks[0].ids, inner)
+    routing = _routing(loop, known, masks[0].ids, inner)
     return LoopRegion(
         form=form,
         ids_TK=masks[0].ids,
@@ -158,11 +162,11 @@ def _deviations(loop: Loop, additions: frozenset[fx.Node], routing: frozenset[fx
         yield UNWRITTEN
 
 
-def _routing(loop: Loop, ids: fx.Node, inner: frozenset[fx.Node]) -> frozenset[fx.Node]:
+def _routing(loop: Loop, known: Known, ids: fx.Node, inner: frozenset[fx.Node]) -> frozenset[fx.Node]:
     """Nodes between the ids and the row positions, and what guards ask: one_hot, permute, comparison, where, any."""
     nodes: set[fx.Node] = set()
     stack = [node for accumulation in loop.found for node in accumulation.token_nodes]
-    stack += [node for node in loop.accumulator.graph.nodes if _is_question_about(node, ids)]
+    stack += [node for node, said in known.items() if isinstance(said, Occupied) and said.mask.ids is ids]
     stack += [source for node in inner for source in node.all_input_nodes if source not in inner]
     stack += [loop.symbol] if loop.symbol is not None else []
     while stack:
@@ -173,51 +177,41 @@ def _routing(loop: Loop, ids: fx.Node, inner: frozenset[fx.Node]) -> frozenset[f
     return frozenset(nodes)
 
 
-def _is_question_about(node: fx.Node, ids: fx.Node) -> bool:
-    """Whether `node` says that an expert has a token."""
-    known = fact(node)
-    return isinstance(known, Occupied) and known.mask.ids is ids
-
-
 def _number(mask: Mask) -> int:
     return mask.expert if isinstance(mask.expert, int) else 0
 
 
-def _starts(graph: fx.Graph, masks: tuple[Mask, ...], body: Body) -> set[fx.Node]:
+def _starts(known: Known, masks: tuple[Mask, ...], body: Body) -> set[fx.Node]:
     """Where the loop begins: what takes the rows of an expert, and the list of hit experts that a loop ran over."""
-    starts = set(numbers_of_slots(graph, masks[0].ids))
-    keys = {mask.key for mask in masks}
-    for node in graph.nodes:
-        known = fact(node)
-        if isinstance(known, Selection) and known.mask.key in keys:
+    ids, keys = masks[0].ids, {mask.key for mask in masks}
+    starts = set(numbers_of_slots(ids.graph, ids))
+    for node, said in known.items():
+        if isinstance(said, Selection) and said.mask.key in keys:
             starts.add(node)
-        if isinstance(known, Listed) and known.one_hot.ids is masks[0].ids:
+        if isinstance(said, Listed) and said.one_hot.ids is ids:
             starts.add(node)
-        if _is_indexed_by(node, keys) or (node in body.nodes and _is_masked_by(node, keys)):
+        if isinstance(said, Mask) and said.key in keys:
+            starts.update(user for user in node.users if _is_index(node, user) or _is_factor(user, body))
+        if isinstance(said, Counts) and said.ids is ids:
+            starts.update(user for user in node.users if user.target is expert_segment and user.args[1] is node)
+        if isinstance(said, Hit) and said.ids is ids and _is_read_in_python(node):
             starts.add(node)
-        counts = fact(node.args[1]) if node.target is expert_segment else None
-        if isinstance(counts, Counts) and counts.ids is masks[0].ids:
-            starts.add(node)
-        if isinstance(known, Hit) and known.ids is masks[0].ids and _is_read_in_python(node):
-            starts.add(node)
-        if node.target is current_expert:
-            starts.update(_hit_list(node.args[0], masks[0].ids))
+        if any(user.target is current_expert for user in node.users):
+            starts.update(_hit_list(node, ids))
     return starts
 
 
-def _is_indexed_by(node: fx.Node, keys: set[tuple[fx.Node, Expert, int | None]]) -> bool:
-    """Whether a boolean mask of an expert picks from a tensor here."""
-    if op_name(node) not in ("getitem", "setitem"):
+def _is_index(mask: fx.Node, user: fx.Node) -> bool:
+    """Whether a boolean mask of an expert picks from a tensor in `user`."""
+    if op_name(user) not in ("getitem", "setitem"):
         return False
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    known = [fact(item) for item in index]
-    return any(isinstance(mask, Mask) and mask.key in keys for mask in known)
+    index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
+    return any(item is mask for item in index)
 
 
-def _is_masked_by(node: fx.Node, keys: set[tuple[fx.Node, Expert, int | None]]) -> bool:
-    """Whether the mask of an expert is multiplied by something, or the like."""
-    masks = [known for known in map(fact, node.all_input_nodes) if isinstance(known, Mask)]
-    return fact(node) is None and any(mask.key in keys for mask in masks)
+def _is_factor(user: fx.Node, body: Body) -> bool:
+    """Whether the mask of an expert is multiplied by something in `user`, or the like."""
+    return user in body.nodes and fact(user) is None
 
 
 def _is_read_in_python(hit: fx.Node) -> bool:
