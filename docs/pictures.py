@@ -8,8 +8,8 @@ from pathlib import Path
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 WIDTH, LABELS, VALUES, BAR, GAP, TOP = 760, 210, 110, 18, 8, 44
 OURS, OTHERS = "#1565c0", "#90a4ae"
-OUR_KINDS = ("stacked", "modules", "one buffer")
-"""Ways of writing experts in `benchmarks/compile_time.py` that are rewritten; the rest is there to compare."""
+OUR_KINDS = ("stacked", "modules", "one buffer", "qwen3")
+"""Kinds of `benchmarks/compile_models.py` that are rewritten; the rest is there to compare."""
 
 
 def models(value: str, unit: str, title: str) -> str:
@@ -71,18 +71,17 @@ def parallel_models() -> str:
 
 
 def compile_time() -> str:
-    """The first training step: the last figure of each cell, without Inductor."""
-    last = {
-        (row["layers"], row["experts"], row["kind"]): row
-        for record in records("compile_time")
-        if record["settings"]["inner"] == "aot_eager"
-        for row in record["rows"]
-    }
+    """The first training step, in the last run without Inductor."""
     bars = [
-        (f"{layers} layers, E = {experts}: {kind}", row["cpu_seconds"], kind in OUR_KINDS)
-        for (layers, experts, kind), row in sorted(last.items())
+        (f"{row['layers']} layers, E = {row['experts']}: {row['kind']}", row["cpu_seconds"], row["kind"] in OUR_KINDS)
+        for row in last_compile_times()["aot_eager"]["rows"]
     ]
     return chart("First training step, compilation included", "CPU s", bars, "{:.2f}")
+
+
+def last_compile_times() -> dict[str, dict]:
+    """The last run with each inner compiler."""
+    return {record["settings"]["inner"]: record for record in records("compile_time")}
 
 
 def chart(title: str, unit: str, bars: Sequence[tuple[str, float, bool]], format_: str) -> str:
