@@ -10,6 +10,8 @@ from tests.backend.harness import compile_ours, fresh_dynamo, graphs, rewritten
 from tests.zoo.bodies import HitLoop, RangeLoop
 from tests.zoo.case import Case
 from tests.zoo.common import Block, D, SwiGLU
+from tests.zoo.segments import SegmentBlock
+from tests.zoo.sorted_slots import SortedBlock
 from tests.zoo.stacked import StackedBlock
 
 
@@ -69,7 +71,11 @@ def of_dense():
 
 @pytest.mark.parametrize(
     "block",
-    [StackedBlock, stacked_list, *(pytest.param(block, marks=pytest.mark.slow) for block in (RangeLoop, HitLoop))],
+    [
+        StackedBlock,
+        stacked_list,
+        *(pytest.param(b, marks=pytest.mark.slow) for b in (RangeLoop, HitLoop, SegmentBlock, SortedBlock)),
+    ],
 )
 def test_no_more_than_the_dense_twin(block, of_dense):
     assert compiled_so_far(block) == of_dense
