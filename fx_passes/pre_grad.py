@@ -36,8 +36,7 @@ class PreGradPass(CustomGraphPass):
 
 def _rewrite_or_restore(gm: fx.GraphModule) -> bool:
     """Nobody traces again after a fault of ours, as in the backend: the graph becomes what it was."""
-    before = fx.Graph()
-    before.output(before.graph_copy(gm.graph, {}))
+    before = _copy(gm.graph)
     try:
         return rewrite_graph(gm)
     except Exception as error:
@@ -48,6 +47,17 @@ def _rewrite_or_restore(gm: fx.GraphModule) -> bool:
         return False
 
 
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """`graph` anew, whose inputs say where they come from, as Dynamo's do."""
+    copy, copies = fx.Graph(), {}
+    copy.output(copy.graph_copy(graph, copies))
+    for node in graph.find_nodes(op="placeholder"):
+        if hasattr(node, _SOURCE):
+            setattr(copies[node], _SOURCE, getattr(node, _SOURCE))
+    return copy
+
+
+_SOURCE = "_dynamo_source"
 _KEYED_BY_UUID = hasattr(inductor_config, "pre_grad_pass_timing")
 
 
