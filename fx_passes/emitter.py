@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fx_passes.body import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
-from fx_passes.ids import rows_of_ids
+from fx_passes.ids import gated_ids, rows_of_ids, sources_of_ids
 from fx_passes.linear_body import Linear, as_linear
 from fx_passes.loop_invariant import mark_as_ours
 from fx_passes.low_rank import low_rank
@@ -42,8 +42,7 @@ class Emitter:
         self.top_k = region.top_k
         self.made: list[fx.Node] = []
         self._flat: dict[fx.Node, fx.Node] = {}
-        one_hot = rows_of_ids(region.ids_TK)
-        self.ids_TK = self._by_slot(region.ids_TK) if one_hot is None else self._classes(one_hot)
+        self.ids_TK = self._ids(region.ids_TK)
         if region.counts_from_the_end:
             from_end = self._function(torch.add, self.ids_TK, region.num_experts)
             self.ids_TK = self._function(torch.where, self._function(torch.lt, self.ids_TK, 0), from_end, self.ids_TK)
@@ -56,6 +55,15 @@ class Emitter:
             self.order_N, self.top_k = self._as_they_lie(self.order_N), 1
         self._emitted: dict[int, fx.Node] = {}
         self._views: dict[tuple[fx.Node, tuple[Step, ...]], fx.Node] = {}
+
+    def _ids(self, ids: fx.Node) -> fx.Node:
+        """The ids [T, K], which may have to be computed first."""
+        one_hot, gated = rows_of_ids(ids), gated_ids(ids)
+        if gated is not None:
+            gates, chosen = gated
+            has_gate = self._function(torch.ne, self._method("gather", gates, 1, self._method("long", chosen)), 0)
+            return self._function(torch.where, has_gate, chosen, self.region.num_experts)
+        return self._by_slot(ids) if one_hot is None else self._classes(one_hot)
 
     def _classes(self, one_hot: fx.Node) -> fx.Node:
         """The class of each token; what has none is nobody's."""
@@ -103,10 +111,9 @@ class Emitter:
         """`output` with the tokens in as many dims as the region has them."""
         sizes = self.region.output.shape[: self.region.token_dims]
         gathered = [value.source for value in self.region.body.of(Gathered)]
-        ids = rows_of_ids(self.region.ids_TK) or self.region.ids_TK
         rows = next(
             source
-            for source in (ids, *gathered, *self.graph.nodes)
+            for source in (*sources_of_ids(self.region.ids_TK), *gathered, *self.graph.nodes)
             if same_sizes(sizes_of(source)[: len(sizes)], sizes)
         )
         own = [size if isinstance(size, int) else self._method("size", rows, at) for at, size in enumerate(sizes)]

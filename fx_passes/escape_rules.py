@@ -15,7 +15,8 @@ from fx_passes.aliasing import writers_of
 from fx_passes.body import Gathered, PerExpert, SlotGathered
 from fx_passes.capture import loops_of
 from fx_passes.facts import fact, selected
-from fx_passes.ids import ids_are_distinct, num_tokens
+from fx_passes.gate_slots import gate_slots
+from fx_passes.ids import ids_are_distinct, num_tokens, sources_of_ids
 from fx_passes.ops import arg, draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, written
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.statements import Counts, Hit, Listed
@@ -103,8 +104,10 @@ def _smallest_length(size: fx.Node) -> int:
 
 
 def _largest_length(size: fx.Node) -> int | torch.SymInt | None:
-    """The largest value of `size`, where it is how many slots an expert has or how many experts are hit."""
-    listed = fact(size.args[0])
+    """The largest value of `size`, where it is how many slots an expert has, how many experts or gates are listed."""
+    listed, gated = fact(size.args[0]), gate_slots(size.args[0])
+    if gated is not None:
+        return known_tensor(gated.gates).numel()
     if isinstance(listed, Hit):
         return listed.num_classes
     if isinstance(listed, Listed):
@@ -188,7 +191,7 @@ _MOVES = frozenset(
 
 
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
-    yield region.ids_TK
+    yield from sources_of_ids(region.ids_TK)
     yield from _moved(region)
     yield from region.routing
     yield from (source for node in region.routing for source in node.all_input_nodes)

@@ -121,6 +121,37 @@ def rows_of_ids(ids: fx.Node) -> fx.Node | None:
     return ids.meta.get("scatter_moe_one_hot")
 
 
+def ids_of_gates(gates: fx.Node, ids: fx.Node) -> fx.Node:
+    """`ids` [T, K] without those whose gate, in a table [T, E], is zero: these are E.
+
+    A node of no graph stands for them, until `gated_ids` are asked for to compute them.
+    """
+    known = gates.meta.setdefault("scatter_moe_gated", {})
+    if ids not in known:
+        node = fx.Graph().placeholder(f"{ids.name}_gated")
+        node.meta["example_value"] = known_tensor(ids)
+        node.meta["scatter_moe_gates"] = (gates, ids)
+        known[ids] = node
+    return known[ids]
+
+
+def gated_ids(ids: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(gates, ids) that `ids_of_gates` was given."""
+    return ids.meta.get("scatter_moe_gates")
+
+
+def listings_of_gates(ids: fx.Node) -> list[fx.Node]:
+    """The nodes that list the gates which are not zero, where `ids` are those of such gates."""
+    gated = gated_ids(ids)
+    return [node for node in gated[0].users if op_name(node) == "nonzero"] if gated is not None else []
+
+
+def sources_of_ids(ids: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes of the graph that `ids` are computed from: themselves, where they stand in it."""
+    one_hot = rows_of_ids(ids)
+    return gated_ids(ids) or ((one_hot,) if one_hot is not None else (ids,))
+
+
 def _size_along(scores: object, dim: object) -> int | None:
     """The size of the last dim of `scores`, if that is `dim`."""
     tensor = fake_tensor(scores)

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.capture import events_of
+from fx_passes.capture import events_of, without_events
 from fx_passes.forms import FORMS
+from fx_passes.leaves import changes_nothing, is_leaf
 from fx_passes.lengths import sum_masks
 from fx_passes.loop_invariant import is_left_for_ours
 from fx_passes.mode_rules import switches_grad_mode
@@ -48,6 +49,7 @@ def run(gm: fx.GraphModule) -> Outcome:
 
 
 def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
+    found_before = len(outcome.regions)
     counted = fix_lengths(gm.graph)
     changed = sum_masks(gm.graph) or bool(counted)
     for rows in written_by_segment(gm.graph):
@@ -57,6 +59,9 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
             changed |= _rewrite_candidate(form, candidate, outcome)
     changed |= put_products_in_place(gm.graph)
     outcome.erased_events |= counted if outcome.regions else set()
+    for node in gm.graph.nodes if len(outcome.regions) > found_before else ():
+        if is_leaf(node) and changes_nothing(node):
+            outcome.erased_events.update(without_events(node))
     for node in gm.graph.nodes:
         if not switches_grad_mode(node) and not is_left_for_ours(node):
             outcome.remaining_events.update(events_of(node))

@@ -2,6 +2,7 @@
 
     x[order // K]                       Gathered
     weights.reshape(-1)[order]          SlotGathered
+    gates[tokens].gather(1, experts)    SlotGathered, of a table
     bias[experts]                       PerExpert: the row of its expert, for each slot
     grouped_mm(rows, W, offs=offsets)   Op("linear") with an expert's own W
     expert_cat(parts, counts)           the body of `parts`, which read segments of rows
@@ -31,6 +32,7 @@ from fx_passes.body import (
     rank,
 )
 from fx_passes.facts import fact
+from fx_passes.gate_slots import EXPERTS, gate_slots
 from fx_passes.markers import expert_cat
 from fx_passes.ops import (
     POINTWISE,
@@ -41,6 +43,7 @@ from fx_passes.ops import (
     normalized_dim,
     op_name,
     same_size,
+    squeezes_nothing,
     varargs,
 )
 from fx_passes.region import Rejected
@@ -131,7 +134,7 @@ class _Translator:
             return gathered
         if name == "masked_fill" and self._fills_absent(node):
             return self.value(node.args[0])
-        if name == "to" and casts_nothing(node):
+        if (name == "to" and casts_nothing(node)) or squeezes_nothing(node):
             return self.value(node.args[0])
         if name is None:
             raise Rejected("operations_are_known", node, f"an expert calls `{node.target}`")
@@ -148,7 +151,7 @@ class _Translator:
     def _gathered(self, node: fx.Node) -> Value | None:
         """`source[index]` with an index over slots; None with any other index."""
         if op_name(node) == "gather":
-            return self._gathered_rows(node)
+            return self._gathered_rows(node) or self._gathered_gates(node)
         source, index = node.args[0], arg(node, 1, "index")
         if index == (slice(None), None):
             value = self.value(source)
@@ -181,6 +184,17 @@ class _Translator:
         tokens = repeated(index, is_tokens) if dim == 0 and have_one_width(source, index) else None
         own = tokens is not None and slot_fact(tokens) == Tokens(self.order) and source not in self.inner
         return Gathered(source, node) if own else None
+
+    def _gathered_gates(self, node: fx.Node) -> Value | None:
+        """`gates[tokens].gather(1, experts[:, None])`."""
+        rows, dim, index = (arg(node, at, key) for at, key in enumerate(("input", "dim", "index")))
+        experts, is_row = gate_slots(index), op_name(rows) == "getitem" and slot_fact(rows.args[1]) is not None
+        if dim not in (1, -1) or not is_row or slot_fact(rows.args[1]) != Tokens(self.order) or experts is None:
+            return None
+        if experts.kind != EXPERTS or experts.sort is not self.order.sort or _dims(index) != 2:
+            return None
+        self.nodes.add(rows)
+        return SlotGathered(rows.args[0], node, trailing=1, table=True)
 
     def _segments(self, node: fx.Node) -> Value:
         """The body of the experts' copies, on all rows that they read segments of."""

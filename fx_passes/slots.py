@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from fx_passes.aliasing import inplace_users
+from fx_passes.gate_slots import EXPERTS, TOKENS, gate_slots, ids_behind
 from fx_passes.ids import ids_dims
 from fx_passes.numbering import numbers_rows
 from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size
@@ -97,8 +98,19 @@ def slot_fact(node: Any) -> SlotFact | None:
         return None
     if "scatter_moe_slot_fact" not in node.meta:
         rule = _RULES.get(op_name(node) or "")
-        node.meta["scatter_moe_slot_fact"] = rule(node) if rule else None
+        known = rule(node) if rule else None
+        node.meta["scatter_moe_slot_fact"] = known or _of_gates(node)
     return node.meta["scatter_moe_slot_fact"]
+
+
+def _of_gates(node: fx.Node) -> SlotFact | None:
+    """The slots whose gates are not zero."""
+    known, tensor = gate_slots(node), fake_tensor(node)
+    ids = ids_behind(known.gates) if known is not None else None
+    if known is None or ids is None or known.sort is None or tensor is None or tensor.dim() != 1:
+        return None
+    order = Order(ids, known.sort)
+    return {TOKENS: Tokens(order), EXPERTS: Experts(order)}.get(known.kind)
 
 
 def _flat(node: fx.Node) -> SlotFact | None:

@@ -8,6 +8,7 @@ assumption, and the nodes traced under it carry its number.
     hit loop       loops.py         one iteration stands for all, over an expert without a value; or one an expert
     empty branch   branches.py      the side that handles a token is taken; the other must go on to the next iteration
     index list     index_list.py    a list of row positions stays the tensor that it was
+    leaf           leaves.py        nobody reads the gradient of fresh zeros that require one
 
 The expert's number as a Python integer or in a text (expert_numbers.py) makes a hit loop have one iteration an expert.
 
@@ -15,7 +16,7 @@ After the rewrite every event must be *dissolved*: all its nodes were replaced. 
 the event denied, which is to say as Dynamo alone does it. So nothing that was assumed ever runs.
 """
 
-from fx_passes.capture.events import Event, Guard, events_of, guards_of, loops_of
+from fx_passes.capture.events import Event, Guard, events_of, guards_of, loops_of, without_events
 from fx_passes.capture.speculation import Capture
 
-__all__ = ["Capture", "Event", "Guard", "events_of", "guards_of", "loops_of"]
+__all__ = ["Capture", "Event", "Guard", "events_of", "guards_of", "loops_of", "without_events"]

@@ -10,10 +10,11 @@ from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
-from fx_passes.capture import counts, expert_numbers, index_list, loops, segments
+from fx_passes.capture import counts, expert_numbers, index_list, leaves, loops, segments
 from fx_passes.capture.variables import has_open_length, is_open
 from fx_passes.facts import fact
 
+_ZEROS = (torch.zeros, torch.zeros_like)
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
 
@@ -32,6 +33,8 @@ def call(
         return segments.total(capture, tx, args, kwargs)
     if called is enumerate and len(args) == 1:
         return _enumerate(capture, tx, fn, args[0], kwargs)
+    if called in _ZEROS:
+        return leaves.zeros(capture, tx, fn, args, kwargs)
     name, owner = getattr(fn, "name", None), getattr(fn, "obj", None)
     if isinstance(name, str) and isinstance(owner, VariableTracker):
         return _method(name, capture, tx, owner, args, kwargs)

@@ -20,7 +20,7 @@ from fx_passes.aliasing import writers_of
 from fx_passes.capture.events import Event, Scope, tag
 from fx_passes.capture.variables import rank_of
 from fx_passes.facts import fact
-from fx_passes.ids import ids_are_below, ids_are_distinct
+from fx_passes.ids import gated_ids, ids_are_below, ids_are_distinct, listings_of_gates
 from fx_passes.markers import expert_count
 from fx_passes.ops import known_tensor
 from fx_passes.statements import Counts, Mask
@@ -47,7 +47,9 @@ class Counted:
 
     @property
     def total(self) -> int | torch.SymInt:
-        return known_tensor(self.counts.ids).numel()
+        """The number of slots; where some may be left out, that of those which are listed."""
+        listings = listings_of_gates(self.counts.ids)
+        return known_tensor(listings[0]).shape[0] if listings else known_tensor(self.counts.ids).numel()
 
     @property
     def size_symbols(self) -> frozenset[Any]:
@@ -208,6 +210,8 @@ def counted_by(capture: Any, tx: Any, node: fx.Node) -> Counted | None:
 def is_of_experts(counts: Counts) -> bool:
     """Whether each slot is counted, once, with an expert below `num_classes`."""
     ids = counts.ids
+    if gated_ids(ids) is not None:  # their own count alone has those ids
+        return True
     if not ids_are_below(ids, counts.num_classes):
         return False
     return not counts.reduced or ids_are_distinct(ids)

@@ -114,6 +114,11 @@ def events_of(node: fx.Node) -> tuple[int, ...]:
     return node.meta.get(_EVENTS, ())
 
 
+def without_events(node: fx.Node) -> tuple[int, ...]:
+    """Takes the events off `node`, which holds without an assumption, and returns them."""
+    return node.meta.pop(_EVENTS, ())
+
+
 def guards_of(node: fx.Node) -> tuple[Guard, ...]:
     """The assumptions under which `node` was traced."""
     return node.meta.get(_GUARDS, ())

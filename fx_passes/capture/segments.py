@@ -18,6 +18,7 @@ from fx_passes.capture.counts import Counted, as_bound, expression
 from fx_passes.capture.events import tag
 from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.variables import rank_of
+from fx_passes.ids import listings_of_gates
 from fx_passes.markers import expert_cat, expert_places, expert_segment
 from fx_passes.ops import known_tensor, same_size
 
@@ -132,7 +133,7 @@ def total(
 ) -> VariableTracker | None:
     """`sum(counts)`: the number of slots."""
     counted = _counted(capture, _numbers(args[0])) if len(args) == 1 and not kwargs else None
-    if counted is None:
+    if counted is None or listings_of_gates(counted.counts.ids):
         return None
     ids = capture.proxy(counted.counts.ids)
     return SymNodeVariable.create(tx, capture.output.create_proxy("call_method", "numel", (ids,), {}), counted.total)

@@ -11,6 +11,7 @@ from torch import fx
 
 from fx_passes.aliasing import writers_of
 from fx_passes.facts.masks import flat_ids
+from fx_passes.gate_slots import ids_that_are_counted
 from fx_passes.ids import ids_dims, num_columns
 from fx_passes.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
 from fx_passes.statements import Counts, Fact, Kept, Mask, Occupied, OneHot
@@ -37,7 +38,7 @@ def _reduce(node: fx.Node, inner: Fact | None) -> Fact | None:
         return None
     dims = _reduced_dims(node)
     if inner is None and op_name(node) == "sum":
-        return _counted_table(node)
+        return _counted_table(node) or _counted_gates(node)
     if isinstance(inner, Mask) and dims is None:
         return Occupied(inner)
     keepdim = arg(node, 2, "keepdim", False)
@@ -104,6 +105,17 @@ def _counted_table(total: fx.Node) -> Counts | None:
     if not is_table or dim not in (1, -1) or one != 1 or "reduce" in marked.kwargs or len(marked.args) > 4:
         return None
     return Counts(ids, size[1], reduced=True) if same_size(size[0], known_tensor(ids).shape[0]) else None
+
+
+def _counted_gates(total: fx.Node) -> Counts | None:
+    """`(gates > 0).sum(0)`."""
+    entries = arg(total, 0, "input")
+    while op_name(entries) in ("to", "long", "int"):
+        entries = arg(entries, 0, "input")
+    ids = ids_that_are_counted(entries) if _reduced_dims(total) in ((0,), (-2,)) else None
+    if ids is None or arg(total, 2, "keepdim", False):
+        return None
+    return Counts(ids, known_tensor(entries).shape[1], reduced=True)
 
 
 def _reduced_dims(node: fx.Node) -> Sequence[int] | None:

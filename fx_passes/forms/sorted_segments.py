@@ -4,6 +4,13 @@
     grouped = torch.cat(parts)                           # of segments of x[order // K], as in the form "segments"
     out = zeros.index_add(0, order // K, grouped * weights.flatten()[order, None])           # or scatter_add
 
+or, with a dispatcher of those gates [T, E] that are not zero,
+
+    pairs = gates.nonzero()
+    experts, places = pairs.sort(0)
+    tokens = pairs[places[:, 1], 0]                      # parts are segments of x[tokens]
+    out = zeros.index_add(0, tokens, grouped * gates[tokens].gather(1, experts[:, 1:]))
+
 or put back into the order of slots, and summed:
 
     slots = torch.empty_like(grouped)
@@ -23,6 +30,8 @@ from fx_passes.accumulation import closure
 from fx_passes.aliasing import inplace_users, is_read_before, writers_of
 from fx_passes.capture import guards_of
 from fx_passes.facts import fact
+from fx_passes.ids import listings_of_gates
+from fx_passes.leaves import changes_nothing, is_leaf
 from fx_passes.loop_rules import is_contiguous
 from fx_passes.markers import expert_cat
 from fx_passes.ops import EMPTY, ZEROS, arg, fake_tensor, is_inplace, known_tensor, op_name
@@ -79,6 +88,8 @@ def _added(node: fx.Node) -> Total | None:
         index = _tokens(index, rows, zeros)
     tokens = slot_fact(index)
     is_plain = arg(node, 4, "alpha", 1) == 1 and isinstance(rows, fx.Node) and op_name(zeros) in ZEROS
+    if is_leaf(zeros) and not changes_nothing(zeros):
+        return None
     if not isinstance(tokens, Tokens) or not is_plain or zeros.kwargs.get("requires_grad", False):
         return None
     if not is_contiguous(fake_tensor(zeros), 2):
@@ -122,7 +133,8 @@ def _put(node: fx.Node) -> tuple[Any, Any]:
 
 def _region(found: Total) -> MoERegion | None:
     graph, order = found.result.graph, found.order
-    inner = closure([order.sort, *numbers_of_slots(graph, order.ids)], stops=frozenset((found.result,))) | found.nodes
+    starts = [order.sort, *listings_of_gates(order.ids), *numbers_of_slots(graph, order.ids)]
+    inner = closure(starts, stops=frozenset((found.result,))) | found.nodes
     try:
         translated = translate(found.rows, order, inner)
     except Rejected:
@@ -150,6 +162,7 @@ def _region(found: Total) -> MoERegion | None:
 def _routing(order: Order, inner: frozenset[fx.Node], translated: SlotBody) -> Iterator[fx.Node]:
     """The sort, the counts, and the flattened ids and weights."""
     yield order.sort
+    yield from listings_of_gates(order.ids)
     yield from translated.segments
     sources = {source for node in inner for source in node.all_input_nodes if source not in inner}
     yield from (source for source in sources if isinstance(slot_fact(source), Flat) or isinstance(fact(source), Counts))

@@ -95,9 +95,15 @@ TABLE = {
     "sorted_segments": row(
         """
         deepseek_v2_infer granite_45x segments_split segments_sliced segments_skipped segments_array
-        segments_written segments_for_loop merged_segments picked_in_bins
+        segments_written segments_for_loop merged_segments picked_in_bins gate_lists
+        gate_lists_noisy gate_lists_softmax_first
+        gate_lists_log_space gate_lists_plain gate_lists_closed
         """,
-        "segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last",
+        """
+        segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last
+        gate_lists_threshold gate_lists_repeated_ids gate_lists_other_expert gate_lists_other_tokens
+        gate_lists_written_gates gate_lists_returned_rows gate_lists_returned_zeros gate_lists_frozen
+        """,
     ),
     "segments": row(
         """
