@@ -18,7 +18,6 @@ from torch import fx
 from fx_passes.ids import ids_are_distinct, ids_dims, ids_of_gates, num_columns
 from fx_passes.ops import arg, example, fake_tensor, normalized_dim, op_name, same_size
 from fx_passes.signs import is_nonnegative
-from fx_passes.sparsity import chosen_by
 
 PAIRS, SORTED, SORTED_PAIRS, PLACES = "pairs", "what sorts them", "pairs, sorted", "places of sorted pairs"
 COLUMNS, ORDER, TOKENS, EXPERTS = "columns of sorted pairs", "order by expert", "tokens", "experts"
@@ -44,6 +43,8 @@ def ids_behind(gates: Any) -> fx.Node | None:
     tensor = fake_tensor(gates)
     if tensor is None or tensor.dim() != 2 or type(tensor.shape[1]) is not int or not tensor.is_floating_point():
         return None
+    from fx_passes.sparsity import chosen_by  # which reads facts, as those of counts read this file
+
     ids = chosen_by(gates)
     if ids is None or ids_dims(ids) != ("T", "K") or num_columns(ids) != tensor.shape[1]:
         return None
