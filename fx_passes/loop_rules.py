@@ -37,18 +37,31 @@ def _is_flat(region: LoopRegion) -> bool:
     return all(found is not None and found[1] == "N" for found in rows)
 
 
-def accumulator_starts_as_zeros(region: LoopRegion) -> None:
-    """Where rows are assigned, it may start as any tensor of its own: tokens without an expert keep its rows."""
+def accumulator_may_be_added_to(region: LoopRegion) -> None:
+    """Or as what the sum is added to, be it not added to in place or a tensor of its own.
+
+    Where rows are assigned, tokens without an expert keep those of such a tensor.
+    """
     start = made_by(region.accumulator)
     if start.kwargs.get("requires_grad", False):
-        raise Rejected("accumulator_starts_as_zeros", start, "the output is a leaf that requires gradients")
+        raise Rejected("accumulator_may_be_added_to", start, "the output is a leaf that requires gradients")
     if not is_contiguous(fake_tensor(region.accumulator), _dims_of_output(region)):
-        raise Rejected("accumulator_starts_as_zeros", start, "the output is not contiguous, or has other dims")
+        raise Rejected("accumulator_may_be_added_to", start, "the output is not contiguous, or has other dims")
     if region.base is not None and allocates(start):
+        return
+    if region.addend is not None and (not is_inplace(region.anchor) or _may_be_added_to(start)):
         return
     allowed = ZEROS | EMPTY if all(found.assigns for found in region.accumulations) else ZEROS
     if op_name(start) not in allowed or is_inplace(start):
-        raise Rejected("accumulator_starts_as_zeros", start, "the loop does not add to fresh zeros")
+        raise Rejected("accumulator_may_be_added_to", start, "the loop adds to what others may read or write")
+
+
+def _may_be_added_to(start: fx.Node) -> bool:
+    """Whether it has memory of its own, and no derivative reads it: eager raises where one does."""
+    return allocates(start) and op_name(start) in _DERIVED_FROM_OPERANDS
+
+
+_DERIVED_FROM_OPERANDS = frozenset("linear matmul mm bmm add sub mul clone index_add".split())
 
 
 def _dims_of_output(region: LoopRegion) -> int:
@@ -68,7 +81,7 @@ def accumulator_is_not_read_inside(region: LoopRegion) -> None:
     """Until the last addition only additions touch the output. Shape and dtype may be asked for: they don't change."""
     places = region.places()
     last, own = places[region.result], region.writes | region.earlier
-    for output in region.outputs:
+    for output in region.holders:
         for user in output.users:
             if places[user] < last and user not in own and not asks_for_metadata(user, output):
                 raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
@@ -88,6 +101,8 @@ def additions_follow_each_other(region: LoopRegion) -> None:
     before = region.accumulator
     for accumulation in region.accumulations:
         in_place = is_inplace(accumulation.result)
+        if in_place is not is_inplace(region.anchor):
+            raise Rejected("additions_follow_each_other", accumulation.result, "some additions are in place, not all")
         if accumulation.accumulator is not before and not (in_place and accumulation.accumulator in region.outputs):
             raise Rejected(
                 "additions_follow_each_other", accumulation.result, "an addition starts from an older output"
@@ -154,7 +169,7 @@ def carried_tensors_are_the_output(region: LoopRegion) -> None:
 
 LOOP_RULES: tuple[Callable[[LoopRegion], None], ...] = (
     assignments_overwrite_nothing,
-    accumulator_starts_as_zeros,
+    accumulator_may_be_added_to,
     accumulator_is_not_read_inside,
     guards_are_of_the_same_expert,
     carried_tensors_are_the_output,

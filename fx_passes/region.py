@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fx_passes.body import Body
+from fx_passes.ops import is_inplace
 from fx_passes.statements import Mask
 from fx_passes.unify import NotIsomorphic, UnknownOperation
 
@@ -118,6 +119,11 @@ class MoERegion:
         """The nodes that hold the output: the result, and the tensor that it was added to in place."""
         return (*self.buffers, self.result)
 
+    @property
+    def holders(self) -> tuple[fx.Node, ...]:
+        """Those of `outputs` that hold it once the region has run: what is not added to in place stays as it was."""
+        return self.outputs
+
     def places(self) -> dict[fx.Node, int]:
         """Each node's place in the graph as it is now."""
         return {node: place for place, node in enumerate(self.graph.nodes)}
@@ -156,3 +162,7 @@ class LoopRegion(MoERegion):
     def outputs(self) -> tuple[fx.Node, ...]:
         """Its zeros, then what each addition gives, and the sum of slots where there is one."""
         return (self.accumulator, *(accumulation.result for accumulation in self.accumulations), self.result)
+
+    @property
+    def holders(self) -> tuple[fx.Node, ...]:
+        return self.outputs if is_inplace(self.anchor) else self.outputs[1:]

@@ -52,7 +52,7 @@ def rewrite(region: MoERegion) -> Rewritten:
 def _redirect_users(region: MoERegion, output: fx.Node) -> None:
     """Whoever reads the output after the region reads the op's."""
     places = region.places()
-    for holder in region.outputs:
+    for holder in region.holders:
         for user in list(holder.users):
             if places[user] > places[region.result]:
                 user.replace_input_with(holder, output)

@@ -99,7 +99,7 @@ def region_of(
     result = total.result if total is not None else found[-1].result
     output = fake_tensor(total.result if total is not None else loop.accumulator)
     if output is None:
-        raise Rejected("accumulator_starts_as_zeros", loop.accumulator, "the loop adds to something that is no tensor")
+        raise Rejected("accumulator_may_be_added_to", loop.accumulator, "the loop adds to something that is no tensor")
     additions = frozenset(node for accumulation in found for node in accumulation.nodes)
     stops = frozenset(accumulation.result for accumulation in found)
     known = {node: said for node in loop.accumulator.graph.nodes if (said := fact(node)) is not None}
@@ -121,7 +121,7 @@ def region_of(
         output=output,
         writes=additions | body.writes,
         deviations=tuple(_deviations(loop, additions, routing)),
-        addend=loop.accumulator if loop.earlier else None,
+        addend=_addend(loop),
         token_dims=_token_dims(loop) if total is None else 1,
         accumulator=loop.accumulator,
         accumulations=found,
@@ -148,8 +148,17 @@ def _token_dims(loop: Loop) -> int:
 
 def _base(loop: Loop) -> fx.Node | None:
     """What tokens without an expert keep, where experts assign and that isn't zero or undefined."""
-    starts_blank = op_name(made_by(loop.accumulator)) in ZEROS | EMPTY
-    return loop.accumulator if loop.assigns and not loop.is_flat and not starts_blank else None
+    return loop.accumulator if loop.assigns and not loop.is_flat and not _starts_blank(loop) else None
+
+
+def _addend(loop: Loop) -> fx.Node | None:
+    """What the experts' sum is added to, where that isn't zero: a shared expert's output, the sum of earlier experts."""
+    adds_to_more = not loop.assigns and not loop.is_flat and not _starts_blank(loop)
+    return loop.accumulator if loop.earlier or adds_to_more else None
+
+
+def _starts_blank(loop: Loop) -> bool:
+    return op_name(made_by(loop.accumulator)) in ZEROS | EMPTY
 
 
 def _deviations(loop: Loop, additions: frozenset[fx.Node], routing: frozenset[fx.Node]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from tests.zoo.case import Case
 
 TRACED_ALONE = [case for case in ZOO if case.name in ("gathered_einsum", "dense_einsum", "stack_gather")]
 LOOP = Case("range", RangeLoop)
-MISSES = [miss for miss in NEAR_MISSES if miss.name in ("range_no_grad_on_one", "range_starts_as_input")]
+MISSES = [miss for miss in NEAR_MISSES if miss.name in ("range_no_grad_on_one", "range_aliases_input")]
 
 # Inductor up to the code that it would generate.
 inductor_without_code = functools.partial(

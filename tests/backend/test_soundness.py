@@ -13,6 +13,7 @@ from tests.zoo.bodies import HitLoop, RangeLoop
 from tests.zoo.case import Case
 from tests.zoo.common import TOKENS, D
 from tests.zoo.stacked import StackedBlock
+from tests.zoo.starts import ReluFirst
 
 CASES = (Case("hit", HitLoop), Case("stacked", StackedBlock))
 
@@ -110,6 +111,13 @@ def test_optimizer_step_between_forward_and_backward_raises(case):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
     assert rewritten() == 1
+
+
+def test_experts_added_to_what_a_derivative_reads_raise():
+    for _, call in pair(Case("relu", ReluFirst)):
+        loss = call(hidden_states()).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @each_case

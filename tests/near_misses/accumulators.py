@@ -6,26 +6,31 @@ from tests.near_misses.common import Loop, NearMiss, hits
 from tests.zoo.common import TOKENS, D
 
 
-class StartsAsInput(Loop):
-    """The residual is the accumulator's first value."""
+class StartHasTwoNames(Loop):
+    """The start is read after the loop by another name."""
 
     def forward(self, hidden_states):
         x, _, weights, mask, _ = self.begin(hidden_states)
-        out = x.clone()
-        for e in range(self.num_experts):
-            slots, tokens = torch.where(mask[e])
-            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
-
-
-class StartsAsOnes(Loop):
-    def forward(self, hidden_states):
-        x, _, weights, mask, _ = self.begin(hidden_states)
-        out = torch.ones_like(x)
+        start = x * 2
+        seen, out = start.view(-1), start
         for e in hits(mask):
             slots, tokens = torch.where(mask[e].squeeze(0))
             out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
-        return out
+        return out + seen.view_as(out).cos()
+
+
+class PartlyInPlace(Loop):
+    """The first addition writes to the start, which is read after the loop; the others don't."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        start = x * 2
+        out = start
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            value = self.experts[e](x[tokens]) * weights[tokens, slots, None]
+            out = out.index_add(0, tokens, value) if e else out.index_add_(0, tokens, value)
+        return out + start.cos()
 
 
 class AliasesInput(Loop):
@@ -297,13 +302,13 @@ class RestartsHalfWay(Loop):
 
 
 MISSES = (
-    NearMiss("range_starts_as_input", "accumulator_starts_as_zeros", StartsAsInput, may_rewrite=True),
-    NearMiss("hit_starts_as_ones", "accumulator_starts_as_zeros", StartsAsOnes, may_rewrite=True),
-    NearMiss("range_aliases_input", "accumulator_starts_as_zeros", AliasesInput),
-    NearMiss("hit_aliases_input", "accumulator_starts_as_zeros", AliasesInputHit),
+    NearMiss("hit_start_has_two_names", "accumulator_is_not_read_inside", StartHasTwoNames),
+    NearMiss("range_partly_in_place", "additions_follow_each_other", PartlyInPlace),
+    NearMiss("range_aliases_input", "accumulator_may_be_added_to", AliasesInput),
+    NearMiss("hit_aliases_input", "accumulator_may_be_added_to", AliasesInputHit),
     NearMiss("range_read_inside", "bodies_are_isomorphic", ReadInside),
     NearMiss("hit_read_inside", "bodies_are_isomorphic", ReadInsideHit),
-    NearMiss("range_decays_inside", "accumulator_starts_as_zeros", DecaysInside),
+    NearMiss("range_decays_inside", "accumulator_may_be_added_to", DecaysInside),
     NearMiss("hit_decays_inside", "accumulator_is_not_read_inside", DecaysInsideHit),
     NearMiss("range_in_place_on_input", "no_intermediate_escapes", InPlaceOnInput),
     NearMiss("hit_in_place_on_input", "no_intermediate_escapes", InPlaceOnInputHit),
@@ -311,8 +316,8 @@ MISSES = (
     NearMiss("range_in_place_on_mask", "no_intermediate_escapes", InPlaceOnMask),
     NearMiss("hit_in_place_on_mask", "no_intermediate_escapes", InPlaceOnMaskHit),
     NearMiss("range_in_place_on_ids", "no_intermediate_escapes", InPlaceOnIds),
-    NearMiss("range_buffer_accumulator", "accumulator_starts_as_zeros", InBuffer),
-    NearMiss("hit_buffer_accumulator", "accumulator_starts_as_zeros", InBufferHit),
+    NearMiss("range_buffer_accumulator", "accumulator_may_be_added_to", InBuffer),
+    NearMiss("hit_buffer_accumulator", "accumulator_may_be_added_to", InBufferHit),
     NearMiss("range_alpha", "accumulation_is_a_plain_sum", Alpha, may_rewrite=True),
     NearMiss("range_alpha_by_expert", "accumulation_is_a_plain_sum", AlphaByExpert),
     NearMiss("range_maximum", "loop_has_a_known_form", Maximum),

@@ -295,7 +295,7 @@ class AssignedToView(Loop):
 
 
 REPEATED, BODIES, COVERED = "repeated_ids_are_counted", "bodies_are_isomorphic", "every_expert_is_covered"
-OVERWRITES, ZEROS = "assignments_overwrite_nothing", "accumulator_starts_as_zeros"
+OVERWRITES, ZEROS = "assignments_overwrite_nothing", "accumulator_may_be_added_to"
 
 MISSES = (
     NearMiss("any_mask_clamped_ids", REPEATED, AnyMaskOfClampedIds),

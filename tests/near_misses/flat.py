@@ -267,7 +267,7 @@ class FlatWeightsWritten(MaskLoop):
 
 
 WRITTEN = "nothing_is_written_inside"
-ZEROS, SUMMED = "accumulator_starts_as_zeros", "slots_of_a_token_are_summed"
+ZEROS, SUMMED = "accumulator_may_be_added_to", "slots_of_a_token_are_summed"
 
 MISSES = (
     NearMiss("flat_tiled", "bodies_are_isomorphic", Tiled),

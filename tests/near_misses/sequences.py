@@ -110,5 +110,5 @@ MISSES = (
     NearMiss("sequence_ids_repeat", "repeated_ids_are_counted", SequenceIdsRepeat),
     NearMiss("sequence_any_of_all", "loop_has_a_known_form", SequenceAnyOfAll),
     NearMiss("sequence_scale", "rows_belong_to_tokens", SequenceScale, may_rewrite=True),
-    NearMiss("sequence_seen_through_base", "accumulator_starts_as_zeros", OutputSeenThroughItsBase),
+    NearMiss("sequence_seen_through_base", "accumulator_may_be_added_to", OutputSeenThroughItsBase),
 )

@@ -127,5 +127,5 @@ MISSES = (
     NearMiss("range_table_of_all_experts", "bodies_are_isomorphic", TableOfAllExperts),
     NearMiss("range_weights_of_rank_three", "bodies_are_isomorphic", WeightsOfRankThree),
     NearMiss("range_tokens_as_parameters", None, TokensAsParameters, may_rewrite=True),
-    NearMiss("range_transposed_zeros", "accumulator_starts_as_zeros", TransposedZeros),
+    NearMiss("range_transposed_zeros", "accumulator_may_be_added_to", TransposedZeros),
 )

@@ -175,7 +175,7 @@ class ChecksCount(RangeLoop):
         return super().value(x, weights, tokens, slots, e)
 
 
-WRITTEN, ESCAPES, ZEROS = "nothing_is_written_inside", "no_intermediate_escapes", "accumulator_starts_as_zeros"
+WRITTEN, ESCAPES, ZEROS = "nothing_is_written_inside", "no_intermediate_escapes", "accumulator_may_be_added_to"
 
 INPUTS = (
     ("under_ravel", lambda x: x.ravel().view(-1, D), lambda x: x.mul_(2)),
