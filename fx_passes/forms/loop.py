@@ -152,7 +152,7 @@ def _base(loop: Loop) -> fx.Node | None:
 
 
 def _addend(loop: Loop) -> fx.Node | None:
-    """What the experts' sum is added to, where that isn't zero: a shared expert's output, the sum of earlier experts."""
+    """What the experts' sum is added to, where that isn't zero: a shared expert's output, earlier experts' sum."""
     adds_to_more = not loop.assigns and not loop.is_flat and not _starts_blank(loop)
     return loop.accumulator if loop.earlier or adds_to_more else None
 
