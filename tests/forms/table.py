@@ -24,7 +24,7 @@ TABLE = {
         hit_column hit_where unique_ids hit_flat_weights hit_swiglu hit_swiglu_fused hit_geglu_bias
         hit_gelu_bias hit_gelu_tanh hit_relu_squared hit_three_layers hit_layer_norm_first hit_rms_norm_after
         hit_lora hit_residual hit_clamped hit_one_linear hit_one_gate hit_uneven_halves hit_sigmoid_glu
-        views_hit_halves hit_shared_norm stacked_of_one
+        views_hit_halves hit_shared_norm stacked_of_one starts_as_copy
         """,
         """
         hit_without_first hit_twice hit_busy_experts hit_hits_of_other_ids hit_previous_rows hit_stack_mean_over_rows
@@ -50,13 +50,14 @@ TABLE = {
         segments_of_slots_inference segments_of_slots_index_add hit_identity_experts hit_item_more_classes
         merged_loop merged_normalised merged_stacked
         picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped
-        loads_after loads_first loads_bias
+        loads_after loads_first loads_bias starts_as_shared starts_as_input starts_as_zeros_read_later
+        starts_as_product_read_later
         """,
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         listed_slots_as_tokens parameters_next_bias temporaries_input_written
-        merged_dropped merged_other_scales merged_of_the_next merged_by_slot
+        range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         """,
     ),
     "slot_loop": row(
