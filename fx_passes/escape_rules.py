@@ -163,9 +163,8 @@ def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
 
 def _moved(region: MoERegion) -> frozenset[fx.Node]:
     """Views and rearranged copies of the ids, of what is gathered and of parameters, which the region reads."""
-    gathered = (value.source for value in (*region.body.of(Gathered), *region.body.of(SlotGathered)))
     parameters = (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)
-    sources = {region.ids_TK, *gathered, *parameters}
+    sources = {region.ids_TK, *_gathered(region), *parameters}
     moved: set[fx.Node] = set()
     for reader in region.inner | region.routing | region.body.nodes:
         for node in reader.all_input_nodes:
@@ -173,6 +172,10 @@ def _moved(region: MoERegion) -> frozenset[fx.Node]:
             if chain and arg(chain[-1], 0, "input") in sources:
                 moved.update(chain)
     return frozenset(moved)
+
+
+def _gathered(region: MoERegion) -> Iterator[fx.Node]:
+    yield from (value.source for value in (*region.body.of(Gathered), *region.body.of(SlotGathered)))
 
 
 def _moves(node: Any) -> Iterator[fx.Node]:
@@ -192,6 +195,7 @@ _MOVES = frozenset(
 
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield from sources_of_ids(region.ids_TK)
+    yield from _gathered(region)
     yield from _moved(region)
     yield from region.routing
     yield from (source for node in region.routing for source in node.all_input_nodes)

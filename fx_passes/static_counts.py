@@ -4,7 +4,7 @@ torch.bincount(ids.flatten(), minlength=E)     becomes     torch.zeros(E).index_
 
 Dynamo can't know the length of the first, which depends on the largest id; we do, where all ids are below E. A loss or
 a running count that is computed beside the experts then stays in the graph with them. Where no experts are rewritten
-the frame is traced again, and the graph breaks there as it does for Dynamo alone.
+the frame is traced again, and the graph breaks there as it does for Dynamo alone, unless that captures it whole.
 """
 
 import torch
@@ -27,8 +27,8 @@ def fix_lengths(graph: fx.Graph) -> set[int]:
         counts, lengths = fact(node), _lengths(node)
         if not isinstance(counts, Counts) or not ids_are_below(counts.ids, counts.num_classes):
             continue
-        is_assumed = bool(events_of(node)) and not (loops_of(node) or guards_of(node))
-        if lengths is not None and is_assumed and _is_read_as_tensor(node):
+        always_runs = not (loops_of(node) or guards_of(node))
+        if lengths is not None and always_runs and _is_read_as_tensor(node):
             events.update(events_of(node))
             _replace(node, counts, lengths)
     return events

@@ -304,7 +304,7 @@ class RestartsHalfWay(Loop):
 MISSES = (
     NearMiss("hit_start_has_two_names", "accumulator_is_not_read_inside", StartHasTwoNames),
     NearMiss("range_partly_in_place", "additions_follow_each_other", PartlyInPlace),
-    NearMiss("range_aliases_input", "accumulator_may_be_added_to", AliasesInput),
+    NearMiss("range_aliases_input", "accumulator_is_not_read_inside", AliasesInput),
     NearMiss("hit_aliases_input", "accumulator_may_be_added_to", AliasesInputHit),
     NearMiss("range_read_inside", "bodies_are_isomorphic", ReadInside),
     NearMiss("hit_read_inside", "bodies_are_isomorphic", ReadInsideHit),

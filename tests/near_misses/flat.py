@@ -266,6 +266,19 @@ class FlatWeightsWritten(MaskLoop):
         return out
 
 
+class FlatSourceWritten(FlatLoop):
+    """What the rows were copied from is written to by another name, and not read elsewhere."""
+
+    def rows_of_slots(self, x, ids):
+        x = x * 1
+        flat, rows = ids.view(-1), self.repeated(x)
+        y = self.start(rows)
+        for e in self.numbers():
+            y[flat == e] = self.experts[e](rows[flat == e])
+            x.detach().mul_(0.5)
+        return y
+
+
 WRITTEN = "nothing_is_written_inside"
 ZEROS, SUMMED = "accumulator_may_be_added_to", "slots_of_a_token_are_summed"
 
@@ -290,6 +303,7 @@ MISSES = (
     NearMiss("paired_read_between", "no_intermediate_escapes", PairedReadBetween),
     NearMiss("copied_by_token", "assignments_overwrite_nothing", CopiedByToken),
     NearMiss("flat_rows_written", WRITTEN, FlatRowsWritten),
+    NearMiss("flat_source_written", WRITTEN, FlatSourceWritten),
     NearMiss("flat_ids_written", WRITTEN, FlatIdsWritten),
     NearMiss("flat_weights_written", WRITTEN, FlatWeightsWritten),
 )

@@ -48,7 +48,8 @@ class Dispatcher:
 
     def combine(self, outputs):
         rows = torch.cat(outputs, 0).mul(self.weights)
-        zeros = torch.zeros(self.gates.size(0), outputs[-1].size(1), requires_grad=True, device=rows.device)
+        shape, device = (self.gates.size(0), outputs[-1].size(1)), rows.device
+        zeros = torch.zeros(shape, requires_grad=True, dtype=torch.float32, device=device)
         return zeros.index_add(0, self.tokens, rows.float())
 
 
@@ -86,14 +87,14 @@ class NoisyTopK(nn.Module):
     def __init__(self, expert=Expert):
         super().__init__()
         self.experts = nn.ModuleList([expert() for _ in range(E)])
-        self.w_gate = nn.Parameter(torch.zeros(D, E))
-        self.w_noise = nn.Parameter(torch.zeros(D, E))
+        self.gate_clean = nn.Parameter(torch.zeros(D, E))
+        self.gate_noise = nn.Parameter(torch.zeros(D, E))
 
     def logits(self, x):
-        clean = x @ self.w_gate
+        clean = x @ self.gate_clean
         if not self.noisy or not self.training:
             return clean
-        return clean + torch.randn_like(clean) * (F.softplus(x @ self.w_noise) + 1e-2)
+        return clean + torch.randn_like(clean) * (F.softplus(x @ self.gate_noise) + 1e-2)
 
     def top_gates(self, logits):
         top, ids = logits.topk(K + 1, dim=1)
@@ -105,9 +106,9 @@ class NoisyTopK(nn.Module):
         return torch.zeros_like(logits, requires_grad=True).scatter(1, ids, top)
 
     def loss(self, gates):
-        """How unevenly the experts are used, by gates and by tokens."""
+        """How unevenly the experts are used, by gates and by tokens; the same for each gate."""
         by_gates, by_tokens = (use.float().std() / use.float().mean() for use in (gates.sum(0), (gates > 0).sum(0)))
-        return by_gates + by_tokens
+        return (by_gates + by_tokens).expand_as(gates)
 
     def forward(self, hidden_states):
         x = hidden_states.reshape(-1, D)
@@ -116,7 +117,8 @@ class NoisyTopK(nn.Module):
         dispatcher = self.dispatcher(gates)
         inputs = dispatcher.dispatch(x)
         outputs = [self.experts[e](inputs[e]) for e in range(E)]
-        return dispatcher.combine(outputs).view(hidden_states.shape), loss
+        out = dispatcher.combine(outputs).view(hidden_states.shape)
+        return out.to(x.dtype), loss
 
 
 class Noisy(NoisyTopK):
