@@ -18,7 +18,7 @@ from fx_passes.facts import fact, selected
 from fx_passes.gate_slots import gate_slots
 from fx_passes.ids import ids_are_distinct, num_tokens, sources_of_ids
 from fx_passes.ops import arg, draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, written
-from fx_passes.region import MoERegion, Rejected
+from fx_passes.region import LoopRegion, MoERegion, Rejected
 from fx_passes.statements import Counts, Hit, Listed
 
 
@@ -178,6 +178,12 @@ def _gathered(region: MoERegion) -> Iterator[fx.Node]:
     yield from (value.source for value in (*region.body.of(Gathered), *region.body.of(SlotGathered)))
 
 
+def _starts(region: MoERegion) -> Iterator[fx.Node]:
+    """What the output goes on from without writing to it, which rewritten code reads last."""
+    starts = (region.addend, region.base if isinstance(region, LoopRegion) else None)
+    yield from (node for node in starts if node is not None and node not in region.holders)
+
+
 def _moves(node: Any) -> Iterator[fx.Node]:
     """`node` and what it was made of, as long as each only moves or repeats the entries of the one before."""
     while isinstance(node, fx.Node) and op_name(node) in _MOVES and not is_inplace(node):
@@ -196,6 +202,7 @@ _MOVES = frozenset(
 def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield from sources_of_ids(region.ids_TK)
     yield from _gathered(region)
+    yield from _starts(region)
     yield from _moved(region)
     yield from region.routing
     yield from (source for node in region.routing for source in node.all_input_nodes)

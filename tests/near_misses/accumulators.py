@@ -19,6 +19,20 @@ class StartHasTwoNames(Loop):
         return out + seen.view_as(out).cos()
 
 
+class StartWritten(Loop):
+    """Additions that aren't in place start from a tensor that is written to before they have ended."""
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, _ = self.begin(hidden_states)
+        start = x * 2
+        out = start
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out = out.index_add(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+            start.detach().mul_(0.5)
+        return out + start.sin()
+
+
 class PartlyInPlace(Loop):
     """The first addition writes to the start, which is read after the loop; the others don't."""
 
@@ -303,6 +317,7 @@ class RestartsHalfWay(Loop):
 
 MISSES = (
     NearMiss("hit_start_has_two_names", "accumulator_is_not_read_inside", StartHasTwoNames),
+    NearMiss("range_start_written", "nothing_is_written_inside", StartWritten),
     NearMiss("range_partly_in_place", "additions_follow_each_other", PartlyInPlace),
     NearMiss("range_aliases_input", "accumulator_is_not_read_inside", AliasesInput),
     NearMiss("hit_aliases_input", "accumulator_may_be_added_to", AliasesInputHit),
