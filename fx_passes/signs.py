@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.aliasing import storage_of, writers_of
+from fx_passes.aliasing import writers_of
 from fx_passes.ops import ZEROS, arg, fake_tensor, op_name
 
 _NEVER_NEGATIVE = frozenset("softmax sigmoid relu exp square abs softplus rand one_hot ones ones_like".split()) | ZEROS
@@ -21,7 +21,7 @@ def is_nonnegative(value: Any) -> bool:
     """Whether no entry of `value`, a node or a number, can be below zero."""
     if isinstance(value, (int, float)):
         return value >= 0
-    if not isinstance(value, fx.Node) or (fake_tensor(value) is not None and any(writers_of(storage_of(value)))):
+    if not isinstance(value, fx.Node) or (fake_tensor(value) is not None and any(writers_of(value))):
         return False
     name, source = op_name(value), arg(value, 0, "input")
     if name in _NEVER_NEGATIVE:

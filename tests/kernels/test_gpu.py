@@ -6,6 +6,7 @@ T tokens, K experts per token, N = T * K slots, E experts, D model width, F expe
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -28,6 +29,12 @@ from scatter_ops.cuda.operands import Routing, Rows
 pytestmark = pytest.mark.gpu
 
 NEEDS = [True, True, True, False, True, False, False, False]
+
+
+def require_hopper(launcher: ModuleType) -> None:
+    """Other GPUs, and a Triton whose Gluon is another one, have the portable kernels alone: nothing to compare."""
+    if torch.cuda.get_device_capability() != (9, 0) or launcher.hopper is None:
+        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
 
 
 class Layer(NamedTuple):
@@ -177,8 +184,7 @@ def test_tiles_of_every_size(tokens: int, dtype: torch.dtype, poisoned_memory):
 def test_hopper_kernels_are_as_exact_as_the_portable_ones(
     dtype: torch.dtype, layout: str, transposed: bool, poisoned_memory
 ):
-    if torch.cuda.get_device_capability() != (9, 0) or glu_backward.hopper is None:
-        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    require_hopper(glu_backward)
     samples = []
     for seed in range(MIN_SEEDS):
         inputs = layer(T=1024, E=4, D=512, F=320, dtype=dtype, seed=seed)
@@ -202,8 +208,7 @@ def test_hopper_kernel_gives_the_activation_that_the_portable_one_gives(
     save_h: bool, grouped: bool, layout: str, transposed: bool, poisoned_memory
 ):
     """The same sums in the same order, and the same rounding: bitwise, rows of sentinels included."""
-    if torch.cuda.get_device_capability() != (9, 0) or glu_forward.hopper is None:
-        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    require_hopper(glu_forward)
     inputs = layer(T=3000, E=5, K=2, D=512, F=320)
     inputs.topk_ids[::7, 0] = 1000
     weights = in_layout(inputs, layout, transposed)
@@ -233,8 +238,7 @@ def test_hopper_kernel_gives_the_products_that_the_portable_one_gives(
     divisor: int, listed: bool, transposed: bool, num_ways: int, poisoned_memory
 ):
     """Bitwise, rows of sentinels included; one expert has no rows, one few. Two ways follow one another along k."""
-    if torch.cuda.get_device_capability() != (9, 0) or grouped_gemm.hopper is None:
-        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    require_hopper(grouped_gemm)
     routing = uneven_routing()
     x = torch.randn(4000 if divisor else 8000, num_ways * 192, device="cuda", dtype=torch.bfloat16)
 
@@ -262,8 +266,7 @@ def test_hopper_kernel_gives_the_weight_gradients_that_the_portable_one_gives(
     p_size: int, q_size: int, poisoned_memory
 ):
     """Bitwise; one expert has no rows, one fewer than a step, and nobody reads the rows of sentinels."""
-    if torch.cuda.get_device_capability() != (9, 0) or weight_grad.hopper is None:
-        pytest.skip("needs Hopper, and the Gluon that its kernels are written in")
+    require_hopper(weight_grad)
     routing = uneven_routing()
     left, right = (torch.randn(8000, size, device="cuda", dtype=torch.bfloat16) for size in (p_size, q_size))
     left[routing.offsets_E[-1] :] = torch.nan
