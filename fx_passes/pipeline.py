@@ -13,17 +13,17 @@ from torch import fx
 
 from fx_passes.capture import events_of, without_events
 from fx_passes.forms import FORMS
-from fx_passes.leaves import changes_nothing, is_leaf
-from fx_passes.lengths import sum_masks
-from fx_passes.loop_invariant import is_left_for_ours
-from fx_passes.mode_rules import switches_grad_mode
-from fx_passes.products_in_place import put_products_in_place
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
-from fx_passes.rewrite import rewrite
-from fx_passes.segment_writes import put_together, written_by_segment
-from fx_passes.static_counts import fix_lengths
-from fx_passes.verify import verify
+from fx_passes.rewriting.leaves import changes_nothing, is_leaf
+from fx_passes.rewriting.lengths import sum_masks
+from fx_passes.rewriting.loop_invariant import is_left_for_ours
+from fx_passes.rewriting.products_in_place import put_products_in_place
+from fx_passes.rewriting.rewrite import rewrite
+from fx_passes.rewriting.segment_writes import put_together, written_by_segment
+from fx_passes.rewriting.static_counts import fix_lengths
+from fx_passes.rules.modes import switches_grad_mode
+from fx_passes.rules.verify import verify
 
 log = logging.getLogger("scatter_moe")
 

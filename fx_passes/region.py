@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fx_passes.body import Body
-from fx_passes.ops import is_inplace
-from fx_passes.statements import Mask
-from fx_passes.unify import NotIsomorphic, UnknownOperation
+from fx_passes.body.unify import NotIsomorphic, UnknownOperation
+from fx_passes.body.values import Body
+from fx_passes.facts.statements import Mask
+from fx_passes.graph.ops import is_inplace
 
 
 class Rejected(Exception):

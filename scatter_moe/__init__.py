@@ -10,9 +10,9 @@ from importlib.metadata import entry_points
 
 from torch._dynamo import register_backend
 
-from fx_passes.backend import backend, install
-from fx_passes.pre_grad import pre_grad_pass
-from fx_passes.prepared import prepare
+from fx_passes.entry.backend import backend, install
+from fx_passes.entry.pre_grad import pre_grad_pass
+from fx_passes.entry.prepared import prepare
 from scatter_moe import routers
 from scatter_moe.attention import KVCache, MixtureOfAttention
 from scatter_moe.dispatch import Dispatch

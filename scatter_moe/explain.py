@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fx_passes.backend import backend_for_report
+from fx_passes.entry.backend import backend_for_report
 from fx_passes.region import Rejection
 from fx_passes.report import RegionReport, Report, collecting
 from scatter_moe.transformers.own_path import notes_on

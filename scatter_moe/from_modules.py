@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fx_passes.expert_module import ExpertModule, Projection, recognise_expert
+from fx_passes.modules.expert_module import ExpertModule, Projection, recognise_expert
 from scatter_moe.dispatch import Dispatch
 
 

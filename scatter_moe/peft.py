@@ -5,7 +5,7 @@ large as the weights of all experts, with a gradient as large again, which Dynam
 other ways of giving the experts the same weights:
 
     the experts are those of transformers, on the implementation "scatter_moe": they get W and the factors
-    the backend traces the frame: they get `torch.baddbmm(W, L, R)`, which the rewrite takes apart (fx_passes/low_rank)
+    the backend traces the frame: they get `torch.baddbmm(W, L, R)`, which the rewrite takes apart (body/low_rank)
 
 Everything else about peft stays as it is: parameters, their names, checkpoints, merging. Where a wrapper does something
 that no line here speaks of, peft's own forward runs.
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fx_passes.gate import has_hooks
-from fx_passes.hook import is_captured
+from fx_passes.entry.hook import is_captured
+from fx_passes.modules.gate import has_hooks
 from scatter_moe.after_import import after_import
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from fx_passes.expert_stacks import stack, why_not
+from fx_passes.modules.expert_stacks import stack, why_not
 from scatter_moe.parameters import expert_modules
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -20,7 +20,8 @@ import torch
 
 os.environ["SCATTER_MOE_RAISE_FAULTS"] = "1"
 
-from fx_passes import loop_rules, verify
+from fx_passes.rules import loop as loop_rules
+from fx_passes.rules import verify
 from tests.backend.harness import assert_same, compile_ours, fresh_dynamo, observe, rewritten
 from tests.near_misses import NEAR_MISSES, NearMiss
 from tests.zoo import hidden_states

@@ -9,9 +9,9 @@ from torch import fx
 from fx_passes.batched.inputs import resolve
 from fx_passes.batched.row_graph import RowGraph, features_of
 from fx_passes.batched.rows import Input, Labels, Rows, Seen, Total, are_tokens
-from fx_passes.body import Gathered, PerExpert, SlotGathered, Value
+from fx_passes.body.values import Gathered, PerExpert, SlotGathered, Value
+from fx_passes.graph.views import View
 from fx_passes.region import Rejected
-from fx_passes.views import View
 
 Operand = tuple[str, Seen | None]
 """The letters of an operand, and what it is."""

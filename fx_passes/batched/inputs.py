@@ -11,10 +11,10 @@ from torch import fx
 
 from fx_passes.batched.row_graph import RowGraph
 from fx_passes.batched.rows import PARTS, Input, Labels
-from fx_passes.body import Gathered, PerExpert, SlotGathered, Value
-from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.body.values import Gathered, PerExpert, SlotGathered, Value
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.graph.views import Dim, View, views_of
 from fx_passes.region import Rejected
-from fx_passes.views import Dim, View, views_of
 
 _INDEXED: dict[tuple[Dim, ...], Labels] = {((0,), (1,)): ("T", "K"), ((0, 1),): ("N",), ((0,),): ("N",)}
 

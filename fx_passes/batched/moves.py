@@ -5,8 +5,8 @@ from torch import fx
 
 from fx_passes.batched.row_graph import RowGraph, features_of
 from fx_passes.batched.rows import Labels, Rows, in_parts
-from fx_passes.body import Op
-from fx_passes.ops import arg, fake_tensor, known_tensor, normalized_dim, op_name, same_size, same_sizes, varargs
+from fx_passes.body.values import Op
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, normalized_dim, op_name, same_size, same_sizes, varargs
 from fx_passes.region import Rejected
 
 MOVES = frozenset("view reshape flatten unflatten squeeze unsqueeze permute transpose swapaxes getitem".split())

@@ -10,10 +10,10 @@ from fx_passes.batched.inputs import lined_up, repeats_tokens, resolve
 from fx_passes.batched.moves import refused
 from fx_passes.batched.row_graph import RowGraph, features_of
 from fx_passes.batched.rows import Input, Labels, Rows, Seen
-from fx_passes.body import Gathered, PerExpert, SlotGathered, Value
-from fx_passes.ops import arg, fake_tensor, known_tensor, normalized_dim
+from fx_passes.body.values import Gathered, PerExpert, SlotGathered, Value
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, normalized_dim
 from fx_passes.region import Rejected
-from fx_passes.row_wise import NORMS, POINTWISE
+from fx_passes.rules.row_wise import NORMS, POINTWISE
 
 ALONG_DIM = {"chunk": 2, "split": 2, "softmax": 1}
 """The place of the argument `dim`."""

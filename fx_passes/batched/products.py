@@ -7,10 +7,10 @@ from torch import fx
 from fx_passes.batched.inputs import padded, resolve
 from fx_passes.batched.row_graph import RowGraph, features_of
 from fx_passes.batched.rows import Input, Labels, Rows, Seen
-from fx_passes.body import Gathered, PerExpert, Value
-from fx_passes.ops import known_tensor, op_name
+from fx_passes.body.values import Gathered, PerExpert, Value
+from fx_passes.graph.ops import known_tensor, op_name
+from fx_passes.graph.views import View
 from fx_passes.region import Rejected
-from fx_passes.views import View
 
 
 def product(graph: RowGraph, node: fx.Node, left: Seen | None, right: Seen | None) -> Rows:

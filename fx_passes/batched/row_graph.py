@@ -11,8 +11,8 @@ from torch import fx
 from torch.nn import functional as F
 
 from fx_passes.batched.rows import Labels
-from fx_passes.body import Op, PerExpert, Shared, Value, map_values
-from fx_passes.ops import example, known_tensor, op_name
+from fx_passes.body.values import Op, PerExpert, Shared, Value, map_values
+from fx_passes.graph.ops import example, known_tensor, op_name
 from fx_passes.region import Rejected
 
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fx_passes.body import Value
-from fx_passes.statements import TOKENS_BY_BATCH
-from fx_passes.views import View
+from fx_passes.body.values import Value
+from fx_passes.facts.statements import TOKENS_BY_BATCH
+from fx_passes.graph.views import View
 
 Labels = tuple[str, ...]
 SLOTS: tuple[Labels, ...] = (("N",), ("T", "K"))

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.aliasing import allocates
 from fx_passes.batched.moves import refused
 from fx_passes.batched.row_graph import RowGraph, features_of
 from fx_passes.batched.rows import Labels, Rows, Seen, Total, are_tokens
-from fx_passes.loop_rules import asks_for_metadata
-from fx_passes.ops import arg, is_inplace, known_tensor, normalized_dim, op_name, same_size, sizes_of
+from fx_passes.graph.aliasing import allocates
+from fx_passes.graph.ops import arg, is_inplace, known_tensor, normalized_dim, op_name, same_size, sizes_of
+from fx_passes.graph.row_index import have_one_width
+from fx_passes.graph.views import Dim, repeated_numbers
 from fx_passes.region import Rejected
-from fx_passes.row_index import have_one_width
-from fx_passes.views import Dim, repeated_numbers
+from fx_passes.rules.loop import asks_for_metadata
 
 ADDITIONS = frozenset("index_add index_add_ scatter_add scatter_add_".split())
 _TOKENS: dict[Labels, Dim] = {("M",): ("t", 0), ("N",): ("r", 0)}

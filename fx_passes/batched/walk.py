@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.aliasing import inplace_users, is_read_before
 from fx_passes.batched.einsum import einsum, equation_of
 from fx_passes.batched.inputs import gathered, is_gathered, repeats_tokens
 from fx_passes.batched.moves import MOVES, moved
@@ -14,10 +13,11 @@ from fx_passes.batched.products import product
 from fx_passes.batched.row_graph import RowGraph, features_of
 from fx_passes.batched.rows import Input, Labels, Rows, Seen
 from fx_passes.batched.totals import ADDITIONS, added_up, summed
-from fx_passes.body import Body, SlotGathered, Value, children
-from fx_passes.ops import arg, fake_tensor, is_inplace, known_tensor, op_name
+from fx_passes.body.values import Body, SlotGathered, Value, children
+from fx_passes.graph.aliasing import inplace_users, is_read_before
+from fx_passes.graph.ops import arg, fake_tensor, is_inplace, known_tensor, op_name
+from fx_passes.graph.views import step, views_of
 from fx_passes.region import Rejected
-from fx_passes.views import step, views_of
 
 _MATRIX_PRODUCTS = frozenset(("bmm", "matmul"))
 _RESHAPES = MOVES - {"getitem"}

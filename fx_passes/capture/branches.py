@@ -13,8 +13,8 @@ from fx_passes.capture.events import Guard, Scope
 from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.python_state import snapshot
 from fx_passes.capture.variables import is_open
-from fx_passes.markers import Expert, expert_of, experts_of_each
-from fx_passes.ops import arg, op_name
+from fx_passes.graph.markers import Expert, expert_of, experts_of_each
+from fx_passes.graph.ops import arg, op_name
 
 _STRAIGHT = frozenset(("NOP", "CACHE", "EXTENDED_ARG", "NOT_TAKEN"))
 _STRAIGHT_JUMPS = frozenset(("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE"))

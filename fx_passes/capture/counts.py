@@ -16,15 +16,15 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import NumpyNdarrayVariable, SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
-from fx_passes.aliasing import writers_of
 from fx_passes.capture.events import Event, Scope, tag
 from fx_passes.capture.variables import rank_of
 from fx_passes.facts import fact
-from fx_passes.ids import gated_ids, ids_are_below, ids_are_distinct, listings_of_gates
-from fx_passes.markers import expert_count
-from fx_passes.ops import known_tensor
-from fx_passes.statements import Counts, Mask
-from fx_passes.totals import total_of
+from fx_passes.facts.ids import gated_ids, ids_are_below, ids_are_distinct, listings_of_gates
+from fx_passes.facts.statements import Counts, Mask
+from fx_passes.facts.totals import total_of
+from fx_passes.graph.aliasing import writers_of
+from fx_passes.graph.markers import expert_count
+from fx_passes.graph.ops import known_tensor
 
 _NODES_BACK = 64
 """How many nodes back to look for the counts that a number is made of."""

@@ -14,9 +14,9 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
 from fx_passes.capture.counts import is_of_experts
 from fx_passes.facts import fact
-from fx_passes.ops import arg, op_name
-from fx_passes.statements import Mask, Occupied
-from fx_passes.totals import Total, total_of
+from fx_passes.facts.statements import Mask, Occupied
+from fx_passes.facts.totals import Total, total_of
+from fx_passes.graph.ops import arg, op_name
 
 _SAMPLES = (1, 2, 3, 1000, 10**9)
 _SIZE = sympy.Symbol("size", integer=True)

@@ -11,7 +11,7 @@ from torch._guards import CompileContext
 
 from fx_passes.capture.python_state import Snapshot
 from fx_passes.capture.stand_in import StandIn
-from fx_passes.markers import Expert, expert_parameter
+from fx_passes.graph.markers import Expert, expert_parameter
 from fx_passes.region import Rejection
 
 _EVENTS = "scatter_moe_events"

@@ -20,7 +20,7 @@ from fx_passes.capture.events import Scope
 from fx_passes.capture.python_state import shows_all
 from fx_passes.capture.stand_in import is_module_list, length_of, stand_in_for
 from fx_passes.capture.variables import call_in_graph, unbound
-from fx_passes.markers import each_expert, mark_expert, select_expert
+from fx_passes.graph.markers import each_expert, mark_expert, select_expert
 
 _FEWEST = 2
 _DYNAMO = "torch._dynamo."

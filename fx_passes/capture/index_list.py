@@ -16,8 +16,8 @@ from torch._dynamo.variables.tensor import TensorVariable
 from fx_passes.capture.events import tag
 from fx_passes.capture.variables import call_in_graph, rank_of
 from fx_passes.facts import fact
-from fx_passes.markers import index_list
-from fx_passes.statements import Hit, Rows
+from fx_passes.facts.statements import Hit, Rows
+from fx_passes.graph.markers import index_list
 
 
 class IndexListVariable(ListVariable):

@@ -12,7 +12,7 @@ from fx_passes.capture.events import Scope
 from fx_passes.capture.index_list import index_by_tensors
 from fx_passes.capture.stand_in import is_module_list, length_of, stand_in_for
 from fx_passes.capture.variables import call_in_graph, expert_of_variable, is_full_slice, rank_of, unbound
-from fx_passes.markers import Expert, experts_of_each, index_with_expert, mark_expert, select_expert
+from fx_passes.graph.markers import Expert, experts_of_each, index_with_expert, mark_expert, select_expert
 
 
 def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:

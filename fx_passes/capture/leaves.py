@@ -1,6 +1,6 @@
 """`torch.zeros(..., requires_grad=True)`: plain zeros, under the assumption that their gradient is nobody's.
 
-See `fx_passes.leaves`, which tells where that holds.
+See `fx_passes.rewriting.leaves`, which tells where that holds.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture.events import tag
-from fx_passes.leaves import mark_leaf
+from fx_passes.rewriting.leaves import mark_leaf
 
 
 def zeros(

@@ -17,11 +17,11 @@ from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.stand_in import replace_parameters
 from fx_passes.capture.variables import expert_of_variable, has_open_length, rank_of
 from fx_passes.facts import fact
-from fx_passes.ids import classes_that_occur
-from fx_passes.markers import current_expert, mark_expert
-from fx_passes.ops import fake_tensor
-from fx_passes.statements import Hit
-from fx_passes.totals import total_of
+from fx_passes.facts.ids import classes_that_occur
+from fx_passes.facts.statements import Hit
+from fx_passes.facts.totals import total_of
+from fx_passes.graph.markers import current_expert, mark_expert
+from fx_passes.graph.ops import fake_tensor
 
 
 def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size, sta
 
 from fx_passes.capture.counts import Counted, counted_expression, expression
 from fx_passes.capture.events import Scope, tag
-from fx_passes.markers import experts_hit
+from fx_passes.graph.markers import experts_hit
 
 
 class PartsVariable(ListVariable):

@@ -18,9 +18,9 @@ from fx_passes.capture.counts import Counted, as_bound, expression
 from fx_passes.capture.events import tag
 from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.variables import rank_of
-from fx_passes.ids import listings_of_gates
-from fx_passes.markers import expert_cat, expert_places, expert_segment
-from fx_passes.ops import known_tensor, same_size
+from fx_passes.facts.ids import listings_of_gates
+from fx_passes.graph.markers import expert_cat, expert_places, expert_segment
+from fx_passes.graph.ops import known_tensor, same_size
 
 
 def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:

@@ -25,11 +25,11 @@ from fx_passes.capture.opaque import tells_apart
 from fx_passes.capture.python_state import shows_all
 from fx_passes.capture.stand_in import StandIn, guard_every_expert, is_left_in
 from fx_passes.facts import selected
+from fx_passes.facts.statements import Mask
 from fx_passes.faults import own_code
-from fx_passes.ops import arg, example, fake_tensor, op_name
+from fx_passes.graph.ops import arg, example, fake_tensor, op_name
 from fx_passes.region import Rejection
 from fx_passes.report import innermost_source, record_rejections, source_line
-from fx_passes.statements import Mask
 
 _ROUTING = frozenset(("topk", "one_hot", "argmax", "max", "sort", "argsort"))
 

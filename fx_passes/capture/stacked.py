@@ -1,4 +1,4 @@
-"""Experts whose tensors lie in one buffer a name (`fx_passes.expert_stacks`), in a graph.
+"""Experts whose tensors lie in one buffer a name (`fx_passes.modules.expert_stacks`), in a graph.
 
 Each buffer is one input, which a call right before the graph makes. One guard on the list stands for those on all
 experts but the first.
@@ -12,8 +12,8 @@ from torch._dynamo.guards import GuardBuilder, GuardManagerType
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import ChainedSource, Guard, Source, dataclass_with_cached_hash
 
-from fx_passes.expert_stacks import ExpertStack, stack_of, stacked
-from fx_passes.likeness import Path
+from fx_passes.modules.expert_stacks import ExpertStack, stack_of, stacked
+from fx_passes.modules.likeness import Path
 
 
 @dataclass_with_cached_hash(frozen=True)

@@ -26,10 +26,10 @@ from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._guards import ChainedSource, Guard, Source, dataclass_with_cached_hash
 
 from fx_passes.capture.stacked import guard_stack, read_buffer
-from fx_passes.expert_stacks import ExpertStack, stack_of
-from fx_passes.hook_guards import is_on_hooks, without_hooks
-from fx_passes.likeness import Path, are_alike, copy_without_identity, parts_of, tensor_at
-from fx_passes.markers import expert_parameter
+from fx_passes.entry.hook_guards import is_on_hooks, without_hooks
+from fx_passes.graph.markers import expert_parameter
+from fx_passes.modules.expert_stacks import ExpertStack, stack_of
+from fx_passes.modules.likeness import Path, are_alike, copy_without_identity, parts_of, tensor_at
 
 _numbers = itertools.count()
 
@@ -186,7 +186,7 @@ def guard_every_expert(output: Any, stand_ins: list[StandIn]) -> None:
 def _checks_an_expert(guard: Guard) -> bool:
     """Whether `guard` on a stand-in must hold for each expert.
 
-    The inputs that took the place of its tensors have guards of their own. For hooks see `fx_passes.hook_guards`.
+    The inputs that took the place of its tensors have guards of their own. For hooks see `fx_passes.entry.hook_guards`.
     """
     return guard.inner_create_fn() not in (GuardBuilder.TENSOR_MATCH, GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT)
 

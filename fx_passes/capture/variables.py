@@ -10,8 +10,8 @@ from torch._dynamo.variables.lists import ListVariable, SliceVariable, TupleVari
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fx_passes.markers import Expert, expert_of
-from fx_passes.ops import arg, example, op_name
+from fx_passes.graph.markers import Expert, expert_of
+from fx_passes.graph.ops import arg, example, op_name
 
 
 def expert_of_variable(variable: Any) -> Expert | None:

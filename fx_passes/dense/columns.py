@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.aliasing import writers_of
 from fx_passes.facts import fact
-from fx_passes.ids import is_single_choice
-from fx_passes.ops import (
+from fx_passes.facts.ids import is_single_choice
+from fx_passes.facts.statements import Mask, with_one_token_dim
+from fx_passes.graph.aliasing import writers_of
+from fx_passes.graph.ops import (
     CASTS,
     ZEROS,
     arg,
@@ -27,8 +28,7 @@ from fx_passes.ops import (
     op_name,
     start_of_one,
 )
-from fx_passes.statements import Mask, with_one_token_dim
-from fx_passes.views import Dim, views_of
+from fx_passes.graph.views import Dim, views_of
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import fx
 
 from fx_passes.dense.columns import Weights
 from fx_passes.dense.sums import Mixture, is_product, stacked
-from fx_passes.numbering import numbers_rows
-from fx_passes.ops import CASTS, arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size
-from fx_passes.views import Dim, View, views_of
+from fx_passes.graph.numbering import numbers_rows
+from fx_passes.graph.ops import CASTS, arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size
+from fx_passes.graph.views import Dim, View, views_of
 
 Labels = tuple[str, ...]
 """What each dim counts: "0", "1", ... tokens, "E" experts or those that were chosen, "D" features."""

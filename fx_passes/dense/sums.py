@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.aliasing import allocates
 from fx_passes.dense.columns import Column, Weights, column_of, masked, tokens_of_expert
-from fx_passes.ids import is_single_choice
-from fx_passes.ops import (
+from fx_passes.facts.ids import is_single_choice
+from fx_passes.graph.aliasing import allocates
+from fx_passes.graph.ops import (
     CASTS,
     ZEROS,
     arg,
@@ -26,7 +26,7 @@ from fx_passes.ops import (
     same_sizes,
     sizes_of,
 )
-from fx_passes.views import views_of
+from fx_passes.graph.views import views_of
 
 _SUMS = frozenset(("add", "iadd", "add_"))
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"))

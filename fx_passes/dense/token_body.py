@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from fx_passes.batched.row_graph import RowGraph
-from fx_passes.body import (
+from fx_passes.body.unify import Unifier
+from fx_passes.body.values import (
     Body,
     Gathered,
     Op,
@@ -20,10 +21,9 @@ from fx_passes.body import (
     nested_values,
     rank,
 )
-from fx_passes.ops import fake_tensor, known_tensor, normalized_dim, same_size
+from fx_passes.graph.ops import fake_tensor, known_tensor, normalized_dim, same_size
 from fx_passes.region import Rejected, mismatches_rejected
-from fx_passes.row_wise import ALONG_DIM, DIM_ARGUMENT, MATMUL, NORMS, POINTWISE, REDUCTIONS, RESHAPES
-from fx_passes.unify import Unifier
+from fx_passes.rules.row_wise import ALONG_DIM, DIM_ARGUMENT, MATMUL, NORMS, POINTWISE, REDUCTIONS, RESHAPES
 
 
 def token_body(outputs: tuple[fx.Node, ...], experts: tuple[int, ...]) -> tuple[Body, frozenset[fx.Node]]:

@@ -1,7 +1,7 @@
 """What routing tensors mean.
 
 A naive MoE loop hides its routing in tensor algebra: one_hot, permute, sum, `> 0`, nonzero, where. `fact(node)` reads
-that algebra back and answers with a statement (`fx_passes.statements`), or None where it knows nothing.
+that algebra back and answers with a statement (`fx_passes.facts.statements`), or None where it knows nothing.
 
 Each file has the rules of one kind of operation; a rule gets a node and what is known of its first operand.
 """

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from fx_passes.aliasing import writers_of
+from fx_passes.facts.gate_slots import ids_that_are_counted
+from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import flat_ids
-from fx_passes.gate_slots import ids_that_are_counted
-from fx_passes.ids import ids_dims, num_columns
-from fx_passes.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
-from fx_passes.statements import Counts, Fact, Kept, Mask, Occupied, OneHot
+from fx_passes.facts.statements import Counts, Fact, Kept, Mask, Occupied, OneHot
+from fx_passes.graph.aliasing import writers_of
+from fx_passes.graph.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
 
 _EXACT_BYTES = 4
 """Numbers of this size hold every count."""

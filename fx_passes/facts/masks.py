@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.ids import ids_dims, is_single_choice, rows_as_ids
-from fx_passes.markers import Expert, expert_of, experts_of_each
-from fx_passes.ops import (
+from fx_passes.facts.ids import ids_dims, is_single_choice, rows_as_ids
+from fx_passes.facts.statements import TOKENS_BY_BATCH, Fact, Kept, Listed, ListedMask, Mask, OneHot
+from fx_passes.graph.markers import Expert, expert_of, experts_of_each
+from fx_passes.graph.ops import (
     arg,
     fake_tensor,
     keeps_last_dim,
@@ -25,7 +26,6 @@ from fx_passes.ops import (
     start_of_one,
     varargs,
 )
-from fx_passes.statements import TOKENS_BY_BATCH, Fact, Kept, Listed, ListedMask, Mask, OneHot
 
 
 def _one_hot(node: fx.Node, _inner: Fact | None) -> Fact | None:

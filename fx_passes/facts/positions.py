@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import fx
 
+from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import by_token, permute, squeeze, transpose
-from fx_passes.ids import ids_dims, num_columns
-from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes
-from fx_passes.statements import (
+from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
     Counts,
     Fact,
@@ -27,7 +26,8 @@ from fx_passes.statements import (
     SlotOf,
     with_one_token_dim,
 )
-from fx_passes.views import is_transposed
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes
+from fx_passes.graph.views import is_transposed
 
 
 def _nonzero(node: fx.Node, inner: Fact | None) -> Fact | None:

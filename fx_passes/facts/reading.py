@@ -6,10 +6,8 @@ import torch
 from torch import fx
 
 from fx_passes.facts import counts, masks, positions
-from fx_passes.markers import expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
-from fx_passes.ops import arg, fake_tensor, op_name
-from fx_passes.slots import Order, Tokens, order_of, slot_fact
-from fx_passes.statements import (
+from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
+from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
     Counts,
     Fact,
@@ -23,6 +21,8 @@ from fx_passes.statements import (
     SlotOf,
     with_one_token_dim,
 )
+from fx_passes.graph.markers import expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
+from fx_passes.graph.ops import arg, fake_tensor, op_name
 
 _RULES = {**masks.RULES, **counts.RULES, **positions.RULES}
 

@@ -24,17 +24,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.accumulation import closure
 from fx_passes.batched.rows import PAIRS, PAIRS_BY_BATCH, Total
 from fx_passes.batched.walk import Walk
-from fx_passes.body import PerExpert, SlotGathered
+from fx_passes.body.values import PerExpert, SlotGathered
+from fx_passes.facts.ids import ids_are_distinct
+from fx_passes.facts.sparsity import adds_nothing_where_unchosen, chosen_by
+from fx_passes.facts.statements import TOKENS_BY_BATCH
+from fx_passes.forms.accumulation import closure
 from fx_passes.forms.summation import summation
-from fx_passes.ids import ids_are_distinct
-from fx_passes.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes, sizes_of
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes, sizes_of
+from fx_passes.graph.views import views_of
 from fx_passes.region import MoERegion, Rejected
-from fx_passes.sparsity import adds_nothing_where_unchosen, chosen_by
-from fx_passes.statements import TOKENS_BY_BATCH
-from fx_passes.views import views_of
 
 NAME = "dense_experts"
 

@@ -23,11 +23,11 @@ from fx_passes.dense.columns import NO_EXPERT, Weights
 from fx_passes.dense.stacks import summed_stacks
 from fx_passes.dense.sums import Mixture, weighted_sums
 from fx_passes.dense.token_body import token_body
+from fx_passes.facts.ids import ids_are_distinct, is_single_choice
+from fx_passes.facts.sparsity import chosen_by
 from fx_passes.forms.dense_experts import UNCHOSEN
-from fx_passes.ids import ids_are_distinct, is_single_choice
-from fx_passes.ops import is_inplace, known_tensor, same_size
+from fx_passes.graph.ops import is_inplace, known_tensor, same_size
 from fx_passes.region import MoERegion, Rejected
-from fx_passes.sparsity import chosen_by
 
 NAME = "dense_modules"
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from fx_passes.ops import arg, fake_tensor, normalized_dim, op_name, same_sizes, sizes_of
+from fx_passes.graph.ops import arg, fake_tensor, normalized_dim, op_name, same_sizes, sizes_of
 from fx_passes.region import Rejected
 
 NAME = "fixed_capacity"

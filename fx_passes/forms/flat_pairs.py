@@ -21,10 +21,10 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from fx_passes.facts.slot_sum import SlotSum, sum_over_slots
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
 from fx_passes.forms.range_loop import number_of_experts
 from fx_passes.region import LoopRegion, Rejected
-from fx_passes.slot_sum import SlotSum, sum_over_slots
 
 NAME = "flat_pairs"
 

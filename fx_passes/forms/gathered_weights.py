@@ -20,16 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fx_passes.accumulation import closure
 from fx_passes.batched.inputs import index_labels, index_of
 from fx_passes.batched.rows import SLOTS, Total
 from fx_passes.batched.walk import Walk
-from fx_passes.body import PerExpert
+from fx_passes.body.values import PerExpert
+from fx_passes.facts.ids import are_nonnegative
+from fx_passes.forms.accumulation import closure
 from fx_passes.forms.summation import summation
-from fx_passes.ids import are_nonnegative
-from fx_passes.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.graph.views import views_of
 from fx_passes.region import MoERegion, Rejected
-from fx_passes.views import views_of
 
 NAME = "gathered_weights"
 

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from torch import fx
 
 from fx_passes.facts import fact
+from fx_passes.facts.ids import classes_that_occur
+from fx_passes.facts.statements import Hit
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
-from fx_passes.ids import classes_that_occur
 from fx_passes.region import LoopRegion, Rejected
-from fx_passes.statements import Hit
 
 NAME = "hit_loop"
 

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fx_passes.accumulation import accumulations, closure
-from fx_passes.aliasing import made_by
-from fx_passes.body import Body
+from fx_passes.body.segment_body import numbers_of_slots
+from fx_passes.body.unify import unify
+from fx_passes.body.values import Body
 from fx_passes.capture import guards_of
 from fx_passes.facts import chosen, fact
-from fx_passes.markers import current_expert, expert_segment
-from fx_passes.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
+from fx_passes.facts.slot_sum import SlotSum
+from fx_passes.facts.statements import Counts, Fact, Hit, Listed, Mask, Occupied, Selection
+from fx_passes.forms.accumulation import accumulations, closure
+from fx_passes.graph.aliasing import made_by
+from fx_passes.graph.markers import current_expert, expert_segment
+from fx_passes.graph.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected, mismatches_rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
-from fx_passes.segment_body import numbers_of_slots
-from fx_passes.slot_sum import SlotSum
-from fx_passes.statements import Counts, Fact, Hit, Listed, Mask, Occupied, Selection
-from fx_passes.unify import unify
 
 Known = dict[fx.Node, Fact]
 """What nodes say about the routing."""

@@ -40,14 +40,14 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from fx_passes.aliasing import storage_of
-from fx_passes.body import PerExpert, Shared
+from fx_passes.body.unify import NotIsomorphic, UnknownOperation, unify
+from fx_passes.body.values import PerExpert, Shared
+from fx_passes.facts.statements import Mask
 from fx_passes.forms.loop import Loop, loops, mask_of, masks_of, region_of
-from fx_passes.markers import experts_of_each
-from fx_passes.ops import fake_tensor, is_inplace
+from fx_passes.graph.aliasing import storage_of
+from fx_passes.graph.markers import experts_of_each
+from fx_passes.graph.ops import fake_tensor, is_inplace
 from fx_passes.region import Accumulation, LoopRegion, Rejected
-from fx_passes.statements import Mask
-from fx_passes.unify import NotIsomorphic, UnknownOperation, unify
 
 NAME = "range_loop"
 

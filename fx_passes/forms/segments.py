@@ -17,15 +17,15 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.accumulation import closure
+from fx_passes.body.segment_body import numbers_of_slots, segment_body
 from fx_passes.capture import guards_of
 from fx_passes.facts import fact
-from fx_passes.markers import expert_cat, expert_segment
-from fx_passes.ops import known_tensor
+from fx_passes.facts.statements import Counts
+from fx_passes.forms.accumulation import closure
+from fx_passes.graph.markers import expert_cat, expert_segment
+from fx_passes.graph.ops import known_tensor
 from fx_passes.region import GroupedRegion
 from fx_passes.report import GRADIENTS
-from fx_passes.segment_body import numbers_of_slots, segment_body
-from fx_passes.statements import Counts
 
 NAME = "segments"
 

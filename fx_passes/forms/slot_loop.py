@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
-from fx_passes.ops import known_tensor
+from fx_passes.graph.ops import known_tensor
 from fx_passes.region import LoopRegion, Rejected
 
 NAME = "slot_loop"

@@ -26,23 +26,23 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.accumulation import closure
-from fx_passes.aliasing import inplace_users, is_read_before, writers_of
+from fx_passes.body.segment_body import numbers_of_slots
+from fx_passes.body.slot_body import SlotBody, is_tokens, translate
 from fx_passes.capture import guards_of
 from fx_passes.facts import fact
-from fx_passes.ids import listings_of_gates
-from fx_passes.leaves import changes_nothing, is_leaf
-from fx_passes.loop_rules import is_contiguous
-from fx_passes.markers import expert_cat
-from fx_passes.ops import EMPTY, ZEROS, arg, fake_tensor, is_inplace, known_tensor, op_name
+from fx_passes.facts.ids import listings_of_gates
+from fx_passes.facts.slot_sum import sum_over_slots
+from fx_passes.facts.slots import Flat, Inverse, Order, Tokens, slot_fact
+from fx_passes.facts.statements import Counts
+from fx_passes.forms.accumulation import closure
+from fx_passes.graph.aliasing import inplace_users, is_read_before, writers_of
+from fx_passes.graph.markers import expert_cat
+from fx_passes.graph.ops import EMPTY, ZEROS, arg, fake_tensor, is_inplace, known_tensor, op_name
+from fx_passes.graph.row_index import have_one_width, repeated
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.report import GRADIENTS
-from fx_passes.row_index import have_one_width, repeated
-from fx_passes.segment_body import numbers_of_slots
-from fx_passes.slot_body import SlotBody, is_tokens, translate
-from fx_passes.slot_sum import sum_over_slots
-from fx_passes.slots import Flat, Inverse, Order, Tokens, slot_fact
-from fx_passes.statements import Counts
+from fx_passes.rewriting.leaves import changes_nothing, is_leaf
+from fx_passes.rules.loop import is_contiguous
 
 NAME = "sorted_segments"
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fx_passes.accumulation import closure
-from fx_passes.aliasing import inplace_users
-from fx_passes.ops import arg, known_tensor, op_name, same_size
+from fx_passes.body.slot_body import translate
+from fx_passes.facts.slots import Experts, Flat, Inverse, Order, slot_fact
+from fx_passes.forms.accumulation import closure
+from fx_passes.graph.aliasing import inplace_users
+from fx_passes.graph.ops import arg, known_tensor, op_name, same_size
+from fx_passes.graph.rounding import with_cast
 from fx_passes.region import MoERegion, Rejected
-from fx_passes.rounding import with_cast
-from fx_passes.slot_body import translate
-from fx_passes.slots import Experts, Flat, Inverse, Order, slot_fact
 
 NAME = "sorted_slots"
 

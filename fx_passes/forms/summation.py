@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fx_passes.accumulation import closure
 from fx_passes.batched.rows import Total
-from fx_passes.ops import ZEROS, is_inplace, op_name
-from fx_passes.rounding import with_cast
+from fx_passes.forms.accumulation import closure
+from fx_passes.graph.ops import ZEROS, is_inplace, op_name
+from fx_passes.graph.rounding import with_cast
 
 
 @dataclass(frozen=True)

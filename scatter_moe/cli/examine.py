@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fx_passes.backend import backend_for_report
+from fx_passes.entry.backend import backend_for_report
 from fx_passes.report import collecting
 from scatter_moe.cli.targets import OWN_CODE, Target, from_config, from_factory
 from scatter_moe.explain import Explanation

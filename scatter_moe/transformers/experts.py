@@ -1,8 +1,8 @@
 """The forward that transformers' experts modules call: `fn(self, hidden_states, top_k_index, top_k_weights)`.
 
 An expert is up projection -> gate -> down projection (-> norm). Where the gate is one that the fused operator knows,
-found by what it computes (`fx_passes.gate`), the whole layer is one operator; any other gate and any norm run in
-PyTorch on the grouped rows, between two grouped GEMMs.
+found by what it computes (`fx_passes.modules.gate`), the whole layer is one operator; any other gate and any norm run
+in PyTorch on the grouped rows, between two grouped GEMMs.
 
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H = 2F (F without a gate).
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fx_passes.gate import Gate, inputs_of, inputs_of_function, recognise
+from fx_passes.modules.gate import Gate, inputs_of, inputs_of_function, recognise
 from scatter_moe.dispatch import Dispatch
 from scatter_moe.peft import LowRank
 

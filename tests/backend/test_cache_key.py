@@ -24,7 +24,7 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHO
 
 CHANGES = {
     "nothing": None,
-    "a pass": ("fx_passes/rewrite.py", '"""', '"""changed '),
+    "a pass": ("fx_passes/rewriting/rewrite.py", '"""', '"""changed '),
     "a kernel": ("scatter_ops/kernels/grouped_gemm.py", '"""', '"""changed '),
     "a backward formula": ("registrations/mlp_forward.py", "return grad_x, grad", "return 2 * grad_x, grad"),
 }

@@ -96,7 +96,7 @@ def test_inductor_caches_by_our_sources(monkeypatch):
     check(TRACED_ALONE[0], "inductor")
     assert counters["aot_autograd"]["autograd_cache_hit"] == 1
     fresh_dynamo()
-    monkeypatch.setattr("fx_passes.pre_grad.sources_hash", lambda: "other sources")
+    monkeypatch.setattr("fx_passes.entry.pre_grad.sources_hash", lambda: "other sources")
     check(TRACED_ALONE[0], "inductor")
     assert counters["aot_autograd"]["autograd_cache_hit"] == 0
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import scatter_moe
-from fx_passes import expert_stacks
+from fx_passes.modules import expert_stacks
 from tests.backend import test_changes_after_compile as changes
 from tests.backend.harness import assert_same, compile_ours, fresh_dynamo, graphs, observe
 from tests.backend.stacked import NAMES, inputs_for_experts, pair, pickled

@@ -7,7 +7,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 import scatter_moe  # noqa: F401  (extends Dynamo)
-from fx_passes.backend import backend_for_report
+from fx_passes.entry.backend import backend_for_report
 
 
 def rewritten_graph(module, *inputs) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fx_passes.gate import Gate, inputs_of, recognise
+from fx_passes.modules.gate import Gate, inputs_of, recognise
 from tests.backend.harness import fresh_dynamo
 
 

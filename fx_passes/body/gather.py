@@ -1,0 +1,269 @@
+"""What an expert takes from tensors outside the loop: rows of its tokens, and one value for each of its slots.
+
+    x[tokens]    x[mask]    x[None, tokens]                                rows of the tokens
+    x.index_select(0, tokens)    x.gather(0, tokens[:, None].expand(-1, D))    the same
+    weights[tokens, slots, None]    weights[ids == e]                      the slots' own values
+    weights[:, k][mask]    weights[mask, k]    weights[mask][:, k]         the same, where the mask is of slot k
+    (weights * (ids == e)).sum(-1)[mask]    weights[mask, slot[mask]]      the same, where a token's ids are distinct
+    gates[tokens, e]    gates[:, e][mask]                                  a table's column of the expert
+    x.repeat_interleave(K, 0)[flat == e]    weights.view(-1)[flat == e]    rows and values of slots, where all are flat
+    x[order // K][start:end]    weights.view(-1)[order][start:end]         the same, where slots were sorted by expert
+
+Several indexing operations may follow each other: `takings` follows them from the last to a tensor from outside. T
+tokens, K experts per token, E experts, C columns, O slots in sorted order, R rows of one expert.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_passes.facts import chosen, chosen_tokens, fact
+from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
+from fx_passes.facts.statements import TOKENS_BY_BATCH, Counts, Mask, Rows, with_one_token_dim
+from fx_passes.graph.markers import expert_of, expert_segment, index_with_expert
+from fx_passes.graph.ops import arg, fake_tensor, op_name, same_size, same_sizes, sizes_of
+from fx_passes.graph.row_index import index_of
+
+MAX_STEPS = 4
+
+_WHOLE = frozenset(("T", "N", "O", *TOKENS_BY_BATCH))
+_RESHAPES = frozenset(("view", "reshape", "flatten", "ravel"))
+_INDEXES = frozenset(("getitem", "select", "index_select", "gather"))
+_STEPS = _RESHAPES | _INDEXES | frozenset(("unsqueeze", "sum", "repeat_interleave"))
+
+
+@dataclass(frozen=True)
+class Taking:
+    """`source` indexed: `dims` are those of the result.
+
+    "R" rows, "C" columns, "T" (or "B", "S") all tokens, "N" all slots, "O" all slots in sorted order, "1" one.
+    `column`: "K" where each row takes the entry of its slot, "E" that of its expert, "" where it takes all.
+    """
+
+    source: fx.Node
+    dims: tuple[str, ...]
+    column: str = ""
+
+
+def takings(node: fx.Node, mask: Mask) -> dict[int, Taking]:
+    """How `node` is taken from the tensor that lies 1, 2, ... operations before it, for the rows of `mask`."""
+    found: dict[int, Taking] = {}
+    steps: list[fx.Node] = []
+    source: Any = node
+    while len(steps) < MAX_STEPS and isinstance(source, fx.Node) and _is_step(source):
+        steps.insert(0, source)
+        source = _operand(source)
+        taking = _follow(source, steps, mask)
+        if taking is not None and taking.dims.count("R") == 1 and not _WHOLE & set(taking.dims):
+            found[len(steps)] = taking
+    return found
+
+
+def chain(node: fx.Node, steps: int) -> Iterator[fx.Node]:
+    """The operations that lead from a source to `node`, which lies `steps` behind it."""
+    for _ in range(steps):
+        yield node
+        if op_name(node) == "sum":
+            yield node.all_input_nodes[0]
+        node = _operand(node)
+
+
+def _is_step(node: fx.Node) -> bool:
+    if node.target in (index_with_expert, expert_segment):
+        return True
+    is_piece = op_name(node) == "getitem" and fake_tensor(node.args[0]) is None
+    return op_name(node) in _STEPS and fake_tensor(node) is not None and not is_piece
+
+
+def _operand(node: fx.Node) -> Any:
+    """What `node` indexes; for a sum over masked slots, the weights before they were masked."""
+    operand = arg(node, 0, "input")
+    if op_name(node) != "sum" or not isinstance(operand, fx.Node):
+        return operand
+    return next((weights for weights, _ in _masked(operand)), None)
+
+
+def _masked(node: fx.Node) -> Iterator[tuple[fx.Node, Mask]]:
+    """(weights, mask) of `weights * mask` and of `where(mask, weights, 0)`."""
+    name, operands = op_name(node), node.args
+    if name in ("mul", "multiply") and len(operands) == 2:
+        pairs = [operands, operands[::-1]]
+    elif name == "where" and len(operands) == 3 and operands[2] == 0:
+        pairs = [operands[1::-1]]
+    else:
+        pairs = []
+    for weights, factor in pairs:
+        known, before, after = fact(factor), fake_tensor(weights), fake_tensor(node)
+        if (
+            isinstance(weights, fx.Node)
+            and isinstance(known, Mask)
+            and before is not None
+            and after is not None
+            and before.dtype == after.dtype
+        ):
+            yield weights, known
+
+
+def _follow(source: Any, steps: list[fx.Node], mask: Mask) -> Taking | None:
+    tensor = fake_tensor(source)
+    if tensor is None or tensor.dim() == 0:
+        return None
+    tokens = _dims_of_tokens(source, mask.ids)
+    state: Taking | None = Taking(source, (*tokens, *["C"] * (tensor.dim() - len(tokens))))
+    for step in steps:
+        state = _apply(step, state, mask) if state is not None else None
+    return state
+
+
+def _dims_of_tokens(source: fx.Node, ids: fx.Node) -> tuple[str, ...]:
+    """In how many dims `source` has its tokens, if it has any."""
+    own, other = sizes_of(source), sizes_of(ids)
+    return TOKENS_BY_BATCH if len(other) == 3 and len(own) > 1 and same_sizes(own[:2], other[:2]) else ("T",)
+
+
+def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
+    name = op_name(step)
+    if step.target is expert_segment:
+        return _segment(step, state, mask)
+    if step.target is index_with_expert or name in _INDEXES:
+        index = index_of(step)
+        return _index(index, state, mask) if index is not None else None
+    if name == "sum":
+        return _sum_over_slots(step, state, mask)
+    if name == "repeat_interleave":
+        return _repeat(step, state, mask)
+    after = fake_tensor(step)
+    if name in _RESHAPES and state.dims == ("T", "C") and _has_shape_of(mask.ids, state.source):
+        return None if after is None or after.dim() > 2 else _flat(after, state)
+    if after is None or len(state.dims) != 1 or after.dim() != 2:
+        return None
+    if name == "unsqueeze":
+        return replace(state, dims=(*state.dims, "1")) if arg(step, 1, "dim") in (1, -1) else None
+    return replace(state, dims=(*state.dims, "1")) if after.shape[1] == 1 and state.dims[0] in ("T", "N", "O") else None
+
+
+def _segment(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
+    """Rows of the expert of `mask`, of all slots in the order in which that mask has them."""
+    counts = fact(step.args[1])
+    same = isinstance(counts, Counts) and (counts.ids, step.args[2]) == (mask.ids, mask.expert)
+    return replace(state, dims=("R", *state.dims[1:])) if same and state.dims[0] == "O" else None
+
+
+def _flat(after: torch.Tensor, state: Taking) -> Taking | None:
+    """`weights.view(-1)` and `weights.view(-1, 1)`: a value for each slot."""
+    if after.dim() == 2 and not same_size(after.shape[1], 1):
+        return None
+    return replace(state, dims=("N", "1")[: after.dim()], column="K")
+
+
+def _has_shape_of(ids: fx.Node, source: fx.Node) -> bool:
+    own, other = fake_tensor(ids), fake_tensor(source)
+    if own is None or other is None or own.dim() != 2 or other.dim() != 2:
+        return False
+    return all(same_size(left, right) for left, right in zip(own.shape, other.shape, strict=True))
+
+
+def _repeat(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
+    """`x.repeat_interleave(K, dim=0)`: each token's row once for each of its slots."""
+    times, ids = arg(step, 1, "repeats"), fake_tensor(mask.ids)
+    if state.dims[0] != "T" or arg(step, 2, "dim") != 0 or type(times) is not int or ids is None or ids.dim() != 2:
+        return None
+    same = same_size(ids.shape[1], times)
+    return replace(state, dims=("N", *state.dims[1:])) if same else None
+
+
+def _sum_over_slots(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
+    """`(weights * (ids == e)).sum(-1)`: one value a token, that of its slot where it has but one of the expert."""
+    known = next((known for _, known in _masked(step.args[0])), None)
+    *tokens, last = state.dims
+    if known is None or last != "C" or known.dims != (*tokens, "K") or known.key != mask.key:
+        return None
+    dim = arg(step, 1, "dim")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if dim not in (-1, len(tokens)) or not mask.reduced or arg(step, 3, "dtype") is not None:
+        return None
+    return replace(state, dims=(*tokens, "1") if arg(step, 2, "keepdim", False) else tuple(tokens), column="K")
+
+
+def _index(index: Any, state: Taking, mask: Mask) -> Taking | None:
+    """`state` indexed by `index`. Items that pick stand side by side, so that rows stay where tokens were."""
+    items = _paired(list(index)) if isinstance(index, tuple) else [index]
+    used = sum(_consumes(item) for item in items)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (len(state.dims) - used)
+        used = len(state.dims)
+    if used > len(state.dims):
+        return None
+    items += [slice(None)] * (len(state.dims) - used)
+    left, dims, column, picks = list(state.dims), [], state.column, []
+    for item in items:
+        labels = [left.pop(0) for _ in range(_consumes(item))]
+        picked = _pick(item, labels, mask)
+        if picked is None or (picked[1] and column):
+            return None
+        dims.extend(picked[0])
+        column = picked[1] or column
+        picks.append(item is not None and item != slice(None))
+    if picks.count(True) > 1 and False in picks[picks.index(True) : len(picks) - picks[::-1].index(True)]:
+        return None
+    return Taking(state.source, tuple(dims), column)
+
+
+def _paired(items: list[Any]) -> list[Any]:
+    """`items`, of which the two that pick tokens by batch and sequence are one."""
+    at = next((at for at in range(len(items) - 1) if _are_tokens(items[at : at + 2])), None)
+    return items if at is None else [*items[:at], tuple(items[at : at + 2]), *items[at + 2 :]]
+
+
+def _are_tokens(items: list[Any]) -> bool:
+    """Whether these two items together pick tokens, where neither does alone."""
+    return chosen(items[0]) is None and chosen_tokens(tuple(items)) is not None
+
+
+def _consumes(item: Any) -> int:
+    if item is None or item is Ellipsis:
+        return 0
+    if isinstance(item, tuple):
+        return len(item)
+    tensor = fake_tensor(item)
+    return tensor.dim() if tensor is not None and tensor.dtype == torch.bool else 1
+
+
+def _pick(item: Any, labels: list[str], mask: Mask) -> tuple[tuple[str, ...], str] | None:
+    """(dims that are left, column that was chosen) where `item` indexes dims with these labels."""
+    if item is None:
+        return ("1",), ""
+    if item == slice(None):
+        return tuple(labels), ""
+    if labels == ["C"]:
+        column = _column(item, mask)
+        return None if column is None else ((), column)
+    if labels in (["T"], ["N"], list(TOKENS_BY_BATCH)):
+        rows = chosen(item)
+        if rows is not None:
+            return (("R",), "") if (rows[1],) == with_one_token_dim(tuple(labels)) and rows[0].picks_as(mask) else None
+    order = slot_fact(item)
+    if isinstance(order, (Order, Tokens)) and labels == ["T" if isinstance(order, Tokens) else "N"]:
+        return (("O",), "") if order_of(order) == Order(mask.ids, mask.sort) else None
+    known = fact(item)
+    if labels[-1] == "C" and isinstance(known, Mask) and known.dims == (*labels[:-1], "K") and known.picks_as(mask):
+        return ("R",), "K"
+    return None
+
+
+def _column(item: Any, mask: Mask) -> str | None:
+    """ "K" where `item` is the slot of each row, "E" where it is the expert."""
+    known = fact(item) if isinstance(item, fx.Node) else None
+    if isinstance(known, Rows):
+        return "K" if known.axis == "K" and known.mask.picks_as(mask) else None
+    if isinstance(item, fx.Node):
+        return "E" if expert_of(item) is not None and expert_of(item) is mask.expert else None
+    if type(item) is not int:
+        return None
+    if mask.slot is not None and item == mask.slot:
+        return "K"
+    return "E" if item == mask.expert else None

@@ -1,0 +1,1 @@
+"""From a verified region to operators, and what becomes simpler once the loops are gone."""

@@ -1,0 +1,66 @@
+"""Modes that must not change within a region, and where they hold: grad mode, autocast, transforms of torch.func."""
+
+import torch
+from torch import fx
+
+from fx_passes.graph import autocast
+from fx_passes.graph.ops import fake_tensor
+from fx_passes.region import MoERegion, Rejected
+
+
+def no_function_transform(region: MoERegion) -> None:
+    """The ops have derivatives, but no rules for torch.func's transforms."""
+    level = 0
+    for node in region.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        level += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+        if node in region.inner and level > 0:
+            raise Rejected("no_function_transform", node, "the experts run under a transform of torch.func")
+
+
+def grad_mode_is_constant(region: MoERegion) -> None:
+    """All that is differentiable in the region, its result too, is recorded for backward, or none of it.
+
+    If none is, what it takes from outside may have been recorded.
+    """
+    enabled = torch.is_grad_enabled()
+    modes: dict[tuple[bool, bool], fx.Node] = {}
+    for node in region.graph.nodes:
+        if switches_grad_mode(node):
+            enabled = bool(node.args[0])
+        elif (node in region.inner or node in region.body.nodes) and _is_differentiable(node):
+            modes.setdefault((node in region.inner, enabled), node)
+    recorded, inside = {mode for _, mode in modes}, {mode for is_inner, mode in modes if is_inner}
+    if len(recorded) > 1 and inside != {False}:
+        node = max(modes.values())
+        raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
+
+
+def autocast_is_constant(region: MoERegion) -> None:
+    """Autocast doesn't change between the first differentiable node of the region and its result."""
+    places = region.places()
+    start = min(places[node] for node in region.inner if _is_differentiable(node))
+    for node, place in places.items():
+        if start < place < places[region.result] and _switches_autocast(node):
+            raise Rejected("autocast_is_constant", node, "autocast or inference mode changes inside the region")
+
+
+def products_keep_their_dtype(region: MoERegion) -> None:
+    """Autocast leaves `grouped_mm` alone: it can be off for ours only where it does nothing else to the experts."""
+    product = autocast.product_left_alone(region.body)
+    if product is not None and not autocast.reaches_products_alone(region.body):
+        raise Rejected("products_keep_their_dtype", product, "autocast would reach the products")
+
+
+def _is_differentiable(node: fx.Node) -> bool:
+    tensor = fake_tensor(node)
+    return tensor is not None and tensor.is_floating_point()
+
+
+def switches_grad_mode(node: fx.Node) -> bool:
+    return node.target is torch._C._set_grad_enabled
+
+
+def _switches_autocast(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and any(word in name for word in ("autocast", "inference_mode"))
