@@ -62,7 +62,7 @@ def load(benchmark: str) -> list[dict[str, Any]]:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Print rows under the union of their keys, in order of first appearance."""
+    """Print rows under the union of their keys, in order of first appearance; no figure is cut off to fit a width."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title)
     for column in columns:
@@ -70,7 +70,9 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], console: Console 
         table.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(format_cell(row.get(column)) for column in columns))
-    (console or Console()).print(table)
+    console = console or Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
+    console.print(table)
 
 
 def format_cell(value: Any) -> str:
