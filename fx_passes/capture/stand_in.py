@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import UnspecializedNNModuleSource
+from torch._dynamo.source import AttrSource, DictGetItemSource, UnspecializedNNModuleSource
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._dynamo.variables.lazy import LazyVariableTracker
@@ -71,17 +71,17 @@ def stand_in_for(tx: Any, container: Any) -> tuple[StandIn, VariableTracker] | N
     """
     if not is_module_list(container) or tx.output.current_tracer is not tx.output.root_tracer or tx.output.export:
         return None
-    items = VariableTracker.build(tx, list).call_function(tx, [container], {}).items
-    experts, sources = tuple(map(_module_of, items)), tuple(map(_source_of, items))
-    if len(items) < 2 or any(item is None for item in (*experts, *sources)):
-        return None
     stack = stack_of(container.value)
+    found = (stack.experts, _first_of(container)) if stack else _experts_in(tx, container)
+    if found is None:
+        return None
+    experts, sources = found
     if not (stack or are_alike(experts)) or _has_pending_writes(tx.output.side_effects, experts):
         return None
     module, paths = copy_without_identity(experts[0])
     source = StandInSource(sources[0], next(_numbers))
     variable = VariableBuilder(tx, source)(module)
-    return StandIn(source, module, experts, sources[:1] if stack else sources, paths, container.source, stack), variable
+    return StandIn(source, module, experts, sources, paths, container.source, stack), variable
 
 
 def is_module_list(container: Any) -> bool:
@@ -95,6 +95,20 @@ def is_module_list(container: Any) -> bool:
 
 def length_of(container: Any) -> int:
     return len(container.value)
+
+
+def _first_of(container: Any) -> tuple[Source]:
+    """Where the first expert comes from. Dynamo's own variables of all of them would guard each one's name."""
+    return (DictGetItemSource(AttrSource(container.source, "_modules"), "0"),)
+
+
+def _experts_in(tx: Any, container: Any) -> tuple[tuple[nn.Module, ...], tuple[Source, ...]] | None:
+    """The experts and where they come from; None where that isn't known of all."""
+    items = VariableTracker.build(tx, list).call_function(tx, [container], {}).items
+    experts, sources = tuple(map(_module_of, items)), tuple(map(_source_of, items))
+    if len(items) < 2 or any(item is None for item in (*experts, *sources)):
+        return None
+    return experts, sources
 
 
 def _module_of(item: VariableTracker) -> nn.Module | None:
