@@ -105,10 +105,9 @@ def _first_of(container: Any) -> tuple[Source]:
 def _experts_in(tx: Any, container: Any) -> tuple[tuple[nn.Module, ...], tuple[Source, ...]] | None:
     """The experts and where they come from; None where that isn't known of all."""
     items = VariableTracker.build(tx, list).call_function(tx, [container], {}).items
-    experts, sources = tuple(map(_module_of, items)), tuple(map(_source_of, items))
-    if len(items) < 2 or any(item is None for item in (*experts, *sources)):
-        return None
-    return experts, sources
+    experts = tuple(module for module in map(_module_of, items) if module is not None)
+    sources = tuple(source for source in map(_source_of, items) if source is not None)
+    return (experts, sources) if 2 <= len(items) == len(experts) == len(sources) else None
 
 
 def _module_of(item: VariableTracker) -> nn.Module | None:
