@@ -71,7 +71,7 @@ def stand_in_for(tx: Any, container: Any) -> tuple[StandIn, VariableTracker] | N
     """
     if not is_module_list(container) or tx.output.current_tracer is not tx.output.root_tracer or tx.output.export:
         return None
-    stack = stack_of(container.value)
+    stack = stack_of(container.value) if container.source is not None else None
     found = (stack.experts, _first_of(container)) if stack else _experts_in(tx, container)
     if found is None:
         return None
