@@ -1,7 +1,8 @@
 """Activations of a (gated) expert by PyTorch's fused CPU kernels; the formulas are in `scatter_ops.activations`.
 
-Derivatives are computed in the accumulation dtype, A in the forward pass in the dtype of h: in half precision PyTorch's
-kernels compute in fp32 too, but A = act(gate) * up is rounded twice. Conversions to round it once take as long as both.
+Both passes are computed in the dtype of h (where the router weight is on the input: of s h + b, the accumulation dtype).
+In half precision PyTorch's kernels compute in fp32 and round each result, as they do in a loop over the experts and in
+its autograd: gradients are as exact as theirs. Conversions to round once take as long as all of it.
 """
 
 from collections.abc import Callable

@@ -60,11 +60,11 @@ def mlp_backward(
     dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
     scale_N1 = slot_weights(topk_weights_TK, order_N, dtype if on_input else topk_weights_TK.dtype)
     ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
-    unscaled_ND = dy_ND
+    unscaled_ND = dy_ND.to(dtype)
     if not on_input:
         if ds_N is not None and y_ND is not None:
-            torch.sum(dy_ND.to(dtype) * y_ND, 1, out=ds_N)
-        dy_ND = (dy_ND * scale_N1).to(x_TD.dtype)
+            torch.sum(unscaled_ND * y_ND.to(dtype), 1, out=ds_N)
+        dy_ND = (unscaled_ND * scale_N1).to(x_TD.dtype)
     if needs[7]:
         sum_groups(dy_ND, groups, out=grads[7])
     if not any(needs[:7]):
@@ -85,7 +85,7 @@ def mlp_backward(
         if needs[4]:
             grads[4] = grouped_weight_grad(a, dy, part, transposed, out=None if whole else grads[4])
         if ds is not None and y_ND is None and not on_input:
-            torch.sum(unscaled.to(dtype) * grouped_linear(a, down, part, down_bias, transposed), 1, out=ds)
+            torch.sum(unscaled * grouped_linear(a, down, part, down_bias, transposed), 1, out=ds)
         dx = _projection_grads(dh, scale, x, dx, weights, part, transposed, needs, grads, whole)
         dx_ND = dx if whole else dx_ND
     if ds_N is not None:
@@ -160,17 +160,17 @@ def _through_activation(
     """A; dpre, which may take the place of h, is written, and dS = <dpre, h> if it is given. Without da nothing but A
     is computed.
     """
-    dtype, rounded_a = accumulation_dtype(h_NH.dtype), []
+    rounded_a = []
     for h, scale, bias, da, ds, dpre in blocks(h_NH, scale_N1, bias_NH, da_NF, ds_N, dpre_NH):
-        pre = pre_activation(h.to(dtype), scale, bias)
+        pre = pre_activation(h, scale, bias)
         gate, up = gate_and_up(pre, layout)
         if da is None:
             a = activate(gate, up, activation, alpha, limit)
         else:
-            da, wide = da.to(dtype), dpre if dpre.dtype == dtype and scale is None else pre
-            a = activate_backward(da, gate, up, activation, alpha, limit, *split(wide, layout))
+            wide = dpre if scale is None else pre
+            a = activate_backward(da.to(pre.dtype), gate, up, activation, alpha, limit, *split(wide, layout))
             if ds is not None:
-                torch.linalg.vecdot(wide, h.to(dtype), out=ds)
+                torch.linalg.vecdot(wide, h.to(wide.dtype), out=ds)
             if wide is not dpre:
                 dpre.copy_(wide)
         rounded_a.append(a.to(h.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 from scatter_ops.cpu.stacked import MAPPED_BYTES
 from scatter_ops.grouping import Groups
 
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**20
 
 
 def at_once(num_rows: int, width: int, like: Tensor) -> bool:
