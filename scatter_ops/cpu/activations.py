@@ -1,8 +1,8 @@
 """Activations of a (gated) expert by PyTorch's fused CPU kernels; the formulas are in `scatter_ops.activations`.
 
-Both passes are computed in the dtype of h (where the router weight is on the input: of s h + b, the accumulation dtype).
-In half precision PyTorch's kernels compute in fp32 and round each result, as they do in a loop over the experts and in
-its autograd: gradients are as exact as theirs. Conversions to round once take as long as all of it.
+Both passes are computed in the dtype of h, or in the accumulation dtype where the router weight is on the input. In
+half precision PyTorch's kernels compute in fp32 and round each result, as they do in a loop over the experts and in its
+autograd: gradients are as exact as theirs. With conversions, to round only once, it takes longer.
 """
 
 from collections.abc import Callable
