@@ -15,6 +15,7 @@ from fx_passes.capture.variables import has_open_length, is_open
 from fx_passes.facts import fact
 
 _ZEROS = (torch.zeros, torch.zeros_like)
+_TO_LISTS = (set, sorted, list)
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
 
@@ -31,6 +32,8 @@ def call(
         return _integer(capture, tx, args, kwargs)
     if called is sum:
         return segments.total(capture, tx, args, kwargs)
+    if called in _TO_LISTS:
+        return index_list.convert(tx, called, args, kwargs)
     if called is enumerate and len(args) == 1:
         return _enumerate(capture, tx, fn, args[0], kwargs)
     if called in _ZEROS:

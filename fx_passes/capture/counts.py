@@ -20,7 +20,7 @@ from fx_passes.capture.events import Event, Scope, tag
 from fx_passes.capture.variables import rank_of
 from fx_passes.facts import fact
 from fx_passes.facts.ids import gated_ids, ids_are_below, ids_are_distinct, listings_of_gates
-from fx_passes.facts.statements import Counts, Mask
+from fx_passes.facts.statements import Counts, Hit, Mask
 from fx_passes.facts.totals import total_of
 from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.markers import expert_count
@@ -104,8 +104,8 @@ def iterate(capture: Any, tx: Any, array: VariableTracker, header: Any) -> Varia
     counted = counted_by(capture, tx, node) if numbers is not None else None
     if counted is None or not isinstance(known, Counts) or not known.open_ended:
         return numbers
-    ids, experts = known.ids, iter(range(known.num_classes))
-    capture.scopes.append(Scope(counted.event, tx, header, len(tx.stack), None, loop_over=ids, experts=experts))
+    hit, experts = Hit(known.ids, known.num_classes), iter(range(known.num_classes))
+    capture.scopes.append(Scope(counted.event, tx, header, len(tx.stack), None, loop_over=hit, experts=experts))
     return numbers
 
 

@@ -11,6 +11,7 @@ from torch._guards import CompileContext
 
 from fx_passes.capture.python_state import Snapshot
 from fx_passes.capture.stand_in import StandIn
+from fx_passes.facts.statements import Hit
 from fx_passes.graph.markers import Expert, expert_parameter
 from fx_passes.region import Rejection
 
@@ -58,9 +59,9 @@ class Event:
 class Scope:
     """A stretch of the trace that rests on one event: up to the next visit of the loop header `header` in `tx`.
 
-    `guard` is what is assumed in it. `loop_over` are the ids of a hit loop, or of one over counts of which the last may
-    be missing; then `experts` are those of the iterations to come. `each` is the expert that stands for all in a loop
-    over all experts, `stand_ins` the modules that stand for theirs. `before` is Python's state when the stretch began.
+    `guard` is what is assumed in it. `loop_over` are the experts of a hit loop, or of one over counts of which the last
+    may be missing; then `experts` are those of the iterations to come. `each` is the expert that stands for all in a
+    loop over all experts, `stand_ins` the modules that stand for theirs. `before` is Python's state when it began.
     """
 
     event: Event
@@ -69,10 +70,15 @@ class Scope:
     stack_size: int
     before: Snapshot | None
     guard: Guard | None = None
-    loop_over: fx.Node | None = None
+    loop_over: Hit | None = None
     experts: Iterator[int] | None = None
     each: fx.Node | None = None
     stand_ins: list[StandIn] = field(default_factory=list)
+
+    def begin_iteration(self, expert: Expert) -> None:
+        """In a loop over hit experts: this one has a token."""
+        assert self.loop_over is not None
+        self.guard = Guard(self.loop_over.ids, expert, self.loop_over.slot)
 
     @property
     def is_loop(self) -> bool:

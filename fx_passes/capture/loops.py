@@ -10,7 +10,7 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture import counts, expert_loops
-from fx_passes.capture.events import Guard, Scope, events_of
+from fx_passes.capture.events import Scope, events_of
 from fx_passes.capture.index_list import IndexListVariable
 from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
@@ -49,7 +49,7 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     experts = range(classes_that_occur(classes.ids, classes.num_classes)) if is_unrolled else (None,)
     items = [_iteration_expert(capture, tx, hit, expert) for expert in experts]
     tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
-    capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes.ids))
+    capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes))
     return False
 
 
@@ -65,7 +65,7 @@ def iterate(capture: Any, tx: Any, hit: TensorVariable, header: Any) -> Variable
     if capture.is_denied(event):
         return None
     numbers = range(classes_that_occur(classes.ids, classes.num_classes))
-    scope = Scope(event, tx, header, len(tx.stack), None, loop_over=classes.ids, experts=iter(numbers))
+    scope = Scope(event, tx, header, len(tx.stack), None, loop_over=classes, experts=iter(numbers))
     capture.scopes.append(scope)
     return ListVariable(list(map(ConstantVariable.create, numbers)), mutation_type=ValueMutationNew())
 
@@ -97,8 +97,7 @@ def _next_iteration(capture: Any, scope: Scope) -> None:
         if number is None:
             capture.scopes.remove(scope)
         else:
-            assert scope.loop_over is not None
-            scope.guard = Guard(scope.loop_over, number)
+            scope.begin_iteration(number)
         return
     iterator = scope.tx.stack[-1].realize()
     if iterator.index >= len(iterator.items):
@@ -106,7 +105,7 @@ def _next_iteration(capture: Any, scope: Scope) -> None:
     elif scope.loop_over is not None:
         expert = expert_of_variable(iterator.items[iterator.index])
         assert expert is not None
-        scope.guard = Guard(scope.loop_over, expert)
+        scope.begin_iteration(expert)
 
 
 def _end(capture: Any, scope: Scope) -> None:

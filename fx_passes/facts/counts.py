@@ -12,7 +12,7 @@ from torch import fx
 from fx_passes.facts.gate_slots import ids_that_are_counted
 from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import flat_ids
-from fx_passes.facts.statements import Counts, Fact, Kept, Mask, Occupied, OneHot
+from fx_passes.facts.statements import Counts, Fact, Hit, Kept, Mask, Occupied, OneHot
 from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
 
@@ -23,6 +23,8 @@ _EXACT_BYTES = 4
 def _cast(node: fx.Node, inner: Fact | None) -> Fact | None:
     """`.to(...)` of zeros and ones, or of bools, keeps their meaning; so does a move to another device."""
     value = fake_tensor(node)
+    if isinstance(inner, Hit) and not inner.as_tuple and value is not None:
+        return inner if value.dtype in (torch.int32, torch.int64) else None
     if isinstance(inner, Counts) and not inner.positive and value is not None:
         exact = known_tensor(arg(node, 0, "input")).dtype.itemsize >= _EXACT_BYTES
         return inner if exact and value.dtype in (torch.int32, torch.int64) else None

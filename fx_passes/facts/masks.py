@@ -114,7 +114,7 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
         return None
     if isinstance(inner, Listed):
         return ListedMask(inner.one_hot, expert) if inner.axis == "E" else None
-    column = _column_of_ids(left)
+    column = column_of_ids(left)
     if column is not None:
         return Mask(column[0], expert, (ids_dims(column[0]) or ())[:-1], slot=column[1])
     flat = flat_ids(left)
@@ -133,7 +133,7 @@ def flat_ids(node: fx.Node) -> fx.Node | None:
     return source if is_flat and not is_single_choice(source) else None
 
 
-def _column_of_ids(node: fx.Node) -> tuple[fx.Node, int] | None:
+def column_of_ids(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(ids, k) where `node` is `ids[:, k]`."""
     source = arg(node, 0, "input")
     dims = ids_dims(source) if isinstance(source, fx.Node) else None

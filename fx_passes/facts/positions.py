@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from fx_passes.facts.ids import ids_dims, num_columns
-from fx_passes.facts.masks import by_token, permute, squeeze, transpose
+from fx_passes.facts.masks import by_token, column_of_ids, flat_ids, permute, squeeze, transpose
 from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
     Counts,
@@ -63,10 +63,13 @@ def _where(node: fx.Node, inner: Fact | None) -> Fact | None:
 
 
 def _unique(node: fx.Node, _inner: Fact | None) -> Fact | None:
-    """`ids.unique()`: the classes that occur, ascending."""
-    ids = node.args[0]
-    classes = num_columns(ids) if isinstance(ids, fx.Node) and ids_dims(ids) is not None else None
-    return Hit(ids, classes) if classes is not None and len(node.args) == 1 and not node.kwargs else None
+    """`ids.unique()`, `ids.view(-1).unique()`, `ids[:, k].unique()`: the classes that occur, ascending."""
+    listed = arg(node, 0, "input")
+    classes = num_columns(listed) if ids_dims(listed) is not None else None
+    if classes is None or len(node.args) + len(node.kwargs) > 1:
+        return None
+    ids, slot = column_of_ids(listed) or (flat_ids(listed) or listed, None)
+    return Hit(ids, classes, slot=slot)
 
 
 def _flatten(node: fx.Node, inner: Fact | None) -> Fact | None:

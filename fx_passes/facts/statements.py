@@ -70,11 +70,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Hit:
-    """The classes that occur in ids, ascending, each once: `nonzero()` of a hit mask, or a tuple of that alone."""
+    """The classes that occur in ids, ascending, each once: `nonzero()` of a hit mask, or a tuple of that alone.
+
+    `slot`: in that column of ids.
+    """
 
     ids: fx.Node
     num_classes: int
     as_tuple: bool = False
+    slot: int | None = None
 
 
 @dataclass(frozen=True)

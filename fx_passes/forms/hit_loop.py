@@ -8,8 +8,9 @@
         out.index_add_(0, tokens, expert(x[tokens], up[e], down[e]) * weights[tokens, slots, None])
 
 It is captured as one iteration over a symbolic expert, whatever the number of experts. The experts may be listed in
-other ways, `for (e,) in hit`, `torch.where(counts > 0)[0]`, `ids.unique()`; as numbers, `hit.flatten().tolist()`, they
-have an iteration each, and the loop is one of the form "range_loop".
+other ways, `for (e,) in hit`, `torch.where(counts > 0)[0]`, `ids.unique()`. As numbers, `hit.flatten().tolist()`,
+`ids.unique().tolist()`, `set(ids.flatten().tolist())`, they have an iteration each, and the loop is one of the form
+"range_loop".
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def match(loop: Loop) -> LoopRegion:
             "every_expert_is_covered", found[0].result, "the loop adds to its output more than once an iteration"
         )
     hit = fact(symbol.args[0])
-    if not isinstance(hit, Hit) or hit.ids is not masks[0].ids:
+    if not isinstance(hit, Hit) or hit.ids is not masks[0].ids or hit.slot not in (None, masks[0].slot):
         raise Rejected(
             "every_expert_is_covered", symbol, "the list of hit experts was made from other ids than the mask"
         )

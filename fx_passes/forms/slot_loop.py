@@ -3,7 +3,7 @@
     for k in range(K):
         for e in range(E):
             m = ids[:, k] == e
-            if m.any():                                  # or no guard
+            if m.any():                                  # or no guard, or `for e in ids[:, k].unique().tolist()`
                 out[m] += experts[e](x[m]) * weights[m, k, None]
 
 Tokens are distinct within one mask, so that `+=` adds each of them.

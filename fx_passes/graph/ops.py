@@ -88,7 +88,7 @@ _INPLACE_ARGUMENT = {
     ),
     "rrelu": 4,
 }
-_NEVER_RANDOM = frozenset("bool long int half bfloat16 float double getattr sym_sum".split())
+_NEVER_RANDOM = frozenset("bool long int half bfloat16 float double getattr sym_sum unique".split())
 _HARMLESS = frozenset(
     (
         current_expert,

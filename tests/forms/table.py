@@ -52,16 +52,20 @@ TABLE = {
         picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped
         loads_after loads_first loads_bias starts_as_shared starts_as_input starts_as_zeros_read_later
         starts_as_product_read_later
+        hit_list hit_list_on_host hit_list_set_sorted hit_list_set hit_list_items hit_list_stacked
         """,
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         listed_slots_as_tokens parameters_next_bias temporaries_input_written
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
+        hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
         """,
     ),
     "slot_loop": row(
-        "slots_then_experts slot_columns experts_then_slots sequence_slots",
+        """
+        slots_then_experts slot_columns experts_then_slots sequence_slots hit_list_by_slot hit_list_by_slot_once
+        """,
         """
         slots_weight_of_another slots_guard_of_another slots_pair_left_out slots_first_twice
         """,
