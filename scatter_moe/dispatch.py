@@ -13,7 +13,8 @@ class Dispatch(NamedTuple):
     """The slots sorted by expert. One serves all layers that send the same tokens to the same experts.
 
     Attributes:
-        order: int32 `[N]`, the slots sorted by expert, stable; grouped row i belongs to slot `order[i]`.
+        order: int32 `[N]`, the slots sorted by expert; grouped row i belongs to slot `order[i]`. An expert's slots come
+            by token on CUDA, and choice by choice on the CPU, where those of a choice come by token.
         offsets: int32 `[E]`, where each expert's grouped rows end (as `torch.nn.functional.grouped_mm` takes them).
         top_k: K, the number of slots of a token.
 

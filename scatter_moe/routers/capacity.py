@@ -142,8 +142,8 @@ def _ranks(ids_GSK: Tensor, weights_GSK: Tensor, num_experts: int, priority: Pri
 def _ranks_in_order(ids: Tensor, num_experts: int) -> Tensor:
     """[G, ...]: how many slots of the same expert and group come before each slot, in the order of memory.
 
-    The operators' stable sort does it: a slot's place among the sorted ones, less the place of its expert's first. Each
-    group's experts count as experts of their own.
+    The operators' sort does it, which is stable for one choice a token: a slot's place among the sorted ones, less the
+    place of its expert's first. Each group's experts count as experts of their own.
     """
     groups = ids.shape[0]
     in_use = (ids >= 0) & (ids < num_experts)

@@ -92,7 +92,7 @@ def mlp_backward(
         ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, slot_rows(order_N))
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
     if dx_ND is not None:
-        grads[0] = combine_grouped(dx_ND, None, order_N, groups.num_valid, top_k, None)
+        grads[0] = combine_grouped(dx_ND, None, order_N, groups.num_valid, top_k, None, backwards=True)
     return tuple(grads)
 
 

@@ -19,18 +19,25 @@ VERY_FEW_SLOTS = 32  # up to here Python's own lists take less time than five ca
 
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """An expert's slots come choice by choice: a loop finds them so by `torch.where` in its mask [K, T]."""
+    top_k = topk_ids_TK.shape[1]
     if topk_ids_TK.numel() <= VERY_FEW_SLOTS:
-        return _route_lists(topk_ids_TK.reshape(-1).tolist(), num_experts)
-    keys_N = F.threshold(topk_ids_TK.reshape(-1), -1, num_experts).clamp_(max=num_experts)  # num_experts: sentinels
-    keys_N = keys_N if keys_N.numel() < MANY_SLOTS else keys_N.to(_smallest_int(num_experts))
-    keys_N, order_N = keys_N.sort(stable=True)
-    experts_E = torch.arange(num_experts, dtype=keys_N.dtype)
-    return order_N.int(), torch.searchsorted(keys_N, experts_E, right=True, out_int32=True)
+        return _route_lists(topk_ids_TK.reshape(-1).tolist(), num_experts, top_k)
+    keys_TK = F.threshold(topk_ids_TK, -1, num_experts).clamp_(max=num_experts)  # num_experts: sentinels
+    keys_TK = keys_TK if keys_TK.numel() < MANY_SLOTS else keys_TK.to(_smallest_int((num_experts + 1) * top_k))
+    if top_k > 1:
+        keys_TK = keys_TK.mul_(top_k).add_(torch.arange(top_k, dtype=keys_TK.dtype))
+    keys_N, order_N = keys_TK.reshape(-1).sort(stable=True)
+    last_E = torch.arange(top_k - 1, num_experts * top_k, top_k, dtype=keys_N.dtype)  # each expert's largest key
+    return order_N.int(), torch.searchsorted(keys_N, last_E, right=True, out_int32=True)
 
 
-def _route_lists(ids: list[int], num_experts: int) -> tuple[Tensor, Tensor]:
+def _route_lists(ids: list[int], num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
     keys = [expert if 0 <= expert < num_experts else num_experts for expert in ids]  # num_experts: sentinels
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    slots = range(len(keys))
+    if top_k < len(keys):  # not of one token
+        slots = [slot for choice in range(top_k) for slot in slots[choice::top_k]]
+    order = sorted(slots, key=keys.__getitem__)
     ends: list[int] = []
     for row, slot in enumerate(order):
         ends += [row] * (keys[slot] - len(ends))  # experts before this row's that had no end yet
@@ -65,13 +72,21 @@ def combine_grouped(
     num_valid: int,
     top_k: int,
     out_dtype: torch.dtype | None,
+    backwards: bool = False,
 ) -> Tensor:
-    """The weighted sum of each token's grouped rows of y."""
+    """The weighted sum of each token's grouped rows of y.
+
+    Without weights they are added in the order of their experts, or `backwards`: as a loop over the experts adds them,
+    and as autograd does going back through it. The sum of two is the same either way.
+    """
     if order_N.numel() == top_k:
         if num_valid < top_k:
             y_ND, order_N = y_ND[:num_valid], order_N[:num_valid]
         return _sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype or y_ND.dtype)
-    return sum_slots(y_ND, topk_weights_TK, slot_rows(order_N), num_valid, top_k, out_dtype)
+    rows_N = slot_rows(order_N)
+    if topk_weights_TK is None and top_k > 2:
+        rows_N = rows_N.view(-1, top_k).sort(1, descending=backwards).values.view(-1)
+    return sum_slots(y_ND, topk_weights_TK, rows_N, num_valid, top_k, out_dtype)
 
 
 def _sum_of_one_token(y_ND: Tensor, topk_weights_1K: Tensor | None, order_N: Tensor, out_dtype: torch.dtype) -> Tensor:

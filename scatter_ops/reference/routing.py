@@ -12,7 +12,10 @@ from scatter_ops.grouping import accumulation_dtype, segments
 
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Sort the slots by expert, stably. Returns order [N] and offsets [E] (cumulative ends), both int32."""
+    """Sort the slots by expert. Returns order [N] and offsets [E] (cumulative ends), both int32.
+
+    An expert's slots come by token, as on CUDA. The CPU has them choice by choice, and those of a choice by token.
+    """
     ids_N = topk_ids_TK.reshape(-1)
     is_expert_N = (ids_N >= 0) & (ids_N < num_experts)
     keys_N = torch.where(is_expert_N, ids_N, num_experts)

@@ -1,46 +1,79 @@
-"""On the CPU in float32 the fused expert rounds as a loop over the experts does in autograd.
+"""On the CPU in float32 the fused expert rounds as transformers' loop over the experts does, forward and backward.
 
-For two experts a token, and rows that begin at multiples of 64 bytes: MKL rounds by them, too.
+For rows that begin at multiples of 64 bytes, since MKL rounds by them, too, and enough tokens for a product an expert.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+pytest.importorskip("transformers")
+
+from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from tests.backend.harness import compile_ours, fresh_dynamo, rewritten
 from tests.ops.cases import OPS
 
-T, D, WIDTH, E, K = 100, 32, 16, 5, 2
+T, D, WIDTH, E = 100, 32, 16, 5
 
 
-def loop(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    out = torch.zeros_like(x)
-    for e in range(E):
-        tokens, choice = torch.where(topk_ids == e)
-        gate, up = F.linear(x[tokens], gate_up[e]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down[e])
-        out = out.index_add(0, tokens, y * topk_weights[tokens, choice, None])
-    return out
+def qwen3_moe(implementation: str) -> nn.Module:
+    settings: dict[str, Any] = {"hidden_size": D, "moe_intermediate_size": WIDTH, "num_experts": E}
+    return Qwen3MoeExperts(Qwen3MoeConfig(**settings, experts_implementation=implementation))
 
 
-def fused(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    routing = OPS.route(topk_ids, E)
-    return OPS.mlp(x, topk_weights, *routing, [gate_up], [], [down], [], [], [], "silu", "concatenated")
+def mixtral(implementation: str) -> nn.Module:
+    settings: dict[str, Any] = {"hidden_size": D, "intermediate_size": WIDTH, "num_local_experts": E}
+    return MixtralExperts(MixtralConfig(**settings, experts_implementation=implementation))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_output_and_gradients_of_the_tokens_are_those_of_a_loop(compiled: bool):
-    torch.manual_seed(0)
-    x, topk_ids = torch.randn(T, D), torch.rand(T, E).topk(K).indices
-    tensors = [x, torch.rand(T, K), torch.randn(E, 2 * WIDTH, D) / D**0.5, torch.randn(E, D, WIDTH) / WIDTH**0.5]
-    x, topk_weights, gate_up, down = (tensor.requires_grad_() for tensor in tensors)
-    grad = torch.randn(T, D)
-    ours = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
+def experts(make: Callable[[str], nn.Module], implementation: str) -> nn.Module:
+    module, generator = make(implementation), torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+    return module
 
-    def results(function) -> list[Tensor]:
-        out = function(x, topk_weights, topk_ids, gate_up, down)
-        return [out, *torch.autograd.grad(out, tensors, grad)]
 
-    names = ("output", "gradient of x", "gradient of topk_weights", "gradient of gate_up", "gradient of down")
-    for name, mine, theirs in zip(names, results(ours), results(loop), strict=True):
-        assert torch.equal(mine, theirs), name
+class Operator(nn.Module):
+    """A call of the operator in the place of the experts' loop."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = module.gate_up_proj, module.down_proj
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        weights = [self.gate_up_proj], [], [self.down_proj]
+        return OPS.mlp(x, topk_weights, *OPS.route(topk_ids, E), *weights, [], [], [], "silu", "concatenated")
+
+
+WAYS = {
+    "operator": lambda make: Operator(experts(make, "eager")),
+    "backend": lambda make: compile_ours(experts(make, "eager"), fullgraph=True),
+    "experts implementation": lambda make: experts(make, "scatter_moe"),
+}
+
+
+@pytest.mark.parametrize("K", [2, 4])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [qwen3_moe, mixtral])
+def test_output_and_gradients_are_those_of_the_loop(make: Callable[[str], nn.Module], way: str, K: int):
+    fresh_dynamo()
+    generator = torch.Generator().manual_seed(1)
+    topk_ids = torch.rand(T, E, generator=generator).topk(K).indices
+    x, topk_weights, grad = (torch.randn(T, size, generator=generator) for size in (D, K, D))
+
+    def results(module: nn.Module) -> dict[str, Tensor]:
+        inputs = {"x": x.clone().requires_grad_(), "topk_weights": topk_weights.clone().requires_grad_()}
+        out = module(inputs["x"], topk_ids, inputs["topk_weights"])
+        tensors = [*inputs.values(), *module.parameters()]
+        names = [*inputs, "gate_up_proj", "down_proj"]
+        return {"output": out, **dict(zip(names, torch.autograd.grad(out, tensors, grad), strict=True))}
+
+    ours, theirs = results(WAYS[way](make)), results(experts(make, "eager"))
+    assert rewritten() == (way == "backend")
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

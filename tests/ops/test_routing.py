@@ -32,13 +32,15 @@ def routings(draw) -> tuple[torch.Tensor, int]:
 @given(routings())
 @settings(max_examples=150, deadline=None)
 def test_route_sorts_the_slots(routing):
+    """By expert, an expert's slots by choice, and those of a choice by token."""
     topk_ids, num_experts = routing
     order, offsets = OPS.route(topk_ids, num_experts)
     assert order.dtype == offsets.dtype == torch.int32
+    top_k, sentinels = topk_ids.shape[1], []
     slots_of = [[] for _ in range(num_experts)]
-    sentinels = []
-    for slot, expert in enumerate(topk_ids.flatten().tolist()):
-        (slots_of[expert] if 0 <= expert < num_experts else sentinels).append(slot)
+    for choice, experts in enumerate(topk_ids.t().tolist()):
+        for token, expert in enumerate(experts):
+            (slots_of[expert] if 0 <= expert < num_experts else sentinels).append(token * top_k + choice)
     assert order.tolist() == [*(slot for slots in slots_of for slot in slots), *sentinels]
     assert offsets.tolist() == torch.tensor([len(slots) for slots in slots_of]).cumsum(0).tolist()
 
