@@ -24,12 +24,14 @@ T, D, WIDTH, E = 100, 32, 16, 5
 
 def qwen3_moe(implementation: str) -> nn.Module:
     settings: dict[str, Any] = {"hidden_size": D, "moe_intermediate_size": WIDTH, "num_experts": E}
-    return Qwen3MoeExperts(Qwen3MoeConfig(**settings, experts_implementation=implementation))
+    settings["experts_implementation"] = implementation
+    return Qwen3MoeExperts(Qwen3MoeConfig(**settings))
 
 
 def mixtral(implementation: str) -> nn.Module:
     settings: dict[str, Any] = {"hidden_size": D, "intermediate_size": WIDTH, "num_local_experts": E}
-    return MixtralExperts(MixtralConfig(**settings, experts_implementation=implementation))
+    settings["experts_implementation"] = implementation
+    return MixtralExperts(MixtralConfig(**settings))
 
 
 def experts(make: Callable[[str], nn.Module], implementation: str) -> nn.Module:
