@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
+from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.operands import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
@@ -86,6 +87,8 @@ def _launch(
     operands = grad, h_NH, down, glu, tiles, grad_h, scaled_a, partials
     if hopper is not None and out_tma and grad_pre is None and hopper.launch_glu_backward(config, *operands):
         return
+    if config.overlap:  # the portable kernel can't gather beside its products
+        grad = regrouped(grad, routing)
     grad_out, w, options = product_options(grad, down, config, config.block_n, n_ways=1)
     part = config.block_n // config.epilogue_parts
 

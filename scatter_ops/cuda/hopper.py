@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.operands import Routing, Rows, grid_size, tma_can_read, weight_descriptor
@@ -81,7 +82,7 @@ def launch_glu_backward(
 ) -> bool:
     """False where only the portable kernel can do it: nothing is launched then. TMA can reach h and the results."""
     operands = _operands(config, grad, down, config.num_stages)
-    if operands is None or grad.divisor != 0 or glu.on_input or grad_h is partials is None:
+    if operands is None or glu.on_input or grad_h is partials is None:
         return False
     block_m, part = BLOCK_M.value, PART.value
     grid = grid_size(config, tiles.max_row_tiles * cdiv(down.n, BLOCK_N.value), h_NH.device)
@@ -100,6 +101,8 @@ def launch_glu_backward(
         down.n,
         down.k,
         0 if partials is None else partials.shape[1],
+        grad.data.stride(0) if grad.divisor else None,
+        GRAD_DIVISOR=grad.divisor or None,
         ACTIVATION=glu.activation,
         LAYOUT=glu.h_layout,
         N_MAJOR=down.stride_k != 1,
@@ -166,29 +169,40 @@ def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int)
     return x, _gluon(w)
 
 
-def launch_weight_grad(config: Config, left: Tensor, right: Tensor, routing: Routing, out: Tensor) -> bool:
-    """Of grouped rows. False where only the portable kernel can do it: nothing is launched then."""
+def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing, out: Tensor) -> bool:
+    """False where only the portable kernel can do it: nothing is launched then."""
     block_p, block_q, block_rows = BLOCK_M.value, BLOCK_N.value, BLOCK_ROWS.value
     if not config.overlap or (config.block_m, config.block_n, config.block_k) != (block_p, block_q, block_rows):
         return False
-    if not all(tma_can_read(x) for x in (left, right, out[0])):
+    if not all(tma_can_read(x) for x in (left.data, right.data, out[0])):
         return False
+    left, right = (rows if _copies_are_aligned(rows.data) else regrouped(rows, routing) for rows in (left, right))
     num_experts, p_size, q_size = out.shape
     num_tiles = num_experts * cdiv(p_size, block_p) * cdiv(q_size, block_q)
     weight_grad_kernel[grid_size(config, num_tiles, out.device)](
-        _gluon(create_ragged_descriptor(left, [block_rows, block_p])),
-        _gluon(create_ragged_descriptor(right, [block_rows, block_q])),
+        left.data if left.divisor else _gluon(create_ragged_descriptor(left.data, [block_rows, block_p])),
+        right.data if right.divisor else _gluon(create_ragged_descriptor(right.data, [block_rows, block_q])),
         _gluon(TensorDescriptor.from_tensor(out, [1, block_p, QUARTER.value])),
+        routing.order_N,
         routing.offsets_E,
         routing.schedule(block_p).heaviest_E,
         num_experts,
         p_size,
         q_size,
+        left.data.stride(0) if left.divisor else None,
+        right.data.stride(0) if right.divisor else None,
+        LEFT_DIVISOR=left.divisor or None,
+        RIGHT_DIVISOR=right.divisor or None,
         STAGES=config.num_stages,
         GROUP_P=config.group_m,
         num_warps=8,
     )
     return True
+
+
+def _copies_are_aligned(x: Tensor) -> bool:
+    """As far as Triton can know, which asks of a number whether it is a multiple of 16."""
+    return x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
 
 
 def _parts_of_h(h_NH: Tensor, glu: Glu, block_m: int, part: int) -> TensorDescriptor:

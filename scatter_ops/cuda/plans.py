@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 from triton.runtime import driver
+
+from scatter_ops.cuda.prepared import prepared_launch
 
 MAX_SIGNATURES = 1024
 ALIGNMENT = 16  # bytes: what kernels are compiled for, and what descriptors ask for
@@ -54,25 +57,33 @@ class Launch(NamedTuple):
     descriptors: list[tuple[int, Place]] = []
 
 
+class Call(NamedTuple):
+    """What decides which launches are made, and the tensors they are made on."""
+
+    signature: tuple[Any, ...]
+    tensors: list[Tensor]
+    addresses: list[int]
+
+
 class Plan:
-    """bound: by the addresses of inputs, results and workspace, what each launch calls and with what."""
+    """bound: by the stream and the addresses of inputs, results and workspace, what each launch calls and with what."""
 
     def __init__(self, launches: list[Launch], results: list[tuple[torch.Size, torch.dtype]], workspace_bytes: int):
         self.launches, self.results, self.workspace_bytes = launches, results, workspace_bytes
-        self.bound: dict[tuple[int, ...], list[tuple[Callable[..., None], list[Any]]]] = {}
+        self.bound: dict[tuple[int, ...], list[tuple[Callable[..., None], Sequence[Any]]]] = {}
 
-    def run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        device = inputs[0].device
+    def run(self, call: Call) -> tuple[Tensor, ...]:
+        device = call.tensors[0].device
         results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
-        addresses = tuple([tensor.data_ptr() for tensor in (*inputs, *results, workspace)])
-        bound = self.bound.get(addresses) or self._bind(addresses)
         stream = driver.active.get_current_stream(device.index)  # pyright: ignore[reportAttributeAccessIssue]
+        addresses = *call.addresses, *[result.data_ptr() for result in results], workspace.data_ptr()
+        bound = self.bound.get((stream, *addresses)) or self._bind(stream, addresses)
         for run, args in bound:
-            run(*args, stream=stream)
+            run(*args)
         return tuple(results)
 
-    def _bind(self, addresses: tuple[int, ...]) -> list[tuple[Callable[..., None], list[Any]]]:
+    def _bind(self, stream: int, addresses: tuple[int, ...]) -> list[tuple[Callable[..., None], Sequence[Any]]]:
         if len(self.bound) >= MAX_BOUND:
             self.bound.clear()
         bound = []
@@ -82,8 +93,8 @@ class Plan:
                 args[i] = addresses[tensor] + offset
             for i, (tensor, offset) in descriptors:
                 args[i] = _described_at(args[i], Address(addresses[tensor] + offset))
-            bound.append((compiled[grid], args))
-        self.bound[addresses] = bound
+            bound.append(prepared_launch(compiled, grid, stream, args))
+        self.bound[stream, *addresses] = bound
         return bound
 
 
@@ -144,14 +155,18 @@ class Planned:
 
     def again(self, *args: Any) -> tuple[Tensor, ...] | None:
         """The results of a call that has a plan; None, and nothing done, if it has none."""
-        return self._run(_signature_of_call(args), args)
+        call = _call(args)
+        return call and self._run(call)
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        signature = _signature_of_call(args)
-        results = self._run(signature, args)
+        call = _call(args)
+        if call is None:
+            return self._function(*args)
+        results = self._run(call)
         if results is not None:
             return results
-        if signature is None or signature in self._plans:
+        signature = call.signature
+        if signature in self._plans:
             return self._function(*args)
         for known in (self._plans, self._met):
             if len(known) >= MAX_SIGNATURES:
@@ -161,41 +176,40 @@ class Planned:
             return self._function(*args)
         with _Recording() as recording:
             results = self._function(*args)
-        self._plans[signature] = _plan(recording, args, results)
+        self._plans[signature] = _plan(recording, call, results)
         return results
 
-    def _run(self, signature: Any, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
-        plan = self._plans.get(signature)
-        if plan is None or args[0].device.index != torch.cuda.current_device():
+    def _run(self, call: Call) -> tuple[Tensor, ...] | None:
+        plan = self._plans.get(call.signature)
+        if plan is None or call.tensors[0].get_device() != torch.cuda.current_device():
             return None
-        return plan.run(_tensors(args))
-
-
-def _signature_of_call(args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """None of a call with several tensors in a list: where they lie decides how they are read."""
-    for arg in args:
-        if type(arg) is list and len(arg) > 1:
+        if knobs.runtime.launch_enter_hook.calls:  # a profiler's, which a prepared launch doesn't call
             return None
-    return torch.get_float32_matmul_precision(), *[_signature(arg) for arg in args]
+        return plan.run(call)
 
 
-def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    tensors = []
+def _call(args: Sequence[Any]) -> Call | None:
+    """None of a call with several tensors in a list, whose distances decide how they are read, or with a subclass."""
+    tensors, signature = [], [torch.get_float32_matmul_precision()]
     for arg in args:
-        if isinstance(arg, Tensor):
-            tensors.append(arg)
-        elif type(arg) is list:
+        if type(arg) is list:
+            if len(arg) > 1:
+                return None
             tensors += arg
-    return tensors
-
-
-def _signature(arg: Any) -> Any:
-    """Of a tensor that is no ordinary one: nobody else's."""
-    if isinstance(arg, Tensor):
-        if type(arg) not in PLAIN_TYPES:
-            return object()
-        return arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % ALIGNMENT
-    return tuple([_signature(tensor) for tensor in arg]) if type(arg) is list else (type(arg), arg)
+            signature.append(len(arg))
+        elif isinstance(arg, Tensor):
+            tensors.append(arg)
+            signature.append(Tensor)
+        else:
+            signature += type(arg), arg
+    addresses = []
+    for tensor in tensors:
+        if type(tensor) not in PLAIN_TYPES:
+            return None
+        address = tensor.data_ptr()
+        addresses.append(address)
+        signature += tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), address % ALIGNMENT
+    return Call(tuple(signature), tensors, addresses)
 
 
 def _described_at(descriptor: Any, base: Any) -> Any:
@@ -205,10 +219,10 @@ def _described_at(descriptor: Any, base: Any) -> Any:
     return copy
 
 
-def _plan(recording: _Recording, args: Sequence[Any], results: tuple[Tensor, ...]) -> Plan | None:
+def _plan(recording: _Recording, call: Call, results: tuple[Tensor, ...]) -> Plan | None:
     """None where a call can't be made again from its inputs' addresses alone."""
     allocated = {tensor.data_ptr(): tensor for tensor in recording.allocated}
-    tensors = (*_tensors(args), *results)
+    tensors = (*call.tensors, *results)
     places = {tensor.data_ptr(): Place(i, 0) for i, tensor in enumerate(tensors)}
     # Of two tensors at one address nobody could say which an argument is; empty ones have none.
     distinct = len({tensor.data_ptr() for tensor in tensors if tensor.numel()}) == sum(1 for t in tensors if t.numel())

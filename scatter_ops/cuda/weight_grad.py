@@ -22,9 +22,10 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
     config = select_config("weight_grad", left.data, routing, p_size, q_size)
     if config.regroup:
         left, right = (regrouped(rows, routing) for rows in (left, right))
-    grouped = left.divisor == right.divisor == 0 and uses_tma(config, out.device)
-    if hopper is not None and grouped and hopper.launch_weight_grad(config, left.data, right.data, routing, out):
+    if hopper is not None and hopper.launch_weight_grad(config, left, right, routing, out):
         return out
+    if config.overlap:  # the portable kernel can't gather beside its products
+        left, right = (regrouped(rows, routing) for rows in (left, right))
     block_p, block_q = min(config.block_m, max(32, next_power_of_2(p_size))), config.block_n
     num_tiles = routing.num_experts * cdiv(p_size, block_p) * cdiv(q_size, block_q)
     left_tma, right_tma = (

@@ -106,10 +106,10 @@ def stage_before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def make_barriers(COUNT: gl.constexpr):
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=1)
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
     fence_async_shared()
     return barriers
 

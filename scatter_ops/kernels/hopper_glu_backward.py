@@ -2,6 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from scatter_ops.kernels.activation import activate_backward
@@ -63,6 +64,8 @@ def _load_h(product, h, stage, first_row, first_f, LAYOUT: gl.constexpr):
         else:
             column = first_f * (COLUMNS // PART) + half * COLUMNS
             tma.async_copy_global_to_shared(h, [first_row, column], barrier, h_tiles.index(half))
+    if product.stride_x is not None:
+        async_copy.commit_group()  # an empty one: multiply_step counts a group a position
 
 
 @gluon.jit
@@ -183,11 +186,10 @@ def _differentiate_tile(
                 # By now the part before this one has left: what comes STAGES - 1 positions on takes its place.
                 tma.store_wait(STORES)
                 free = stage_before(stage, STAGES)
-                position = part + STAGES - 1
-                if position < PARTS:
+                if part + STAGES - 1 < PARTS:
                     _load_h(product, h, free, tile.first_row, first_f + (STAGES - 1) * 2 * PART, LAYOUT)
                 else:
-                    load_step(product, ahead, position - PARTS, free, ahead_exists)
+                    load_step(product, ahead, part + STAGES - 1 - PARTS, free, ahead_exists)
         stage, phase = advance(stage, phase, STAGES)
     return grad_scale, stage, phase
 
@@ -209,17 +211,22 @@ def glu_backward_kernel(
     f_size,
     k_size,
     num_partials,
+    stride_grad,
+    GRAD_DIVISOR: gl.constexpr,
     ACTIVATION: gl.constexpr,
     LAYOUT: gl.constexpr,
     N_MAJOR: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """Everything 16 bits wide is read and written by TMA. dH takes the place of h in shared memory, part by part."""
+    """Everything 16 bits wide but gathered rows is read and written by TMA, see glu_forward about them.
+
+    dH takes the place of h in shared memory, part by part.
+    """
     x_tiles, w_tiles, ready = make_stages(weight, N_MAJOR, STAGES)
-    product = Product(grad_out, None, weight, x_tiles, w_tiles, ready, 0, BOX, None)
+    product = Product(grad_out, stride_grad, weight, x_tiles, w_tiles, ready, 0, BOX, None)
     num_rows, num_columns = gl.load(tile_map_ptr), gl.cdiv(f_size, BLOCK_N)
-    tiles = Tiles(tile_map_ptr, order_ptr, distances_ptr, None, num_rows, num_columns, None, GROUP_M)
+    tiles = Tiles(tile_map_ptr, order_ptr, distances_ptr, None, num_rows, num_columns, GRAD_DIVISOR, GROUP_M)
     first, hop = gl.program_id(0), gl.num_programs(0)
     here = first_operands(product, tiles)
     stage, phase = 0, 0
@@ -253,3 +260,5 @@ def glu_backward_kernel(
             gl.store(partials_ptr + slots.to(gl.int64) * num_partials + here.column_tile, grad_scale, mask=valid)
         here = ahead
     tma.store_wait(0)
+    if GRAD_DIVISOR is not None:
+        async_copy.wait_group(0)

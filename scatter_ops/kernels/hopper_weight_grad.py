@@ -1,14 +1,17 @@
-"""scatter_ops.kernels.weight_grad on Hopper, of grouped rows: loads and stores run beside the products.
+"""scatter_ops.kernels.weight_grad on Hopper: loads and stores run beside the products.
+
+    loading warps    rows of both operands, grouped ones by TMA, gathered ones by copies of 16 bytes -> ring of stages
+    product warps    ring of stages -> accumulator -> out, as hopper_grouped_gemm.py says
 
 Tiles of the experts with the most rows take longest. They are dealt first, and in turns back and forth, so that all
-programs end at about the same time. A program's tiles are one stream of steps of BLOCK_ROWS rows, each prefetched
-STAGES - 1 steps ahead, also beyond a tile's end. A finished tile leaves as hopper_grouped_gemm.py says. See hopper.py.
+programs end at about the same time. See hopper.py.
 """
 
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -28,20 +31,48 @@ from scatter_ops.kernels.hopper import (
     advance,
     make_barriers,
     stage_before,
+    thread_barrier,
 )
 from scatter_ops.kernels.mainloop import tile_position
 
 BLOCK_ROWS = gl.constexpr(64)
+LOADING_WARPS = gl.constexpr(4)
+LOADING_REGISTERS = gl.constexpr(96)
+GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 
-class Product(NamedTuple):
-    """Ragged descriptors of the operands, their stages and barriers."""
+class Operand(NamedTuple):
+    """A ragged descriptor of grouped rows if divisor is None, else a pointer to rows of which slot // divisor is read.
+
+    size: number of columns, tiles: its stages.
+    """
+
+    memory: Any
+    size: Any
+    stride: Any
+    divisor: Any
+    tiles: Any
+
+
+class Ring(NamedTuple):
+    """Barriers of each stage: the loading warps filled it, the product warps emptied it."""
 
     left: Any
     right: Any
-    left_tiles: Any
-    right_tiles: Any
-    ready: Any
+    filled: Any
+    emptied: Any
+
+
+class Tiles(NamedTuple):
+    """All tiles of the result."""
+
+    order_ptr: Any
+    offsets_ptr: Any
+    heaviest_ptr: Any
+    num_experts: Any
+    p_tiles: Any
+    q_tiles: Any
+    group_p: Any
 
 
 class Tile(NamedTuple):
@@ -55,43 +86,117 @@ class Tile(NamedTuple):
 
 
 @gluon.jit
-def _tile_of_turn(turn):
+def _number_of_turn(turn):
     program, num_programs = gl.program_id(0), gl.num_programs(0)
     return turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
 
 
 @gluon.jit
-def _load_tile(offsets_ptr, heaviest_ptr, tile, num_experts, p_tiles, q_tiles, GROUP_P: gl.constexpr):
+def _num_turns(tiles):
+    num_tiles = tiles.num_experts * tiles.p_tiles * tiles.q_tiles
+    turns = num_tiles // gl.num_programs(0)
+    return turns + (_number_of_turn(turns) < num_tiles).to(gl.int32)
+
+
+@gluon.jit
+def _tile_at(tiles, number):
     """Past the last tile: of an expert past the last, without rows."""
-    tiles_per_expert = p_tiles * q_tiles
-    place = tile // tiles_per_expert
-    p_tile, q_tile = tile_position(tile - place * tiles_per_expert, p_tiles, q_tiles, GROUP_P)
-    exists = place < num_experts
-    expert = gl.load(heaviest_ptr + place, mask=exists, other=num_experts)
-    start = gl.load(offsets_ptr + expert - 1, mask=exists & (expert > 0), other=0)
-    end = gl.load(offsets_ptr + expert, mask=exists, other=0)
+    tiles_per_expert = tiles.p_tiles * tiles.q_tiles
+    place = number // tiles_per_expert
+    p_tile, q_tile = tile_position(number - place * tiles_per_expert, tiles.p_tiles, tiles.q_tiles, tiles.group_p)
+    exists = place < tiles.num_experts
+    expert = gl.load(tiles.heaviest_ptr + place, mask=exists, other=tiles.num_experts)
+    start = gl.load(tiles.offsets_ptr + expert - 1, mask=exists & (expert > 0), other=0)
+    end = gl.load(tiles.offsets_ptr + expert, mask=exists, other=0)
     return Tile(expert, start, end, p_tile * BLOCK_M, q_tile * BLOCK_N)
 
 
 @gluon.jit
-def _load_step(product, tile, step, stage, pred):
-    """The rows of a step, zeros beyond the expert's end."""
-    barrier = product.ready.index(stage)
-    row = BOUND - (tile.end - tile.start - step * BLOCK_ROWS)
-    left_tile = product.left_tiles.index(stage).reshape(product.left.block_type.shape)
-    right_tile = product.right_tiles.index(stage).reshape(product.right.block_type.shape)
-    mbarrier.expect(barrier, BLOCK_ROWS * (BLOCK_M + BLOCK_N) * 2, pred)
-    tma.async_copy_global_to_shared(product.left, [BOUND, tile.end, row, tile.first_p], barrier, left_tile, pred)
-    tma.async_copy_global_to_shared(product.right, [BOUND, tile.end, row, tile.first_q], barrier, right_tile, pred)
+def _num_steps(tile):
+    """At least one, of zeros where an expert has no rows."""
+    return gl.maximum(gl.cdiv(tile.end - tile.start, BLOCK_ROWS), 1)
 
 
 @gluon.jit
-def _multiply_step(product, stage, phase, acc):
-    """acc plus the product of a stage, which is still being computed; the step before it is done."""
-    mbarrier.wait(product.ready.index(stage), phase)
-    left_tile = product.left_tiles.index(stage).permute([1, 0])
-    acc = warpgroup_mma(left_tile, product.right_tiles.index(stage), acc, is_async=True)
-    return warpgroup_mma_wait(1, deps=(acc,))
+def _load_slots(tiles, first, end):
+    rows = first + gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, GATHERED))
+    return gl.load(tiles.order_ptr + rows, mask=rows < end, other=0)
+
+
+@gluon.jit
+def _copy_gathered(operand, first, end, slots, first_column, stage):
+    """A step's rows, zeros beyond the expert's end and the last column."""
+    tile = operand.tiles.index(stage)
+    rows = first + gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, GATHERED))
+    columns = first_column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, GATHERED))
+    sources = (slots // operand.divisor).to(gl.int64)
+    pointers = operand.memory + sources[:, None] * operand.stride + columns[None, :]
+    mask = (rows < end)[:, None] & (columns < operand.size)[None, :]
+    async_copy.async_copy_global_to_shared(tile, pointers, mask=mask)
+
+
+@gluon.jit
+def _copy_grouped(operand, first, end, first_column, stage, barrier):
+    tile = operand.tiles.index(stage).reshape(operand.memory.block_type.shape)
+    coordinates = [BOUND, end, BOUND - (end - first), first_column]
+    tma.async_copy_global_to_shared(operand.memory, coordinates, barrier, tile)
+
+
+@gluon.jit
+def _load_step(ring, tile, step, slots, stage, phase):
+    """Fill a stage, once it is empty, with a step's rows of both operands."""
+    LEFT_BYTES: gl.constexpr = BLOCK_ROWS * BLOCK_M * 2 if ring.left.divisor is None else 0
+    RIGHT_BYTES: gl.constexpr = BLOCK_ROWS * BLOCK_N * 2 if ring.right.divisor is None else 0
+    first = tile.start + step * BLOCK_ROWS
+    barrier = ring.filled.index(stage)
+    mbarrier.wait(ring.emptied.index(stage), phase)
+    if ring.left.divisor is not None:
+        _copy_gathered(ring.left, first, tile.end, slots, tile.first_p, stage)
+    if ring.right.divisor is not None:
+        _copy_gathered(ring.right, first, tile.end, slots, tile.first_q, stage)
+    mbarrier.expect(barrier, LEFT_BYTES + RIGHT_BYTES)
+    if ring.left.divisor is None:
+        _copy_grouped(ring.left, first, tile.end, tile.first_p, stage, barrier)
+    if ring.right.divisor is None:
+        _copy_grouped(ring.right, first, tile.end, tile.first_q, stage, barrier)
+    if LEFT_BYTES * RIGHT_BYTES == 0:
+        async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def _load_tiles(ring, tiles):
+    """What the loading warps do. Slots are loaded a step ahead, also beyond a tile's end, and tiles a tile ahead."""
+    STAGES: gl.constexpr = ring.left.tiles.shape[0]
+    tile, ahead = _tile_at(tiles, _number_of_turn(0)), _tile_at(tiles, _number_of_turn(1))
+    slots = _load_slots(tiles, tile.start, tile.end)
+    stage, phase = 0, 1
+    for turn in range(_num_turns(tiles)):
+        after = _tile_at(tiles, _number_of_turn(turn + 2))
+        steps = _num_steps(tile)
+        for step in range(steps):
+            is_last = step + 1 == steps
+            next_row = gl.where(is_last, ahead.start, tile.start + (step + 1) * BLOCK_ROWS)
+            next_slots = _load_slots(tiles, next_row, gl.where(is_last, ahead.end, tile.end))
+            _load_step(ring, tile, step, slots, stage, phase)
+            slots = next_slots
+            stage, phase = advance(stage, phase, STAGES)
+        tile, ahead = ahead, after
+
+
+@gluon.jit
+def _multiply_step(ring, step, steps, stage, phase, acc):
+    """acc plus the product of a stage, which is still being computed; the step before it is done, its stage is free."""
+    mbarrier.wait(ring.filled.index(stage), phase)
+    if ring.left.divisor is not None or ring.right.divisor is not None:
+        fence_async_shared()
+    left_tile = ring.left.tiles.index(stage).permute([1, 0])
+    acc = warpgroup_mma(left_tile, ring.right.tiles.index(stage), acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    thread_barrier()
+    # A number of steps that was carried from tile to tile has to be used here: Triton takes it for dead else.
+    of_this_tile = (step > 0) & (step < steps)
+    mbarrier.arrive(ring.emptied.index(stage_before(stage, ring.left.tiles.shape[0])), count=1, pred=of_this_tile)
+    return acc
 
 
 @gluon.jit
@@ -101,56 +206,69 @@ def _store_quarter(out, out_tiles, tile, number: gl.constexpr):
     tma.async_copy_shared_to_global(out, [tile.expert, tile.first_p, tile.first_q + number * QUARTER], quarter)
 
 
+@gluon.jit
+def _multiply_tiles(ring, tiles, out, out_tiles):
+    """What the product's warps do."""
+    STAGES: gl.constexpr = ring.left.tiles.shape[0]
+    finished = _tile_at(tiles, tiles.num_experts * tiles.p_tiles * tiles.q_tiles)
+    tile = _tile_at(tiles, _number_of_turn(0))
+    stage, phase = 0, 0
+    for turn in range(_num_turns(tiles)):
+        ahead = _tile_at(tiles, _number_of_turn(turn + 1))
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
+        steps = _num_steps(tile)
+        for part in gl.static_range(4):
+            for step in range(steps * part // 4, steps * (part + 1) // 4):
+                acc = _multiply_step(ring, step, steps, stage, phase, acc)
+                stage, phase = advance(stage, phase, STAGES)
+            _store_quarter(out, out_tiles, finished, part)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        thread_barrier()
+        mbarrier.arrive(ring.emptied.index(stage_before(stage, STAGES)), count=1)
+        quarters = split_columns(acc, 4)
+        tma.store_wait(0)
+        for part in gl.static_range(4):
+            out_tiles.index(part).store(quarters[part].to(out.dtype))
+        fence_async_shared()
+        finished, tile = tile, ahead
+    for part in gl.static_range(4):
+        _store_quarter(out, out_tiles, finished, part)
+    tma.store_wait(0)
+
+
 @gluon.jit(do_not_specialize=["num_experts"])
 def weight_grad_kernel(
     left,
     right,
     out,
+    order_ptr,
     offsets_ptr,
     heaviest_ptr,
     num_experts,
     p_size,
     q_size,
+    stride_left,
+    stride_right,
+    LEFT_DIVISOR: gl.constexpr,
+    RIGHT_DIVISOR: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_P: gl.constexpr,
 ):
-    """left and right are ragged descriptors, out is one of [E, P, Q] in quarters of tiles."""
+    """out is a descriptor of [E, P, Q] in quarters of tiles. left, right: see Operand; strides are None as divisors."""
+    ARRIVALS: gl.constexpr = 1 if LEFT_DIVISOR is None and RIGHT_DIVISOR is None else 1 + 32 * LOADING_WARPS
     left_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_M], SWIZZLED)
     right_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_N], SWIZZLED)
     out_tiles = gl.allocate_shared_memory(out.dtype, [4, BLOCK_M, QUARTER], SWIZZLED)
-    product = Product(left, right, left_tiles, right_tiles, make_barriers(STAGES))
-
+    ring = Ring(
+        Operand(left, p_size, stride_left, LEFT_DIVISOR, left_tiles),
+        Operand(right, q_size, stride_right, RIGHT_DIVISOR, right_tiles),
+        make_barriers(STAGES, ARRIVALS),
+        make_barriers(STAGES, 1),
+    )
     p_tiles, q_tiles = gl.cdiv(p_size, BLOCK_M), gl.cdiv(q_size, BLOCK_N)
-    num_tiles = num_experts * p_tiles * q_tiles
-    turns = num_tiles // gl.num_programs(0)
-    turns += (_tile_of_turn(turns) < num_tiles).to(gl.int32)
-    tile = _load_tile(offsets_ptr, heaviest_ptr, _tile_of_turn(0), num_experts, p_tiles, q_tiles, GROUP_P)
-    finished = _load_tile(offsets_ptr, heaviest_ptr, num_tiles, num_experts, p_tiles, q_tiles, GROUP_P)
-    for early in gl.static_range(STAGES - 1):
-        _load_step(product, tile, early, early, turns > 0)
-    stage, phase = 0, 0
-    for turn in range(turns):
-        number = _tile_of_turn(turn + 1)
-        next_tile = _load_tile(offsets_ptr, heaviest_ptr, number, num_experts, p_tiles, q_tiles, GROUP_P)
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
-        # A tile has at least the STAGES - 1 steps that were loaded ahead: of zeros, where its expert has no rows.
-        steps = gl.maximum(gl.cdiv(tile.end - tile.start, BLOCK_ROWS) - (STAGES - 1), 0)
-        for part in gl.static_range(4):
-            for step in range(steps * part // 4, steps * (part + 1) // 4):
-                acc = _multiply_step(product, stage, phase, acc)
-                _load_step(product, tile, step + STAGES - 1, stage_before(stage, STAGES), True)
-                stage, phase = advance(stage, phase, STAGES)
-            _store_quarter(out, out_tiles, finished, part)
-        for early in gl.static_range(STAGES - 1):
-            acc = _multiply_step(product, stage, phase, acc)
-            _load_step(product, next_tile, early, stage_before(stage, STAGES), turn + 1 < turns)
-            stage, phase = advance(stage, phase, STAGES)
-        quarters = split_columns(warpgroup_mma_wait(0, deps=(acc,)), 4)
-        tma.store_wait(0)
-        for part in gl.static_range(4):
-            out_tiles.index(part).store(quarters[part].to(out.dtype))
-        fence_async_shared()
-        finished, tile = tile, next_tile
-    for part in gl.static_range(4):
-        _store_quarter(out, out_tiles, finished, part)
-    tma.store_wait(0)
+    tiles = Tiles(order_ptr, offsets_ptr, heaviest_ptr, num_experts, p_tiles, q_tiles, GROUP_P)
+    gl.warp_specialize(
+        [(_multiply_tiles, (ring, tiles, out, out_tiles)), (_load_tiles, (ring, tiles))],
+        [LOADING_WARPS],
+        [LOADING_REGISTERS],
+    )

@@ -180,11 +180,15 @@ def test_tiles_of_every_size(tokens: int, dtype: torch.dtype, poisoned_memory):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "plain", "separate"])
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_hopper_kernels_are_as_exact_as_the_portable_ones(
-    dtype: torch.dtype, layout: str, transposed: bool, poisoned_memory
+    dtype: torch.dtype, grouped: bool, layout: str, transposed: bool, poisoned_memory, monkeypatch
 ):
+    """grouped: rows are copied into grouped order first, else the kernels gather them."""
     require_hopper(glu_backward)
+    select = tuning.select
+    monkeypatch.setattr(tuning, "select", lambda *shape: replace(select(*shape), regroup=grouped))
     samples = []
     for seed in range(MIN_SEEDS):
         inputs = layer(T=1024, E=4, D=512, F=320, dtype=dtype, seed=seed)
@@ -261,16 +265,26 @@ def test_hopper_kernel_gives_the_products_that_the_portable_one_gives(
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize(("p_size", "q_size"), [(256, 256), (136, 520)])
+@pytest.mark.parametrize(("p_size", "q_size"), [(256, 256), (144, 528), (136, 520), (1024, 2048)])
+@pytest.mark.parametrize(("left_divisor", "right_divisor"), [(0, 0), (2, 0), (0, 2), (1, 2)])
 def test_hopper_kernel_gives_the_weight_gradients_that_the_portable_one_gives(
-    p_size: int, q_size: int, poisoned_memory
+    left_divisor: int, right_divisor: int, p_size: int, q_size: int, poisoned_memory
 ):
-    """Bitwise; one expert has no rows, one fewer than a step, and nobody reads the rows of sentinels."""
+    """Bitwise; one expert has no rows, one fewer than a step, and nobody reads the rows of sentinels.
+
+    The largest gradient has more tiles than there are programs.
+    """
     require_hopper(weight_grad)
     routing = uneven_routing()
-    left, right = (torch.randn(8000, size, device="cuda", dtype=torch.bfloat16) for size in (p_size, q_size))
-    left[routing.offsets_E[-1] :] = torch.nan
-    operands = Rows(left, 0), Rows(right, 0), routing
+
+    def rows(divisor: int, num_columns: int) -> Rows:
+        data = torch.randn(8000 // max(1, divisor), num_columns, device="cuda", dtype=torch.bfloat16)
+        data[routing.order_N[routing.offsets_E[-1] :].long() if divisor == 1 else slice(8000, None)] = torch.nan
+        if divisor == 0:
+            data[routing.offsets_E[-1] :] = torch.nan
+        return Rows(data, divisor)
+
+    operands = rows(left_divisor, p_size), rows(right_divisor, q_size), routing
     with mock.patch.object(weight_grad, "hopper", None):
         expected = weight_grad.weight_grad(*operands)
     with spied(weight_grad.hopper, "launch_weight_grad") as launched:

@@ -45,7 +45,7 @@ def launches() -> Iterator[list[Any]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(operands, "capability", lambda device: (9, 0)),
-        mock.patch.object(torch.cuda, "current_device", lambda: None),  # as the CPU's index
+        mock.patch.object(torch.cuda, "current_device", lambda: -1),  # as the CPU says of itself
         mock.patch.object(plans, "driver"),
     ):
         yield noted
