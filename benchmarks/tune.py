@@ -72,7 +72,9 @@ def candidates(op: str, rows_per_expert: int) -> list[Config]:
         ]
     if op == "glu_backward":
         return [
-            *variants(HOPPER, overlap=[True], num_stages=[4], epilogue_parts=[8], regroup=[True], group_m=[1, 2, 4, 8]),
+            *variants(
+                HOPPER, overlap=[True], num_stages=[4], epilogue_parts=[8], regroup=[False, True], group_m=[1, 8]
+            ),
             *variants(HOPPER, epilogue_parts=[4, 8], tma_out=[False, True], regroup=[True], group_m=[1]),
             *variants(HOPPER, epilogue_parts=[8], tma_out=[False, True], regroup=[True], group_m=[4, 8]),
             *variants(HOPPER, epilogue_parts=[8], num_stages=[4], regroup=[False, True], group_m=[1]),
@@ -80,7 +82,7 @@ def candidates(op: str, rows_per_expert: int) -> list[Config]:
     if op == "weight_grad":
         return [
             *variants(HOPPER, regroup=[True], group_m=[1, 8, 16], tma_out=[False, True]),
-            *variants(HOPPER, regroup=[True], overlap=[True], group_m=[4, 8, 16]),
+            *variants(HOPPER, regroup=[False, True], overlap=[True], group_m=[4, 8, 16]),
         ]
     if op == "glu_forward":
         return [

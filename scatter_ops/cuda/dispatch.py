@@ -5,7 +5,7 @@ from torch import Tensor
 
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.operands import Routing, Rows
-from scatter_ops.cuda.plans import launch
+from scatter_ops.cuda.recording import launch
 from scatter_ops.kernels.rows import dispatch_kernel
 
 MAX_BLOCK = 1024

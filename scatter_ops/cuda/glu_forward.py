@@ -9,7 +9,7 @@ from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.operands import Rows, grid_size, product_options, select_config, tma_can_read, uses_tma
 from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.cuda.parameters import ExpertWeight
-from scatter_ops.cuda.plans import launch
+from scatter_ops.cuda.recording import launch
 from scatter_ops.kernels.glu_forward import glu_forward_kernel
 
 

@@ -16,7 +16,7 @@ from scatter_ops.cuda.operands import (
 )
 from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
-from scatter_ops.cuda.plans import launch
+from scatter_ops.cuda.recording import launch
 from scatter_ops.kernels.grouped_gemm import grouped_gemm_kernel
 
 NO_BIAS = ExpertBias(None, 0, "none")

@@ -16,13 +16,13 @@ from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.operands import Routing, Rows, grid_size, tma_can_read, weight_descriptor
 from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
-from scatter_ops.cuda.plans import launch
+from scatter_ops.cuda.recording import launch
 from scatter_ops.cuda.routing import Schedule
 from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX, QUARTER
 from scatter_ops.kernels.hopper_glu_backward import PART, glu_backward_kernel
 from scatter_ops.kernels.hopper_glu_forward import H_PART, glu_forward_kernel
 from scatter_ops.kernels.hopper_grouped_gemm import grouped_gemm_kernel
-from scatter_ops.kernels.hopper_weight_grad import BLOCK_ROWS, weight_grad_kernel
+from scatter_ops.kernels.hopper_weight_grad import weight_grad_kernel
 from scatter_ops.tuning import Config
 
 STAGES = 3  # of glu_forward and grouped_gemm, whose finished tile takes the room of another
@@ -171,12 +171,14 @@ def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int)
 
 def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing, out: Tensor) -> bool:
     """False where only the portable kernel can do it: nothing is launched then."""
-    block_p, block_q, block_rows = BLOCK_M.value, BLOCK_N.value, BLOCK_ROWS.value
-    if not config.overlap or (config.block_m, config.block_n, config.block_k) != (block_p, block_q, block_rows):
+    block_p, block_q, block_rows, stages = BLOCK_M.value, BLOCK_N.value, config.block_k, config.num_stages
+    if not config.overlap or (config.block_m, config.block_n) != (block_p, block_q):
         return False
     if not all(tma_can_read(x) for x in (left.data, right.data, out[0])):
         return False
     left, right = (rows if _copies_are_aligned(rows.data) else regrouped(rows, routing) for rows in (left, right))
+    if left.divisor == right.divisor == 0:  # short steps, which are too short to gather in
+        block_rows, stages = block_rows // 2, 2 * stages
     num_experts, p_size, q_size = out.shape
     num_tiles = num_experts * cdiv(p_size, block_p) * cdiv(q_size, block_q)
     weight_grad_kernel[grid_size(config, num_tiles, out.device)](
@@ -191,9 +193,12 @@ def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing
         q_size,
         left.data.stride(0) if left.divisor else None,
         right.data.stride(0) if right.divisor else None,
+        p_size if p_size % block_p else None,
+        q_size if q_size % block_q else None,
         LEFT_DIVISOR=left.divisor or None,
         RIGHT_DIVISOR=right.divisor or None,
-        STAGES=config.num_stages,
+        BLOCK_ROWS=block_rows,
+        STAGES=stages,
         GROUP_P=config.group_m,
         num_warps=8,
     )

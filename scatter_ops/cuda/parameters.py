@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scatter_ops.cuda.plans import decided_by_addresses
+from scatter_ops.cuda.recording import decided_by_addresses
 
 ALIGNMENT = 16  # bytes: kernels load 16 at a time through pointers of a list
 MAX_CACHED_ARRAYS = 4096

@@ -4,23 +4,21 @@ A call whose signature (shapes, strides, dtypes, alignments, options) was met be
 compiled kernels, their grids, and which tensor's address each argument is. Calls like it allocate the same workspaces,
 in one piece, and launch the same kernels. Nothing that is decided depends on a tensor's values.
 
-Only what `launch` launches is recorded: a call that does anything else on the device, or reads any other tensor, has no
-plan and is always made as usual. So is one that says that more is `decided_by_addresses`, and one of large workspaces,
-which take turns in memory there. PyTorch gives the same memory out again and again: the arguments that belong to a
-call's addresses are kept too.
+A call whose recording isn't complete has no plan and is always made as usual. So is one of large workspaces, which take
+turns in memory there. PyTorch gives the same memory out again and again: the arguments that belong to a call's
+addresses are kept too.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
 
 from scatter_ops.cuda.prepared import prepared_launch
+from scatter_ops.cuda.recording import Recording
 
 MAX_SIGNATURES = 1024
 ALIGNMENT = 16  # bytes: what kernels are compiled for, and what descriptors ask for
@@ -28,7 +26,6 @@ WORKSPACE_ALIGNMENT = 512
 MAX_BOUND = 256  # sets of addresses of a plan
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MAX_WORKSPACE_BYTES = 2**27  # more keeps the device busy for longer than the host
-ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
 class Place(NamedTuple):
@@ -53,8 +50,8 @@ class Launch(NamedTuple):
     compiled: Any
     grid: tuple[int, ...]
     args: list[Any]
-    pointers: list[tuple[int, Place]] = []
-    descriptors: list[tuple[int, Place]] = []
+    pointers: list[tuple[int, Place]]
+    descriptors: list[tuple[int, Place]]
 
 
 class Call(NamedTuple):
@@ -98,50 +95,6 @@ class Plan:
         return bound
 
 
-class _Recording(TorchDispatchMode):
-    """What a call allocates and launches; not `complete` if it does something else as well."""
-
-    current = threading.local()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.complete = True
-        self.allocated: list[Tensor] = []
-        self.launches: list[Launch] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func._schema.name in ALLOCATIONS:
-            self.allocated.append(result)
-        elif not func.is_view:
-            self.complete = False
-        return result
-
-    def __enter__(self):
-        self.current.recording = self
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        self.current.recording = None
-        return super().__exit__(*exception)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants), recorded if the call is that makes it."""
-    compiled = kernel[grid](*args, **constants)
-    recording = getattr(_Recording.current, "recording", None)
-    if recording is not None:
-        bound = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
-        recording.launches.append(Launch(compiled, (*grid, 1, 1)[:3], bound))
-
-
-def decided_by_addresses() -> None:
-    """The call that is being made depends on where its tensors lie: no call like it is known to be the same."""
-    recording = getattr(_Recording.current, "recording", None)
-    if recording is not None:
-        recording.complete = False
-
-
 class Planned:
     """A function of tensors, a tensor first, lists of them and options that returns new tensors.
 
@@ -174,7 +127,7 @@ class Planned:
         if signature not in self._met:
             self._met.add(signature)
             return self._function(*args)
-        with _Recording() as recording:
+        with Recording() as recording:
             results = self._function(*args)
         self._plans[signature] = _plan(recording, call, results)
         return results
@@ -219,7 +172,7 @@ def _described_at(descriptor: Any, base: Any) -> Any:
     return copy
 
 
-def _plan(recording: _Recording, call: Call, results: tuple[Tensor, ...]) -> Plan | None:
+def _plan(recording: Recording, call: Call, results: tuple[Tensor, ...]) -> Plan | None:
     """None where a call can't be made again from its inputs' addresses alone."""
     allocated = {tensor.data_ptr(): tensor for tensor in recording.allocated}
     tensors = (*call.tensors, *results)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scatter_ops.cuda.device import on_its_device
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
-from scatter_ops.cuda.plans import launch
+from scatter_ops.cuda.recording import launch
 from scatter_ops.kernels.routing import count_before_kernel, count_experts_kernel, place_slots_kernel
 from scatter_ops.kernels.schedule import schedule_kernel
 

@@ -11,7 +11,7 @@ from scatter_ops.cuda.dispatch import column_block, dispatch_rows
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
 from scatter_ops.cuda.operands import Routing, Rows
 from scatter_ops.cuda.parameters import expert_bias
-from scatter_ops.cuda.plans import launch
+from scatter_ops.cuda.recording import launch
 from scatter_ops.cuda.routing import inverse_order
 from scatter_ops.cuda.weight_grad import grouped_sum
 from scatter_ops.kernels.rows import combine_backward_kernel, combine_kernel, expand_kernel

@@ -35,7 +35,6 @@ from scatter_ops.kernels.hopper import (
 )
 from scatter_ops.kernels.mainloop import tile_position
 
-BLOCK_ROWS = gl.constexpr(64)
 LOADING_WARPS = gl.constexpr(4)
 LOADING_REGISTERS = gl.constexpr(96)
 GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -44,7 +43,7 @@ GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 class Operand(NamedTuple):
     """A ragged descriptor of grouped rows if divisor is None, else a pointer to rows of which slot // divisor is read.
 
-    size: number of columns, tiles: its stages.
+    size: number of columns, None where all tiles are whole; tiles: its stages.
     """
 
     memory: Any
@@ -112,27 +111,33 @@ def _tile_at(tiles, number):
 
 
 @gluon.jit
-def _num_steps(tile):
+def _num_steps(tile, BLOCK_ROWS: gl.constexpr):
     """At least one, of zeros where an expert has no rows."""
     return gl.maximum(gl.cdiv(tile.end - tile.start, BLOCK_ROWS), 1)
 
 
 @gluon.jit
-def _load_slots(tiles, first, end):
+def _rows_of_step(tiles, first, end, BLOCK_ROWS: gl.constexpr):
+    """Slots of a step's rows, and which are before the expert's end."""
     rows = first + gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, GATHERED))
-    return gl.load(tiles.order_ptr + rows, mask=rows < end, other=0)
+    return gl.load(tiles.order_ptr + rows, mask=rows < end, other=0), rows < end
 
 
 @gluon.jit
-def _copy_gathered(operand, first, end, slots, first_column, stage):
-    """A step's rows, zeros beyond the expert's end and the last column."""
-    tile = operand.tiles.index(stage)
-    rows = first + gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, GATHERED))
-    columns = first_column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, GATHERED))
+def _gathered(operand, slots, first_column):
+    """Where a step's rows are: pointers and, unless all tiles are whole, which columns exist."""
+    columns = first_column + gl.arange(0, operand.tiles.shape[2], gl.SliceLayout(0, GATHERED))
     sources = (slots // operand.divisor).to(gl.int64)
-    pointers = operand.memory + sources[:, None] * operand.stride + columns[None, :]
-    mask = (rows < end)[:, None] & (columns < operand.size)[None, :]
-    async_copy.async_copy_global_to_shared(tile, pointers, mask=mask)
+    return operand.memory + sources[:, None] * operand.stride + columns[None, :], columns
+
+
+@gluon.jit
+def _copy_gathered(operand, pointers, columns, valid, stage):
+    """A step's rows, zeros beyond the expert's end and the last column."""
+    mask = valid[:, None]
+    if operand.size is not None:
+        mask = mask & (columns < operand.size)[None, :]
+    async_copy.async_copy_global_to_shared(operand.tiles.index(stage), pointers, mask=mask)
 
 
 @gluon.jit
@@ -143,17 +148,23 @@ def _copy_grouped(operand, first, end, first_column, stage, barrier):
 
 
 @gluon.jit
-def _load_step(ring, tile, step, slots, stage, phase):
-    """Fill a stage, once it is empty, with a step's rows of both operands."""
+def _load_step(ring, tile, step, rows, stage, phase):
+    """Fill a stage, once it is empty, with the rows of a step. What comes after the wait should be short."""
+    BLOCK_ROWS: gl.constexpr = ring.left.tiles.shape[1]
     LEFT_BYTES: gl.constexpr = BLOCK_ROWS * BLOCK_M * 2 if ring.left.divisor is None else 0
     RIGHT_BYTES: gl.constexpr = BLOCK_ROWS * BLOCK_N * 2 if ring.right.divisor is None else 0
+    slots, valid = rows
     first = tile.start + step * BLOCK_ROWS
     barrier = ring.filled.index(stage)
+    if ring.left.divisor is not None:
+        left_pointers, left_columns = _gathered(ring.left, slots, tile.first_p)
+    if ring.right.divisor is not None:
+        right_pointers, right_columns = _gathered(ring.right, slots, tile.first_q)
     mbarrier.wait(ring.emptied.index(stage), phase)
     if ring.left.divisor is not None:
-        _copy_gathered(ring.left, first, tile.end, slots, tile.first_p, stage)
+        _copy_gathered(ring.left, left_pointers, left_columns, valid, stage)
     if ring.right.divisor is not None:
-        _copy_gathered(ring.right, first, tile.end, slots, tile.first_q, stage)
+        _copy_gathered(ring.right, right_pointers, right_columns, valid, stage)
     mbarrier.expect(barrier, LEFT_BYTES + RIGHT_BYTES)
     if ring.left.divisor is None:
         _copy_grouped(ring.left, first, tile.end, tile.first_p, stage, barrier)
@@ -167,18 +178,20 @@ def _load_step(ring, tile, step, slots, stage, phase):
 def _load_tiles(ring, tiles):
     """What the loading warps do. Slots are loaded a step ahead, also beyond a tile's end, and tiles a tile ahead."""
     STAGES: gl.constexpr = ring.left.tiles.shape[0]
+    BLOCK_ROWS: gl.constexpr = ring.left.tiles.shape[1]
     tile, ahead = _tile_at(tiles, _number_of_turn(0)), _tile_at(tiles, _number_of_turn(1))
-    slots = _load_slots(tiles, tile.start, tile.end)
+    rows = _rows_of_step(tiles, tile.start, tile.end, BLOCK_ROWS)
     stage, phase = 0, 1
     for turn in range(_num_turns(tiles)):
         after = _tile_at(tiles, _number_of_turn(turn + 2))
-        steps = _num_steps(tile)
+        steps = _num_steps(tile, BLOCK_ROWS)
         for step in range(steps):
             is_last = step + 1 == steps
             next_row = gl.where(is_last, ahead.start, tile.start + (step + 1) * BLOCK_ROWS)
-            next_slots = _load_slots(tiles, next_row, gl.where(is_last, ahead.end, tile.end))
-            _load_step(ring, tile, step, slots, stage, phase)
-            slots = next_slots
+            next_end = gl.where(is_last, ahead.end, tile.end)
+            next_rows = _rows_of_step(tiles, next_row, next_end, BLOCK_ROWS)
+            _load_step(ring, tile, step, rows, stage, phase)
+            rows = next_rows
             stage, phase = advance(stage, phase, STAGES)
         tile, ahead = ahead, after
 
@@ -210,13 +223,14 @@ def _store_quarter(out, out_tiles, tile, number: gl.constexpr):
 def _multiply_tiles(ring, tiles, out, out_tiles):
     """What the product's warps do."""
     STAGES: gl.constexpr = ring.left.tiles.shape[0]
+    BLOCK_ROWS: gl.constexpr = ring.left.tiles.shape[1]
     finished = _tile_at(tiles, tiles.num_experts * tiles.p_tiles * tiles.q_tiles)
     tile = _tile_at(tiles, _number_of_turn(0))
     stage, phase = 0, 0
     for turn in range(_num_turns(tiles)):
         ahead = _tile_at(tiles, _number_of_turn(turn + 1))
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
-        steps = _num_steps(tile)
+        steps = _num_steps(tile, BLOCK_ROWS)
         for part in gl.static_range(4):
             for step in range(steps * part // 4, steps * (part + 1) // 4):
                 acc = _multiply_step(ring, step, steps, stage, phase, acc)
@@ -249,19 +263,24 @@ def weight_grad_kernel(
     q_size,
     stride_left,
     stride_right,
+    left_size,
+    right_size,
     LEFT_DIVISOR: gl.constexpr,
     RIGHT_DIVISOR: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_P: gl.constexpr,
 ):
-    """out is a descriptor of [E, P, Q] in quarters of tiles. left, right: see Operand; strides are None as divisors."""
+    """out is a descriptor of [E, P, Q] in quarters of tiles. About left and right see Operand; strides are None as
+    divisors are.
+    """
     ARRIVALS: gl.constexpr = 1 if LEFT_DIVISOR is None and RIGHT_DIVISOR is None else 1 + 32 * LOADING_WARPS
     left_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_M], SWIZZLED)
     right_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_N], SWIZZLED)
     out_tiles = gl.allocate_shared_memory(out.dtype, [4, BLOCK_M, QUARTER], SWIZZLED)
     ring = Ring(
-        Operand(left, p_size, stride_left, LEFT_DIVISOR, left_tiles),
-        Operand(right, q_size, stride_right, RIGHT_DIVISOR, right_tiles),
+        Operand(left, left_size, stride_left, LEFT_DIVISOR, left_tiles),
+        Operand(right, right_size, stride_right, RIGHT_DIVISOR, right_tiles),
         make_barriers(STAGES, ARRIVALS),
         make_barriers(STAGES, 1),
     )

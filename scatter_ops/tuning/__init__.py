@@ -41,8 +41,9 @@ class Config:
 
     programs_per_sm = 0 launches one program a tile, else the programs are persistent. flatten pipelines across tiles.
     tma reads by tensor descriptors where device and strides allow it, and writes by them too if tma_out. regroup
-    copies gathered rows into grouped order first. epilogue_parts takes the epilogue of glu_backward in that many parts
-    of the tile. overlap takes Hopper's kernel where there is one: an epilogue's loads and stores beside the products.
+    copies gathered rows into grouped order first, for Hopper's kernels too, which gather well. epilogue_parts takes the
+    epilogue of glu_backward in that many parts of the tile. overlap takes Hopper's kernel where there is one: an
+    epilogue's loads and stores beside the products.
     """
 
     block_m: int

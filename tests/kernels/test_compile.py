@@ -109,6 +109,15 @@ def test_hopper_takes_its_own_kernels_wherever_the_weights_lie(layout: str, list
     assert [kernel.is_gluon() for kernel in kernels] == [True] * 4
 
 
+@pytest.mark.parametrize("layout", ["concatenated", "separate"])
+def test_hopper_copies_no_rows(layout: str):
+    """Its kernels gather them; those of widths that it has no kernel for read copies."""
+    for width, copies in ((F, 0), (100, 1)):
+        with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+            training_step(torch.bfloat16, layout=layout, expert_width=width)
+        assert any(launch.kernel.__name__ == "dispatch_kernel" for launch in launches) == copies, width
+
+
 @pytest.mark.parametrize("name", ["weight_grad_kernel", "grouped_gemm_kernel"])
 def test_hopper_takes_its_own_kernel_where_stores_can_wait(name: str):
     with offline.recorded((9, 0), rows_per_expert=4096) as launches:
