@@ -86,7 +86,7 @@ def combine_grouped(
         if num_slots == top_k:
             return _sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype)
         if topk_weights_TK is not None:
-            y_ND = y_ND.to(accumulation_dtype(y_ND.dtype)) * slot_weights(topk_weights_TK, order_N)
+            y_ND = y_ND * slot_weights(topk_weights_TK, order_N).to(accumulation_dtype(y_ND.dtype))
         return _add_to_tokens(y_ND, order_N, num_slots // top_k, top_k, backwards).to(out_dtype)
     rows_N = slot_rows(order_N)
     if topk_weights_TK is None and top_k > 2:
