@@ -23,7 +23,7 @@ def split(h: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
         return h, None
     if layout == "interleaved":
         return h[..., 0::2], h[..., 1::2]
-    gate, up = h.chunk(2, dim=-1)
+    gate, up = h.chunk(2, -1)
     return gate, up
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from scatter_ops.activations import split
 from scatter_ops.cpu.activations import activate, activate_backward, gate_and_up, pre_activation
 from scatter_ops.cpu.linear import grouped_linear, grouped_weight_grad
-from scatter_ops.cpu.mlp_forward import projection_bias, slot_weights
+from scatter_ops.cpu.mlp_forward import projection_bias
 from scatter_ops.cpu.parts import at_once, blocks, parts
 from scatter_ops.cpu.routing import (
     combine_grouped,
-    slot_rows,
+    slot_values,
+    slot_weights,
     sum_groups,
     token_rows,
-    zero_sentinels,
 )
 from scatter_ops.cpu.stacked import stacked_grads
 from scatter_ops.grouping import Groups, accumulation_dtype
@@ -58,7 +58,8 @@ def mlp_backward(
     whole = at_once(order_N.numel(), width, h_NH)
     grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs, whole)
     dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
-    scale_N1 = slot_weights(topk_weights_TK, order_N, dtype if on_input else topk_weights_TK.dtype)
+    scale_N1 = slot_weights(topk_weights_TK, order_N)
+    scale_N1 = scale_N1.to(dtype) if on_input else scale_N1
     ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
     unscaled_ND = dy_ND.to(dtype)
     if not on_input:
@@ -89,7 +90,7 @@ def mlp_backward(
         dx = _projection_grads(dh, scale, x, dx, weights, part, transposed, needs, grads, whole)
         dx_ND = dx if whole else dx_ND
     if ds_N is not None:
-        ds_N = zero_sentinels(ds_N, groups.num_valid).index_select(0, slot_rows(order_N))
+        ds_N = slot_values(ds_N, order_N, groups.num_valid)
         grads[1] = ds_N.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
     if dx_ND is not None:
         grads[0] = combine_grouped(dx_ND, None, order_N, groups.num_valid, top_k, None, backwards=True)

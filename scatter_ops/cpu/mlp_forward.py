@@ -11,7 +11,7 @@ from torch import Tensor
 from scatter_ops.cpu.activations import activated
 from scatter_ops.cpu.linear import grouped_linear
 from scatter_ops.cpu.parts import at_once, parts
-from scatter_ops.cpu.routing import combine_grouped, expand, token_rows, zero_sentinels
+from scatter_ops.cpu.routing import combine_grouped, expand, slot_weights, token_rows, zero_sentinels
 from scatter_ops.grouping import Groups, accumulation_dtype, experts
 
 
@@ -39,7 +39,7 @@ def mlp_forward(
     top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
     groups = Groups.read(offsets_E, order_N.numel())
     rows_ND, width = token_rows(x_TD, order_N, top_k), gate_up[0].shape[-1 if transposed else -2]
-    scale_N1 = slot_weights(topk_weights_TK, order_N, accumulation_dtype(x_TD.dtype)) if on_input else None
+    scale_N1 = slot_weights(topk_weights_TK, order_N).to(accumulation_dtype(x_TD.dtype)) if on_input else None
     bias_NH, biases = None, (gate_up_bias, up_bias) if up else (gate_up_bias,)
     if on_input:
         bias_NH = projection_bias(biases, x_TD, width, offsets_E, order_N.numel())
@@ -69,14 +69,9 @@ def mlp_forward(
     scale_TK = None if on_input else topk_weights_TK
     if scale_TK is not None and len(x_TD) > 1 and y_ND.dtype == accumulation_dtype(y_ND.dtype):
         # Each product and each sum is rounded, as in a loop over the experts: combine by itself may round them at once.
-        y_ND = torch.mul(y_ND, slot_weights(scale_TK, order_N, y_ND.dtype), out=None if save_y else y_ND)
+        y_ND = torch.mul(y_ND, slot_weights(scale_TK, order_N).to(y_ND.dtype), out=None if save_y else y_ND)
         scale_TK = None
     return combine_grouped(y_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype), h_NH, kept_y
-
-
-def slot_weights(topk_weights_TK: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """The router weight of each grouped row, [N, 1]."""
-    return topk_weights_TK.reshape(-1, 1).index_select(0, order_N).to(dtype)
 
 
 def projection_bias(

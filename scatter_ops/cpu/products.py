@@ -15,7 +15,7 @@ from scatter_ops.grouping import Groups, experts
 # Of a matrix, that are copied and read again in the time of one call of a product: longer in half precision.
 CALL_ELEMENTS = {torch.float32: 2**14, torch.float64: 2**13, torch.bfloat16: 2**17, torch.float16: 2**17}
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALIGNMENT = 16  # bytes
+ALIGNMENT = 16  # bytes, a power of two
 
 
 def product(
@@ -38,7 +38,9 @@ def product(
 
 def grouped_mm_serves(groups: Groups, *matrices: Tensor) -> bool:
     """Whether PyTorch's loop takes these matrices, and takes less time: it goes over the experts without rows, too."""
-    return len(groups.experts) > 1 and 2 * len(groups.experts) >= groups.num_experts and all(map(_is_aligned, matrices))
+    num_hit = len(groups.experts)
+    most_hit = num_hit > 1 and 2 * num_hit >= groups.num_experts
+    return most_hit and matrices[0].dtype in GROUPED_MM_DTYPES and all(map(_is_aligned, matrices))
 
 
 def _by_expert(
@@ -82,8 +84,10 @@ def _by_row(
     num_rows, row_experts = groups.num_valid, groups.row_experts()
     matrices = _select(weight, 2, row_experts)
     matrices = matrices if transposed else matrices.mT
-    x_N1D = rows.expand(num_rows, 1, -1) if rows.shape[0] == 1 else rows[:num_rows].unsqueeze(1)
-    if y is None and not bias and num_rows == groups.num_rows:
+    all_valid = num_rows == groups.num_rows
+    rows = rows if all_valid else rows[:num_rows]
+    x_N1D = rows.expand(num_rows, 1, -1) if rows.shape[0] == 1 else rows.unsqueeze(1)
+    if y is None and not bias and all_valid:
         return torch.bmm(x_N1D, matrices).squeeze_(1)  # no view: whoever gets it may write to it
     y = _or_new(y, rows, weight, groups, transposed)
     y_N1F = y[:num_rows].unsqueeze(1)
@@ -103,11 +107,12 @@ def _calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
 
 def _is_aligned(matrix: Tensor) -> bool:
     """Whether it has dense rows or columns, each of which begins where PyTorch's loop asks for."""
-    (row, column), (num_rows, num_columns) = matrix.stride()[-2:], matrix.shape[-2:]
+    *_, row, column = matrix.stride()
+    *_, num_rows, num_columns = matrix.shape
     if column != 1:
         row, column, num_columns = column, row, num_rows
-    dense = column == 1 and row >= num_columns and matrix.dtype in GROUPED_MM_DTYPES
-    return dense and row * matrix.itemsize % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
+    starts = row * matrix.itemsize | matrix.data_ptr()
+    return column == 1 and row >= num_columns and starts % ALIGNMENT == 0
 
 
 def _or_new(y: Tensor | None, rows: Tensor, weight: Sequence[Tensor], groups: Groups, transposed: bool) -> Tensor:

@@ -15,7 +15,8 @@ from scatter_ops.grouping import Groups, accumulation_dtype, int32_tensor
 SUM = 0  # the mode of torch.embedding_bag
 FEW_SLOTS = 2048  # up to here one call that sorts takes less time than several that don't
 MANY_SLOTS = 2**15  # from here on sorting takes less time the fewer bytes a key has
-VERY_FEW_SLOTS = 32  # up to here Python's own lists take less time than five calls of PyTorch
+ADDED_SLOTS = 256  # up to here rows that are added one by one take less time than a sort and a sum of several
+VERY_FEW_SLOTS = 32  # up to here Python's own lists take less time than calls of PyTorch
 
 
 def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -46,8 +47,7 @@ def _route_lists(ids: list[int], num_experts: int, top_k: int) -> tuple[Tensor, 
 
 
 def dispatch(x_TD: Tensor, order_N: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
-    y_ND = x_TD.index_select(0, order_N if top_k == 1 else order_N // top_k)
-    return zero_sentinels(y_ND, int(offsets_E[-1]))
+    return zero_sentinels(x_TD.index_select(0, slot_tokens(order_N, top_k)), int(offsets_E[-1]))
 
 
 def combine(
@@ -79,10 +79,15 @@ def combine_grouped(
     Without weights they are added in the order of their experts, or `backwards`: as a loop over the experts adds them,
     and as autograd does going back through it. The sum of two is the same either way.
     """
-    if order_N.numel() == top_k:
-        if num_valid < top_k:
+    num_slots, out_dtype = order_N.numel(), out_dtype or y_ND.dtype
+    if num_slots <= max(ADDED_SLOTS, top_k):
+        if num_valid < num_slots:
             y_ND, order_N = y_ND[:num_valid], order_N[:num_valid]
-        return _sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype or y_ND.dtype)
+        if num_slots == top_k:
+            return _sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype)
+        if topk_weights_TK is not None:
+            y_ND = y_ND * slot_weights(topk_weights_TK, order_N).to(accumulation_dtype(y_ND.dtype))
+        return _add_to_tokens(y_ND, order_N, num_slots // top_k, top_k, backwards).to(out_dtype)
     rows_N = slot_rows(order_N)
     if topk_weights_TK is None and top_k > 2:
         rows_N = rows_N.view(-1, top_k).sort(1, descending=backwards).values.view(-1)
@@ -97,6 +102,13 @@ def _sum_of_one_token(y_ND: Tensor, topk_weights_1K: Tensor | None, order_N: Ten
     if weights_1N.dtype == y_ND.dtype == out_dtype:
         return torch.mm(weights_1N, y_ND)
     return torch.mm(weights_1N.to(dtype), y_ND.to(dtype)).to(out_dtype)
+
+
+def _add_to_tokens(y_ND: Tensor, order_N: Tensor, num_tokens: int, top_k: int, backwards: bool) -> Tensor:
+    rows_ND, tokens_N = y_ND.to(accumulation_dtype(y_ND.dtype)), slot_tokens(order_N, top_k)
+    if backwards and top_k > 2:
+        rows_ND, tokens_N = rows_ND.flip(0), tokens_N.flip(0)
+    return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add_(0, tokens_N, rows_ND)
 
 
 def sum_slots(
@@ -143,8 +155,7 @@ def combine_backward(
     if need_weights:
         assert topk_weights_TK is not None
         grad_N = torch.linalg.vecdot(grad_ND, y_ND.to(dtype)).to(topk_weights_TK.dtype)
-        if grouped_in:
-            grad_N = zero_sentinels(grad_N, int(offsets_E[-1])).index_select(0, slot_rows(order_N))
+        grad_N = slot_values(grad_N, order_N, int(offsets_E[-1])) if grouped_in else grad_N
         grad_weights = grad_N.view_as(topk_weights_TK)
     if need_y:
         if topk_weights_TK is not None:
@@ -181,11 +192,29 @@ def slot_rows(order_N: Tensor) -> Tensor:
     return rows_N.scatter_(0, order_N.long(), torch.arange(order_N.numel(), dtype=order_N.dtype))
 
 
+def slot_values(values_N: Tensor, order_N: Tensor, num_valid: int) -> Tensor:
+    """The values of grouped rows, each in its slot's place; zero for sentinels."""
+    num_slots = order_N.numel()
+    if num_valid < num_slots:
+        values_N, order_N = values_N[:num_valid], order_N[:num_valid]
+    return values_N.new_zeros(num_slots).index_add_(0, order_N, values_N)  # index_copy_ takes no int32
+
+
+def slot_weights(topk_weights_TK: Tensor, order_N: Tensor) -> Tensor:
+    """The router weight of each grouped row, [N, 1]."""
+    return topk_weights_TK.reshape(-1, 1).index_select(0, order_N)
+
+
+def slot_tokens(order_N: Tensor, top_k: int) -> Tensor:
+    """The token of each grouped row."""
+    if order_N.numel() <= VERY_FEW_SLOTS:
+        return int32_tensor([slot // top_k for slot in order_N.tolist()])
+    return order_N if top_k == 1 else order_N // top_k
+
+
 def token_rows(rows_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     """The token's row for each grouped row, one for all if there is one token."""
-    if order_N.numel() == top_k:
-        return rows_TD
-    return rows_TD.index_select(0, order_N if top_k == 1 else order_N // top_k)
+    return rows_TD if order_N.numel() == top_k else rows_TD.index_select(0, slot_tokens(order_N, top_k))
 
 
 def zero_sentinels(rows: Tensor, num_valid: int) -> Tensor:
