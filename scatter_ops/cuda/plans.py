@@ -143,7 +143,8 @@ class Planned:
 
 def _call(args: Sequence[Any]) -> Call | None:
     """None of a call with several tensors in a list, whose distances decide how they are read, or with a subclass."""
-    tensors, signature = [], [torch.get_float32_matmul_precision()]
+    tensors: list[Tensor] = []
+    signature: list[Any] = [torch.get_float32_matmul_precision()]
     for arg in args:
         if type(arg) is list:
             if len(arg) > 1:

@@ -25,6 +25,8 @@ E, D, F, K = 16, 256, 128, 2
 class Compiled:
     """In place of a compiled kernel: notes how it is launched."""
 
+    run = None  # no launcher that could be prepared
+
     def __init__(self, kernel: JITFunction, launches: list[Any]):
         self.kernel, self.launches = kernel, launches
 
