@@ -17,13 +17,13 @@ def rounding_table() -> str:
 
 
 def fine_tune_table() -> str:
-    """All runs of `benchmarks/fine_tune.py`: gaps over seeds."""
+    """The last run of each command of `benchmarks/fine_tune.py`: gaps over seeds."""
     lines = [
         "| trained | dtype | steps | seeds | experts | largest gap | median gap "
         "| at most grouped_mm's | median of the rms |",
         "|---|---|---:|---:|---|---:|---:|---:|---:|",
     ]
-    records = pictures.records("fine_tune")
+    records = {record["command"]: record for record in pictures.records("fine_tune")}.values()
     lines += [row for record in records for row in _rows(record)]
     return "\n".join([*lines, "", *map(_caption, records)])
 
