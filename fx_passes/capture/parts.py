@@ -5,7 +5,8 @@
     start += count
 
 Where the expert is skipped, `start` is what it was, since zero was to be added, and `outputs` lacks a tensor without
-rows: put together (`torch.cat`) it is the same. That is all that may be asked of such a list.
+rows: put together (`torch.cat`) it is the same. That is all that may be asked of such a list. The list may be one that
+is being made, `[expert(part) for expert, part in zip(experts, parts) if len(part)]`.
 """
 
 from collections.abc import Callable
@@ -63,16 +64,33 @@ class PartsVariable(ListVariable):
         return f"PartsVariable({len(self.all_items)} parts)"
 
 
+def list_append(_capture: Any, tx: Any, instruction: Any) -> bool:
+    """A list that is being made gets one item more."""
+    parts = tx.stack[-1 - instruction.arg].realize()
+    if not isinstance(parts, PartsVariable):
+        return False
+    parts.call_method(tx, "append", [tx.pop()], {})
+    tx.instruction_pointer += 1
+    return True
+
+
 def vanishes(capture: Any, scope: Scope, name: str, before: Any, after: Any) -> bool:
     """Whether what changed in the stretch of `scope`, from `before` to `after`, does not if the expert has no token."""
-    sizes = _sizes_of_guard(capture, scope)
-    variable = scope.tx.symbolic_locals.get(name.removeprefix("local ")) if name.startswith("local ") else None
+    sizes, variable = _sizes_of_guard(capture, scope), _named(scope.tx, name)
     if not sizes or variable is None:
         return False
     numbers = _number(capture, before), _number(capture, after)
     if numbers[0] is not None and numbers[1] is not None:
         return (numbers[1] - numbers[0]).subs(dict.fromkeys(sizes, 0)) == 0
     return _grew_by_empty_tensors(capture, scope, variable.realize(), before, after, sizes)
+
+
+def _named(tx: Any, name: str) -> VariableTracker | None:
+    """What a snapshot calls `name`, where that is a local or on the stack."""
+    kind, _, rest = name.partition(" ")
+    if kind == "stack":
+        return tx.stack[int(rest)]
+    return tx.symbolic_locals.get(rest) if kind == "local" else None
 
 
 def _sizes_of_guard(capture: Any, scope: Scope) -> list[sympy.Symbol]:

@@ -61,7 +61,7 @@ def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
         f"local {name}": _describe(tx.symbolic_locals[name]) for name in live if name in tx.symbolic_locals
     }
     state["grad mode or autocast"] = _modes()
-    state["stack"] = tuple(_describe(value) for value in tx.stack[:stack_size])
+    state.update({f"stack {place}": _describe(value) for place, value in enumerate(tx.stack[:stack_size])})
     state["messages"] = len(tx.debug_locals)
     caller = tx.parent
     while caller is not None:

@@ -18,6 +18,7 @@ from fx_passes.capture import (
     index_list,
     indexing,
     loops,
+    parts,
     segments,
 )
 from fx_passes.capture.events import Event, Memory, Place, Scope, TraceAgain, tag
@@ -57,6 +58,7 @@ _HANDLERS: dict[str, Handler] = {
     "STORE_SUBSCR": _store_subscript,
     "STORE_SLICE": segments.store_slice,
     "UNPACK_SEQUENCE": indexing.unpack,
+    "LIST_APPEND": parts.list_append,
     "FORMAT_VALUE": expert_numbers.format_value,
     "FORMAT_SIMPLE": expert_numbers.format_value,
 }

@@ -8,12 +8,27 @@ or `out.index_copy_(0, tokens, ...)`. All tokens may be listed first, and all ex
 assigned: `out[tokens[e], :] = outputs[e]`. What counts the listed tokens, `torch.tensor([len(t) for t in tokens])`,
 stays. `out` starts as zeros, as `empty_like(x)`, or as `x.clone()` or the like: tokens without an expert then keep
 that row.
+
+Where tokens have several experts, there may be one such output for each slot, to be weighted and summed afterwards. Each
+is rewritten on its own:
+
+    for k in range(K):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(experts):
+            m = ids[:, k] == e
+            y[m] = expert(x[m])                          # or y.index_copy_(0, tokens, ...), y.index_put((tokens,), ...)
+        out = out + y * weights[:, k, None]
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import fx
 
+from fx_passes.body.values import SlotGathered
+from fx_passes.facts.ids import is_single_choice
+from fx_passes.facts.masks import column_of_ids
+from fx_passes.facts.statements import Mask
 from fx_passes.forms.loop import Loop, loops, masks_of, region_of
 from fx_passes.forms.range_loop import number_of_experts
 from fx_passes.region import LoopRegion
@@ -27,4 +42,22 @@ def candidates(graph: fx.Graph) -> Iterator[Loop]:
 
 def match(loop: Loop) -> LoopRegion:
     masks = masks_of(loop)
-    return region_of(NAME, loop, masks, number_of_experts(loop, masks))
+    region = region_of(NAME, loop, masks, number_of_experts(loop, masks))
+    column = None if is_single_choice(region.ids_TK) else _column(loop, masks)
+    if column is None or any(region.body.of(SlotGathered)):
+        return region
+    return replace(region, ids_TK=column, top_k=1)
+
+
+def _column(loop: Loop, masks: tuple[Mask, ...]) -> fx.Node | None:
+    """`ids[:, k]`, where all masks are of that slot alone."""
+    slot = masks[0].slot
+    if slot is None or any(mask.slot != slot for mask in masks):
+        return None
+    stack, wanted = list(loop.found[0].token_nodes), (masks[0].ids, slot)
+    while stack:
+        node = stack.pop()
+        if column_of_ids(node) == wanted:
+            return node
+        stack.extend(node.all_input_nodes)
+    return None

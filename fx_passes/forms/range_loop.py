@@ -12,6 +12,9 @@ may run over `range(first, last)`: the slots of other experts give zeros. Guards
 seen through: `if mask.any():`, `if tokens.numel() == 0: continue`, `if counts[e] == 0: continue` with
 `counts = ids.flatten().bincount(minlength=E).tolist()`.
 
+What counts tokens may stand beside the experts: `usage[e] += len(tokens)` of a buffer, `load.append(tokens.numel())`
+for a `torch.tensor(load)`. It is computed from the ids then.
+
 The positions may be listed for all experts at once, `experts, slots, tokens = torch.where(mask)`, of which each picks
 its own by `experts == e`. The mask may also hold where any slot of a token is the expert's, or of flat slots, of which
 `slots // K` are tokens:

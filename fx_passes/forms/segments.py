@@ -2,6 +2,7 @@
 
     counts = ids.flatten().bincount(minlength=E).tolist()
     parts = [expert(segment) for expert, segment in zip(experts, rows.split(counts))]       # or rows[start:end]
+    parts = [expert(segment) for ... if len(segment)]    # the same: a segment without rows adds none
     out = torch.cat(parts)                               # or: out[start:end] = expert(rows[start:end]), out fresh
 
 The counts, and where segments begin and end, may be numbers or tensors. How the rows came to lie so, and what becomes

@@ -26,7 +26,8 @@ QUICK = frozenset(
     slot_columns segments_array segments_residual
     dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated
     switch_lists flat_paired dense_sequences_einsum dense_sequences_cut dense_modules_where
-    merged_loop merged_stacked hit_list_set gate_lists gate_lists_closed""".split()
+    merged_loop merged_stacked hit_list_set
+    filtered_comprehension choices_assigned loads_counted_of_hit gate_lists gate_lists_closed""".split()
 )
 
 

@@ -53,6 +53,7 @@ TABLE = {
         loads_after loads_first loads_bias starts_as_shared starts_as_input starts_as_zeros_read_later
         starts_as_product_read_later
         hit_list hit_list_on_host hit_list_set_sorted hit_list_set hit_list_items hit_list_stacked
+        loads_counted_inside loads_counted_of_hit loads_assigned_inside
         """,
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
@@ -60,6 +61,7 @@ TABLE = {
         listed_slots_as_tokens parameters_next_bias temporaries_input_written
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
+        loads_last_seen loads_calls_counted loads_in_half loads_in_python
         """,
     ),
     "slot_loop": row(
@@ -74,10 +76,12 @@ TABLE = {
         """
         switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
         switch_lists_copied dropped_sequences dropped_listed
+        choices_assigned choices_skipped choices_copied choices_copied_anew choices_put_anew
         """,
         """
         assigned_any_mask assigned_then_added assigned_to_view assigned_without_one copied_by_token
         switch_lists_first_come switch_lists_assigned_twice switch_lists_outputs_returned list_by_place
+        choices_shared choices_other_choice choices_written_before choices_read_inside choices_left_out
         list_in_part list_extended range_sequences_counted range_sequences_next_expert
         """,
     ),
@@ -103,10 +107,12 @@ TABLE = {
         segments_written segments_for_loop merged_segments picked_in_bins gate_lists
         gate_lists_noisy gate_lists_softmax_first
         gate_lists_log_space gate_lists_plain gate_lists_closed
+        filtered_comprehension filtered_compared filtered_appended
         """,
         """
         segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last
         gate_lists_threshold gate_lists_repeated_ids gate_lists_other_expert gate_lists_other_tokens
+        filtered_first_part filtered_twice filtered_looped_over filtered_in_dict filtered_of_another
         gate_lists_written_gates gate_lists_returned_rows gate_lists_returned_zeros gate_lists_frozen
         """,
     ),

@@ -7,6 +7,7 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import E
+from tests.zoo.loads import CountedInside, CountedOfHit
 from tests.zoo.masks import MaskLoop
 
 
@@ -60,7 +61,47 @@ class CountedAlone(MaskLoop):
         return x * torch.bincount(ids.flatten(), minlength=E).float().std()
 
 
+class LastSeen(CountedOfHit):
+    """Experts without a token keep the number of an earlier call."""
+
+    def count(self, e, tokens):
+        self.usage[e] = len(tokens)
+
+
+class CallsCounted(CountedOfHit):
+    """In how many calls each expert had a token."""
+
+    def count(self, e, tokens):
+        self.usage[e] += 1
+
+
+class InHalf(CountedInside):
+    """Python's number is added to one in half precision, which a tensor's would be rounded to first."""
+
+    def __init__(self):
+        super().__init__()
+        self.usage = self.usage.bfloat16()
+
+    def count(self, e, tokens):
+        self.usage[e] += len(tokens)
+
+
+class InPython(CountedInside):
+    """A list of the module has the numbers."""
+
+    def moe(self, x, ids, weights):
+        self.load = []
+        return super().moe(x, ids, weights)
+
+    def count(self, e, tokens):
+        self.load.append(len(tokens))
+
+
 MISSES = (
+    NearMiss("loads_last_seen", "loop_has_a_known_form", LastSeen),
+    NearMiss("loads_calls_counted", "loop_has_a_known_form", CallsCounted),
+    NearMiss("loads_in_half", "no_intermediate_escapes", InHalf),
+    NearMiss("loads_in_python", "no_intermediate_escapes", InPython),
     NearMiss("loads_fewer_asked", "loop_has_a_known_form", FewerAsked, may_rewrite=True),
     NearMiss("loads_shifted_ids", "loop_has_a_known_form", ShiftedIds, may_rewrite=True),
     NearMiss("loads_written_ids", "loop_has_a_known_form", WrittenIds, may_rewrite=True),

@@ -2,10 +2,12 @@
 
 from tests.zoo import (
     bodies,
+    choices,
     deepseek,
     dense,
     dense_modules,
     dense_sequences,
+    filtered,
     flat,
     gate_lists,
     gathered,
@@ -51,6 +53,7 @@ ZOO: tuple[Case, ...] = (
     *hit_lists.CASES,
     *masks.CASES,
     *switch_lists.CASES,
+    *choices.CASES,
     *sequences.CASES,
     *flat.CASES,
     *bodies.CASES,
@@ -61,6 +64,7 @@ ZOO: tuple[Case, ...] = (
     *picks.CASES,
     *loads.CASES,
     *segments.CASES,
+    *filtered.CASES,
     *segments_of_slots.CASES,
     *projections.CASES,
     *gate_lists.CASES,

@@ -61,8 +61,55 @@ class LoadBias(MaskLoop):
         return out
 
 
+class CountedInside(MaskLoop):
+    """A buffer of the module has the numbers of all calls, counted expert by expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(self.num_experts))
+
+    def count(self, e, tokens):
+        self.usage[e] += len(tokens)
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            self.count(e, tokens)
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class CountedOfHit(CountedInside):
+    """Counted for those experts alone that have a token."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            tokens, slots = torch.where(ids == e)
+            self.count(e, tokens)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class AssignedInside(MaskLoop):
+    """A tensor of this call, into which each number is put; whole numbers are added to it once more."""
+
+    def moe(self, x, ids, weights):
+        out, load = torch.zeros_like(x), torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
+        for e, expert in enumerate(self.experts):
+            m = (ids == e).any(-1)
+            load[e] = m.nonzero().shape[0]
+            load[e] += x[m].shape[0]
+            out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]
+        return out * load.float().std()
+
+
 CASES = (
     Case("loads_after", Loads),
     Case("loads_first", LoadsFirst),
     Case("loads_bias", LoadBias),
+    Case("loads_counted_inside", CountedInside),
+    Case("loads_counted_of_hit", CountedOfHit),
+    Case("loads_assigned_inside", AssignedInside),
 )
