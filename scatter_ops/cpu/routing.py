@@ -27,7 +27,7 @@ def route(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     keys_TK = F.threshold(topk_ids_TK, -1, num_experts).clamp_(max=num_experts)  # num_experts: sentinels
     keys_TK = keys_TK if keys_TK.numel() < MANY_SLOTS else keys_TK.to(_smallest_int((num_experts + 1) * top_k))
     if top_k > 1:
-        keys_TK = keys_TK.mul_(top_k).add_(torch.arange(top_k, dtype=keys_TK.dtype))
+        keys_TK = torch.add(torch.arange(top_k, dtype=keys_TK.dtype), keys_TK, alpha=top_k)
     keys_N, order_N = keys_TK.reshape(-1).sort(stable=True)
     last_E = torch.arange(top_k - 1, num_experts * top_k, top_k, dtype=keys_N.dtype)  # each expert's largest key
     return order_N.int(), torch.searchsorted(keys_N, last_E, right=True, out_int32=True)
