@@ -87,8 +87,7 @@ def _launch(
     operands = grad, h_NH, down, glu, tiles, grad_h, scaled_a, partials
     if hopper is not None and out_tma and grad_pre is None and hopper.launch_glu_backward(config, *operands):
         return
-    if config.overlap:  # the portable kernel can't gather beside its products
-        grad = regrouped(grad, routing)
+    grad = regrouped(grad, routing) if config.overlap else grad  # the portable kernel can't gather beside its products
     grad_out, w, options = product_options(grad, down, config, config.block_n, n_ways=1)
     part = config.block_n // config.epilogue_parts
 
@@ -97,8 +96,7 @@ def _launch(
 
     # Without a gradient of h or of the router weights nothing but the activation is needed: the product is empty then.
     only_a = grad_h is None and grad_pre is None and partials is None
-    num_tiles = tiles.max_row_tiles * cdiv(f_size, config.block_n)
-    glu_backward_kernel[grid_size(config, num_tiles, h_NH.device)](
+    glu_backward_kernel[grid_size(config, tiles.max_row_tiles * cdiv(f_size, config.block_n), h_NH.device)](
         grad_out,
         w,
         h_NH,
