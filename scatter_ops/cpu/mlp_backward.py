@@ -61,11 +61,12 @@ def mlp_backward(
     scale_N1 = slot_weights(topk_weights_TK, order_N)
     scale_N1 = scale_N1.to(dtype) if on_input else scale_N1
     ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
-    unscaled_ND = dy_ND.to(dtype)
-    if not on_input:
+    unscaled_ND = None if on_input else dy_ND.to(dtype)
+    if unscaled_ND is not None:
         if ds_N is not None and y_ND is not None:
             torch.sum(unscaled_ND * y_ND.to(dtype), 1, out=ds_N)
         dy_ND = (unscaled_ND * scale_N1).to(x_TD.dtype)
+        unscaled_ND = unscaled_ND if y_ND is None else None
     if needs[7]:
         sum_groups(dy_ND, groups, out=grads[7])
     if not any(needs[:7]):
@@ -85,8 +86,9 @@ def mlp_backward(
         del da  # what is freed at once needn't come from the system, which takes as long as computing it
         if needs[4]:
             grads[4] = grouped_weight_grad(a, dy, part, transposed, out=None if whole else grads[4])
-        if ds is not None and y_ND is None and not on_input:
+        if ds is not None and unscaled is not None:
             torch.sum(unscaled * grouped_linear(a, down, part, down_bias, transposed), 1, out=ds)
+        del a
         dx = _projection_grads(dh, scale, x, dx, weights, part, transposed, needs, grads, whole)
         dx_ND = dx if whole else dx_ND
     if ds_N is not None:
