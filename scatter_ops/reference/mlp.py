@@ -2,8 +2,8 @@
 
 With s the router weight. On the output: pre = h = x W^T + b, A = act(pre), y = A W_down^T + b_down, out = sum_k s y.
 On the input (llama4): h = x W^T, pre = s h + b, A and y as above, out = sum_k y.
-Roundings to x's dtype: h, A, y and out; everything between is in the accumulation dtype. The CPU also rounds act(gate)
-in the forward pass, as PyTorch's activations do.
+Roundings to x's dtype: h, A, y and out; everything between is in the accumulation dtype. The CPU also rounds what
+PyTorch's activations and their derivatives round in that dtype, unless s is on the input.
 
 T tokens, K experts per token, N = T * K slots, E experts, D model width, F expert width, H columns of h (F, gated 2F).
 """
