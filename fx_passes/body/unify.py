@@ -21,7 +21,7 @@ from fx_passes.facts import counts_behind, fact
 from fx_passes.facts.ids import is_single_choice
 from fx_passes.facts.statements import Fact, Mask, Rows
 from fx_passes.graph.aliasing import has_own_memory, writes_before_reads
-from fx_passes.graph.markers import Expert, expert_of, expert_parameter, select_expert
+from fx_passes.graph.markers import Expert, ask_for_number, expert_of, expert_parameter, select_expert
 from fx_passes.graph.ops import (
     OF_PARAMETERS,
     POINTWISE,
@@ -174,8 +174,14 @@ class Unifier:
         is_pure = op.name in OF_PARAMETERS and fake_tensor(op.node) is not None and not any(map(is_inplace, nodes))
         is_own = any(isinstance(operand, PerExpert) for operand in operands)
         alone = all(isinstance(operand, (PerExpert, Shared)) for operand in operands)
-        once_each = len(set(self.experts)) == len(nodes) and all(isinstance(expert, int) for expert in self.experts)
-        return PerExpert(op.node, tensors=nodes) if is_pure and is_own and alone and once_each else op
+        once_each = len(set(self.experts)) == len(nodes)
+        if not (is_pure and is_own and alone and once_each):
+            return op
+        if all(isinstance(expert, int) for expert in self.experts):
+            return PerExpert(op.node, tensors=nodes)
+        for expert in self.experts:
+            ask_for_number(expert)
+        return op
 
     def _structure(self, items: tuple[Any, ...], at: fx.Node) -> Any:
         """The same place of an argument list in all copies."""

@@ -42,7 +42,7 @@ class Event:
 
     `routed`: a router came before it in the graph. `root_place`: the instruction of the frame that was being traced.
     `place`: where in its own frame it is. `can_be_unrolled`: a loop that is traced as one iteration and could be traced
-    expert by expert.
+    expert by expert; so it could where it has a `symbol`, the expert that stands for those with a token.
     """
 
     number: int
@@ -53,6 +53,7 @@ class Event:
     place: Place
     can_be_unrolled: bool = False
     failed: bool = False
+    symbol: fx.Node | None = None
 
 
 @dataclass

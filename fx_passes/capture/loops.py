@@ -48,6 +48,7 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     is_unrolled = event.place in capture.memory.unrolled
     experts = range(classes_that_occur(classes.ids, classes.num_classes)) if is_unrolled else (None,)
     items = [_iteration_expert(capture, tx, hit, expert) for expert in experts]
+    event.symbol = None if is_unrolled else items[0].as_proxy().node
     tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
     capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes))
     return False

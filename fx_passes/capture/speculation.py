@@ -28,6 +28,7 @@ from fx_passes.capture.stand_in import StandIn, guard_every_expert, is_left_in
 from fx_passes.facts import selected
 from fx_passes.facts.statements import Mask
 from fx_passes.faults import own_code
+from fx_passes.graph.markers import is_asked_for_number
 from fx_passes.graph.ops import arg, example, fake_tensor, op_name
 from fx_passes.region import Rejection
 from fx_passes.report import innermost_source, record_rejections, source_line
@@ -190,11 +191,16 @@ class Capture:
         return seen
 
     def not_to_be_taken_as_one(self, erased: set[int], remaining: set[int]) -> list[Event]:
-        """Loops traced as one iteration that the rewrite did not dissolve, or whose stand-in is still read."""
+        """Loops traced as one iteration that the rewrite did not dissolve, or whose stand-in is still read.
+
+        A loop over hit experts only where it is known that their numbers would help.
+        """
         kept = [event for stand_in, event in self.stand_ins if is_left_in(self.output.root_tracer.graph, stand_in)]
         open_loops = [scope.event for scope in self.scopes]
         left = [event for event in self.events if not self._is_dissolved(event, erased, remaining)]
-        return [event for event in (*left, *kept, *open_loops) if event.can_be_unrolled and not self.is_denied(event)]
+        return [
+            event for event in (*left, *kept, *open_loops) if _is_unrolled_next(event) and not self.is_denied(event)
+        ]
 
     def leftover(self, erased: set[int], remaining: set[int]) -> list[Event]:
         """Events that the rewrite did not dissolve, and those of loops that were left before their end."""
@@ -327,6 +333,10 @@ class Capture:
         length = (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
         if isinstance(length, torch.SymInt):
             self.masks_of_symbol[length.node.expr] = mask
+
+
+def _is_unrolled_next(event: Event) -> bool:
+    return event.can_be_unrolled or is_asked_for_number(event.symbol)
 
 
 def _is_routing(node: fx.Node) -> bool:

@@ -9,8 +9,8 @@ assigned: `out[tokens[e], :] = outputs[e]`. What counts the listed tokens, `torc
 stays. `out` starts as zeros, as `empty_like(x)`, or as `x.clone()` or the like: tokens without an expert then keep
 that row.
 
-Where tokens have several experts, there may be one such output for each slot, to be weighted and summed afterwards. Each
-is rewritten on its own:
+Where tokens have several experts, there may be one such output for each slot, to be weighted and summed afterwards.
+Each is rewritten on its own:
 
     for k in range(K):
         y = torch.zeros_like(x)

@@ -16,6 +16,7 @@ Expert = int | fx.Node
 """An expert of a loop: its number where the loop was unrolled, the `current_expert` node where it was not."""
 
 _EXPERT = "scatter_moe_expert"
+_ASKED = "scatter_moe_asked_for_number"
 
 
 def current_expert(hit: torch.Tensor) -> torch.Tensor:
@@ -52,6 +53,16 @@ def select_expert(tensor: torch.Tensor, _expert: torch.Tensor | int, dim: int, k
 
 def mark_expert(node: fx.Node, expert: Expert) -> None:
     node.meta[_EXPERT] = expert
+
+
+def ask_for_number(expert: Expert) -> None:
+    """An expert that stands for all has to have a number, so that what is computed of its weights can be kept."""
+    if isinstance(expert, fx.Node):
+        expert.meta[_ASKED] = True
+
+
+def is_asked_for_number(expert: fx.Node | None) -> bool:
+    return expert is not None and expert.meta.get(_ASKED, False)
 
 
 def expert_of(value: Any) -> Expert | None:

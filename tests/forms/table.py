@@ -48,7 +48,7 @@ TABLE = {
         views_unbound views_enumerated views_segments views_experts_last views_halves_of_modules
         temporaries_weighted temporaries_activated temporaries_gated temporaries_residual segments_of_slots
         segments_of_slots_inference segments_of_slots_index_add hit_identity_experts hit_item_more_classes
-        merged_loop merged_normalised merged_stacked
+        merged_loop merged_normalised merged_stacked merged_of_hit
         picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped
         loads_after loads_first loads_bias starts_as_shared starts_as_input starts_as_zeros_read_later
         starts_as_product_read_later
@@ -61,6 +61,7 @@ TABLE = {
         listed_slots_as_tokens parameters_next_bias temporaries_input_written
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
+        merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit
         loads_last_seen loads_calls_counted loads_in_half loads_in_python
         """,
     ),

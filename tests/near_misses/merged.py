@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import D, E
-from tests.zoo.merged import Merged, MergedLoop, MergedStacked
+from tests.zoo.merged import Merged, MergedLoop, MergedOfHit, MergedStacked
 
 
 class OfItsTokens(Merged):
@@ -99,19 +99,30 @@ class OfTheSum(MergedStacked):
         return self.up[e] + self.total
 
 
-class Listed(MergedStacked):
-    """A loop over the experts that were hit, of which one iteration is traced: its matrix is none's own."""
+class OfTheNextHit(MergedOfHit):
+    """The thin matrices of two experts are multiplied, in a loop over those that were hit."""
+
+    def merged(self, e):
+        return self.up[e] + 0.5 * self.lora_b[e] @ self.lora_a[(e + 1) % E]
+
+
+class OfTheSumOfHits(MergedOfHit):
+    """An expert's matrix has what all experts with a token before it merged."""
 
     def forward(self, hidden_states):
-        x = hidden_states.reshape(-1, D)
-        _, weights, ids = self.gate(x)
-        out = torch.zeros_like(x)
-        mask = F.one_hot(ids, E).permute(2, 1, 0)
-        for (e,) in (mask.sum(dim=(-1, -2)) > 0).nonzero():
-            slots, tokens = torch.where(mask[e])
-            h = F.silu(F.linear(x[tokens], self.merged(e)))
-            out.index_add_(0, tokens, F.linear(h, self.down[e]) * weights[tokens, slots, None])
-        return out.view_as(hidden_states)
+        self.total = 0.0
+        return super().forward(hidden_states)
+
+    def merged(self, e):
+        self.total = self.total + self.lora_b[e] @ self.lora_a[e]
+        return self.up[e] + self.total
+
+
+class DroppedOfHit(MergedOfHit):
+    """Numbers of what is merged are dropped at random."""
+
+    def merged(self, e):
+        return self.up[e] + F.dropout(self.lora_b[e] @ self.lora_a[e], 0.5, self.training)
 
 
 class BySlot(MergedStacked):
@@ -163,5 +174,7 @@ MISSES = (
     NearMiss("merged_of_the_sum", BODIES, OfTheSum),
     NearMiss("merged_by_slot", "nothing_is_written_inside", BySlot),
     NearMiss("merged_fading", None, Fading, may_rewrite=True),
-    NearMiss("merged_listed", ROWS, Listed, may_rewrite=True),
+    NearMiss("merged_of_the_next_hit", "loop_can_be_traced", OfTheNextHit),
+    NearMiss("merged_of_the_sum_of_hits", "loop_changes_no_python_state", OfTheSumOfHits),
+    NearMiss("merged_dropped_of_hit", ROWS, DroppedOfHit),
 )

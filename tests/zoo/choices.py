@@ -69,9 +69,9 @@ class PutAnew(Copied):
 
 
 CASES = (
-    Case("choices_assigned", Choices, regions=2),
-    Case("choices_skipped", Skipped, regions=2),
-    Case("choices_copied", Copied, regions=2),
-    Case("choices_copied_anew", CopiedAnew, regions=2),
-    Case("choices_put_anew", PutAnew, regions=2),
+    Case("choices_assigned", Choices, top_k=1, regions=2),
+    Case("choices_skipped", Skipped, top_k=1, regions=2),
+    Case("choices_copied", Copied, top_k=1, regions=2),
+    Case("choices_copied_anew", CopiedAnew, top_k=1, regions=2),
+    Case("choices_put_anew", PutAnew, top_k=1, regions=2),
 )

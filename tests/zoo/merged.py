@@ -82,10 +82,27 @@ class MergedStacked(nn.Module):
         return out.view_as(hidden_states)
 
 
+class MergedOfHit(MergedStacked):
+    """A loop over the experts that were hit, without their numbers."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, weights, ids = self.gate(x)
+        mask = F.one_hot(ids, E).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for e in (mask.sum(dim=(-1, -2)) > 0).nonzero():
+            e = e[0]
+            slots, tokens = torch.where(mask[e])
+            h = F.silu(F.linear(x[tokens], self.merged(e)))
+            out.index_add_(0, tokens, F.linear(h, self.down[e]) * weights[tokens, slots, None])
+        return out.view_as(hidden_states)
+
+
 CASES = (
     Case("merged_loop", MergedLoop),
     Case("merged_normalised", lambda: MergedLoop(Normalised)),
     Case("merged_stacked", MergedStacked),
+    Case("merged_of_hit", MergedOfHit),
     Case("merged_dense_modules", lambda: SumOfProducts(Merged)),
     Case("merged_segments", lambda: SegmentBlock(Merged)),
 )
