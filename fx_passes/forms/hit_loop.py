@@ -10,7 +10,7 @@
 It is captured as one iteration over a symbolic expert, whatever the number of experts. The experts may be listed in
 other ways, `for (e,) in hit`, `torch.where(counts > 0)[0]`, `ids.unique()`. As numbers, `hit.flatten().tolist()`,
 `ids.unique().tolist()`, `set(ids.flatten().tolist())`, they have an iteration each, and the loop is one of the form
-"range_loop". So it is where an expert computes its weights of its parameters, `W[e] + scale * B[e] @ A[e]`.
+"range_loop"; so is one where experts compute weights of their parameters, `W[e] + scale * B[e] @ A[e]`.
 """
 
 from collections.abc import Iterator
