@@ -71,7 +71,9 @@ return (v52)""",
         )
 
     def test_merged_of_hit(self):
-        self.assertExpectedInline(self.golden("merged_of_hit"), """\
+        self.assertExpectedInline(
+            self.golden("merged_of_hit"),
+            """\
 v6 = .reshape(hidden_states, -1, 16)
 v7 = .reshape(v6, -1, 16)
 v8 = linear(v7, gate_weight)
@@ -111,4 +113,5 @@ v41 = getitem(v40, 0)
 v42 = getitem(v40, 1)
 v43 = scatter_moe.mlp(v6, v15, v41, v42, [v21, v27, v33, v39], [], [down], [], [], [], silu, plain, False, output, 1.702, 7.0, torch.float32)
 v44 = .view_as(v43, hidden_states)
-return (v44)""")
+return (v44)""",
+        )
