@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scatter_ops.activations import split
 from scatter_ops.cpu.parts import blocks
+from scatter_ops.grouping import accumulation_dtype
 
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -85,6 +86,8 @@ def activate_backward(
     """Write the gradients of gate and up, which may take their places, given the gradient of A; returns A."""
     if activation == "clamped_swiglu":
         assert up is not None
+        # No kernel of PyTorch's has this derivative, and in half precision its formula would lose more than autograd.
+        grad, gate, up = (tensor.to(accumulation_dtype(tensor.dtype)) for tensor in (grad, gate, up))
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
         sigmoid = torch.sigmoid(alpha * g)
         value = g * sigmoid
