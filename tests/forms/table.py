@@ -58,7 +58,7 @@ TABLE = {
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
-        listed_slots_as_tokens parameters_next_bias temporaries_input_written
+        parameters_next_bias temporaries_input_written
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
         merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit
@@ -81,9 +81,9 @@ TABLE = {
         """,
         """
         assigned_any_mask assigned_then_added assigned_to_view assigned_without_one copied_by_token
-        switch_lists_first_come switch_lists_assigned_twice switch_lists_outputs_returned list_by_place
+        switch_lists_assigned_twice switch_lists_outputs_returned list_by_place list_in_part list_extended
         choices_shared choices_other_choice choices_written_before choices_read_inside choices_left_out
-        list_in_part list_extended range_sequences_counted range_sequences_next_expert
+        range_sequences_next_expert
         """,
     ),
     "flat_pairs": row(
@@ -91,7 +91,7 @@ TABLE = {
         deepseek_v2_train flat_weighted_inside flat_weighted_in_place flat_copied flat_paired
         flat_paired_weighted
         """,
-        "flat_tiled flat_mean flat_rows_written flat_ids_written paired_first_slot",
+        "flat_tiled flat_mean flat_rows_written flat_ids_written",
     ),
     "sorted_slots": row(
         """
@@ -112,9 +112,8 @@ TABLE = {
         """,
         """
         segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last
-        gate_lists_threshold gate_lists_repeated_ids gate_lists_other_expert gate_lists_other_tokens
         filtered_first_part filtered_twice filtered_looped_over filtered_in_dict filtered_of_another
-        gate_lists_written_gates gate_lists_returned_rows gate_lists_returned_zeros gate_lists_frozen
+        gate_lists_other_expert gate_lists_other_tokens gate_lists_returned_rows
         """,
     ),
     "segments": row(

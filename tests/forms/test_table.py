@@ -52,4 +52,4 @@ def test_near_misses_are_left_for_a_named_rule(form):
     known = {miss.name: miss for miss in NEAR_MISSES}
     misses = [known[name] for name in TABLE[form].near_misses]
     assert len(set(misses)) >= 3
-    assert all(miss.rule is not None and not miss.may_rewrite for miss in misses)
+    assert all(miss.rule not in (None, "loop_has_a_known_form") and not miss.may_rewrite for miss in misses)
