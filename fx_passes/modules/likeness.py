@@ -17,10 +17,10 @@ CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset)
 
 def are_alike(modules: Sequence[nn.Module]) -> bool:
     """Whether all have the same code and structure, equal attributes, and tensors of their own, equal in kind."""
-    first = modules[0]
+    if not all(_is_alike(modules[0], module) for module in modules):
+        return False
     tensors = [id(tensor) for module in modules for _, tensor in tensors_in(module)]
-    has_own = len(set(map(id, modules))) == len(modules) and len(set(tensors)) == len(tensors)
-    return has_own and all(_is_alike(first, module) for module in modules[1:])
+    return len(set(map(id, modules))) == len(modules) and len(set(tensors)) == len(tensors)
 
 
 def copy_without_identity(module: nn.Module) -> tuple[nn.Module, dict[int, Path]]:
@@ -58,8 +58,9 @@ def _is_alike(first: nn.Module | None, other: nn.Module | None) -> bool:
 
 
 def _is_what_vars_show(kind: type) -> bool:
-    """Whether an instance has nothing that `vars` misses, such as slots, and does nothing when it goes."""
-    return kind.__basicsize__ == nn.Module.__basicsize__ and not hasattr(kind, "__del__")
+    """Whether an instance has nothing that `vars` misses, as TorchScript's tensors, and does nothing when it goes."""
+    is_scripted = issubclass(kind, torch.jit.ScriptModule)
+    return not is_scripted and kind.__basicsize__ == nn.Module.__basicsize__ and not hasattr(kind, "__del__")
 
 
 def _is_equal(first: Any, other: Any, compare: Callable[[Any, Any], bool] | None = None) -> bool:

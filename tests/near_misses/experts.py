@@ -1,5 +1,6 @@
 """Experts that differ, repeat, share or are missing."""
 
+import warnings
 from functools import partial
 
 import torch
@@ -239,6 +240,15 @@ def with_one_subclass(loop):
     return module
 
 
+def with_traced(loop):
+    """TorchScript, whose tensors are not where a module keeps its own."""
+    module = loop()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module.experts = nn.ModuleList(torch.jit.trace(expert, torch.randn(3, D)) for expert in module.experts)
+    return module
+
+
 PER_EXPERT = (
     ("constant_attribute", "bodies_are_isomorphic", with_scales, False),
     ("tied_weight", "bodies_are_isomorphic", with_tie, False),
@@ -253,6 +263,7 @@ PER_EXPERT = (
     ("other_layout", "experts_have_their_own_parameters", with_transposed_layout, True),
     ("weight_subclass", "experts_have_their_own_parameters", with_subclass, False),
     ("one_weight_subclass", "experts_have_their_own_parameters", with_one_subclass, False),
+    ("traced", "loop_can_be_traced", with_traced, False),
 )
 
 MISSES = (
