@@ -57,7 +57,7 @@ def mlp_backward(
     parameters = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
     whole = at_once(order_N.numel(), width, h_NH)
     grads = _new_grads(x_TD, topk_weights_TK, parameters, groups, needs, whole)
-    dy_ND = token_rows(grad_out_TD.to(x_TD.dtype), order_N, top_k)
+    dy_ND = token_rows(grad_out_TD, order_N, top_k)
     scale_N1 = slot_weights(topk_weights_TK, order_N)
     scale_N1 = scale_N1.to(dtype) if on_input else scale_N1
     ds_N = scale_N1.new_empty(order_N.numel(), dtype=dtype) if needs[1] else None
@@ -65,8 +65,9 @@ def mlp_backward(
     if unscaled_ND is not None:
         if ds_N is not None and y_ND is not None:
             torch.sum(unscaled_ND * y_ND.to(dtype), 1, out=ds_N)
-        dy_ND = (unscaled_ND * scale_N1).to(x_TD.dtype)
+        dy_ND = unscaled_ND * scale_N1
         unscaled_ND = unscaled_ND if y_ND is None else None
+    dy_ND = dy_ND.to(x_TD.dtype)
     if needs[7]:
         sum_groups(dy_ND, groups, out=grads[7])
     if not any(needs[:7]):

@@ -61,8 +61,7 @@ TABLE = {
         parameters_next_bias temporaries_input_written
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
-        merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit
-        loads_last_seen loads_calls_counted loads_in_half loads_in_python
+        merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit loads_in_half loads_in_python
         """,
     ),
     "slot_loop": row(

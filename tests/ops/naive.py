@@ -65,7 +65,7 @@ def mlp(
 ):
     gate_up, up, down = (_per_expert(parameter, 2) for parameter in (gate_up, up, down))
     gate_up_bias, up_bias, down_bias = (_per_expert(parameter, 1) for parameter in (gate_up_bias, up_bias, down_bias))
-    out = torch.zeros_like(x)
+    out = torch.zeros_like(x, dtype=out_dtype)
 
     def linear(rows, weight, bias, e):
         return F.linear(rows, weight[e].t() if transposed else weight[e], bias[e] if bias else None)
@@ -78,7 +78,7 @@ def mlp(
         y = linear(_activate(h, h_up, activation, layout, alpha, limit), down, down_bias, e)
         y = y * scale if weight_on == "output" else y
         out = out.index_add(0, tokens, y.to(out.dtype))
-    return out.to(out_dtype or x.dtype)
+    return out
 
 
 def _activate(h, h_up, activation, layout, alpha, limit):

@@ -33,8 +33,17 @@ def test_low_precision(case: Case, dtype: torch.dtype, device: str):
     assert_low_precision(samples, dtype)
 
 
-def sample(case: Case, dtype: torch.dtype, device: str, seed: int) -> Sample:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_gradients_on_the_cpu(dtype: torch.dtype):
+    """Where the output is float32, its gradient is multiplied by router weights of float32 before it is rounded."""
+    options = _expert("silu", "separate", topk_dtype=torch.float32, out_dtype=torch.float32)
+    case = Case("mlp", bias=True, options=options)
+    samples = [sample(case, dtype, "cpu", seed, upstream=torch.float32) for seed in range(MIN_SEEDS)]
+    assert_low_precision(samples, dtype)
+
+
+def sample(case: Case, dtype: torch.dtype, device: str, seed: int, upstream: torch.dtype = torch.bfloat16) -> Sample:
     arguments = case.arguments(SIZES, dtype, device, seed)
     wide = map_tensors(lambda t: t.detach().double().requires_grad_() if t.is_floating_point() else t, arguments)
-    loop = getattr(naive, case.op)
-    return Sample(results(getattr(OPS, case.op), arguments), results(loop, arguments), results(loop, wide))
+    op, loop = getattr(OPS, case.op), getattr(naive, case.op)
+    return Sample(*(results(f, given, upstream) for f, given in ((op, arguments), (loop, arguments), (loop, wide))))

@@ -105,10 +105,10 @@ def test_equals_the_reference(case: Case, device: str, dtype: torch.dtype):
         assert_exact({case.op: a}, {case.op: b}, dtype)
 
 
-def results(function, arguments) -> dict[str, torch.Tensor | None]:
-    """The output and the gradient of every input for a random upstream gradient, the same one in every dtype."""
+def results(function, arguments, upstream_dtype=torch.bfloat16) -> dict[str, torch.Tensor | None]:
+    """The output and the gradient of every input for a random upstream gradient of `upstream_dtype`."""
     out = function(*arguments)
     inputs = differentiable_inputs(arguments)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(upstream_dtype)
     grads = torch.autograd.grad(out, inputs, upstream.to(out.device, out.dtype), allow_unused=True)
     return {"output": out.detach()} | {f"gradient {i}": grad for i, grad in enumerate(grads)}
