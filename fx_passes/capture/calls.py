@@ -13,6 +13,7 @@ from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from fx_passes.capture import counts, expert_numbers, index_list, leaves, loops, segments
 from fx_passes.capture.variables import has_open_length, is_open
 from fx_passes.facts import fact
+from fx_passes.graph.ops import op_name
 
 _ZEROS = (torch.zeros, torch.zeros_like)
 _TO_LISTS = (set, sorted, list)
@@ -93,7 +94,11 @@ def _integer(capture: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker |
 
 
 def _item(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:
-    return _integer(capture, tx, [tensor], {}) if not args and not kwargs else None
+    found = _integer(capture, tx, [tensor], {}) if not args and not kwargs else None
+    if found is None and op_name(tensor.as_proxy().node) == "searchsorted":
+        detail = "rows are cut where a search among sorted ids says, which is not known to be where an expert's begin"
+        capture.reject(tx, "segments_are_those_of_an_expert", detail)
+    return found
 
 
 def _new_tensor(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:

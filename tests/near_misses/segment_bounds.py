@@ -4,7 +4,7 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import E
-from tests.zoo.segments import TensorBlock, WrittenBlock
+from tests.zoo.segments import SlicedBlock, TensorBlock, WrittenBlock
 from tests.zoo.segments_of_slots import IndexBlock
 
 
@@ -212,6 +212,19 @@ STATE, GUARDS = "loop_changes_no_python_state", "guards_only_skip_empty_experts"
 BOUNDS = "segments_are_those_of_an_expert"
 WRITES, COVERED = "segments_are_written_once", "every_expert_is_covered"
 
+
+class Searched(SlicedBlock):
+    """Bounds that are searched for among the sorted ids."""
+
+    def counts(self, ids):
+        return ids.view(-1).sort().values
+
+    def parts(self, rows, sorted_ids):
+        ends = [torch.searchsorted(sorted_ids, e, right=True).item() for e in range(self.num_experts)]
+        starts = [0, *ends[:-1]]
+        return [self.experts[e](rows[starts[e] : ends[e]]) for e in range(self.num_experts)]
+
+
 MISSES = (
     NearMiss("bounds_tensors_shifted", BOUNDS, TensorsShifted),
     NearMiss("bounds_tensors_changed", GUARDS, TensorsChanged),
@@ -231,6 +244,7 @@ MISSES = (
     NearMiss("bounds_changed_once_written", WRITES, ChangedOnceWritten),
     NearMiss("bounds_one_without_gradient", WRITES, OneWithoutGradient),
     NearMiss("bounds_seen_before", WRITES, SeenBefore),
+    NearMiss("bounds_searched", BOUNDS, Searched),
     NearMiss("bounds_put_back_reversed", None, PutBackReversed, may_rewrite=True),
     NearMiss("bounds_put_back_by_another_sort", None, PutBackByAnotherSort, may_rewrite=True),
 )
