@@ -9,19 +9,9 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
-from fx_passes.capture import (
-    branches,
-    calls,
-    counts,
-    expert_loops,
-    expert_numbers,
-    index_list,
-    indexing,
-    loops,
-    parts,
-    segments,
-)
+from fx_passes.capture import calls, counts
 from fx_passes.capture.events import Event, Memory, Place, Scope, TraceAgain, tag
+from fx_passes.capture.handlers import handler_of
 from fx_passes.capture.opaque import tells_apart
 from fx_passes.capture.python_state import shows_all
 from fx_passes.capture.stand_in import StandIn, guard_every_expert, is_left_in
@@ -34,35 +24,6 @@ from fx_passes.region import Rejection
 from fx_passes.report import innermost_source, record_rejections, source_line
 
 _ROUTING = frozenset(("topk", "one_hot", "argmax", "max", "sort", "argsort"))
-
-Handler = Callable[["Capture", Any, Any], bool]
-"""Looks at (capture, tx, instruction) before the instruction runs; True where it did the instruction's work itself."""
-
-
-def _subscript(capture: "Capture", tx: Any, instruction: Any) -> bool:
-    return any(known.subscript(capture, tx, instruction) for known in (segments, counts, indexing))
-
-
-def _store_subscript(capture: "Capture", tx: Any, _instruction: Any) -> bool:
-    index_list.index_by_tensors(tx)
-    segments.index_by_places(capture, tx)
-    return False
-
-
-_HANDLERS: dict[str, Handler] = {
-    "GET_ITER": loops.get_iter,
-    "FOR_ITER": loops.for_iter,
-    "CALL": expert_loops.call,
-    "BINARY_SUBSCR": _subscript,
-    "BINARY_SLICE": segments.binary_slice,
-    "BUILD_SLICE": counts.build_slice,
-    "STORE_SUBSCR": _store_subscript,
-    "STORE_SLICE": segments.store_slice,
-    "UNPACK_SEQUENCE": indexing.unpack,
-    "LIST_APPEND": parts.list_append,
-    "FORMAT_VALUE": expert_numbers.format_value,
-    "FORMAT_SIMPLE": expert_numbers.format_value,
-}
 
 
 class Capture:
@@ -118,7 +79,7 @@ class Capture:
         """Whether the instruction's work was done here."""
         instruction = tx.instructions[tx.instruction_pointer]
         self._unroll_where_told_apart(tx, instruction)
-        handler = _handler(instruction.opname)
+        handler = handler_of(instruction.opname)
         if handler is not None and handler(self, tx, instruction):
             self._tag_new_nodes(tx)
             return True
@@ -352,9 +313,3 @@ def _router_width(node: fx.Node) -> int:
         return classes if type(classes) is int else 0
     width = scores.shape[-1] if scores is not None and scores.dim() else 0
     return width if type(width) is int else 0
-
-
-def _handler(opname: str) -> Handler | None:
-    if "JUMP" in opname and "IF" in opname:
-        return branches.jump
-    return _HANDLERS.get(opname)
