@@ -9,11 +9,13 @@ assumption, and the nodes traced under it carry its number.
     empty branch   branches.py      the side that handles a token is taken; the other must go on to the next iteration
     index list     index_list.py    a list of row positions stays the tensor that it was
     leaf           leaves.py        nobody reads the gradient of fresh zeros that require one
+    module.to()    modules_to.py    nothing is assumed: it is guarded that nothing changes
 
 The expert's number as a Python integer or in a text (expert_numbers.py) makes a hit loop have one iteration an expert.
 
 After the rewrite every event must be *dissolved*: all its nodes were replaced. Otherwise the frame is traced again with
-the event denied, which is to say as Dynamo alone does it. So nothing that was assumed ever runs.
+the event denied, which is to say as Dynamo alone does it. So nothing that was assumed ever runs. What rests on no
+assumption is denied where nothing was rewritten.
 """
 
 from fx_passes.capture.events import Event, Guard, events_of, guards_of, loops_of, without_events

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
-from fx_passes.capture import counts, expert_numbers, index_list, leaves, loops, segments
+from fx_passes.capture import counts, expert_numbers, index_list, leaves, loops, modules_to, segments
 from fx_passes.capture.variables import has_open_length, is_open
 from fx_passes.facts import fact
 from fx_passes.graph.ops import op_name
@@ -39,6 +39,8 @@ def call(
         return _enumerate(capture, tx, fn, args[0], kwargs)
     if called in _ZEROS:
         return leaves.zeros(capture, tx, fn, args, kwargs)
+    if called is nn.Module.to:
+        return modules_to.to(capture, tx, fn, args, kwargs)
     name, owner = getattr(fn, "name", None), getattr(fn, "obj", None)
     if isinstance(name, str) and isinstance(owner, VariableTracker):
         return _method(name, capture, tx, owner, args, kwargs)

@@ -42,7 +42,8 @@ class Event:
 
     `routed`: a router came before it in the graph. `root_place`: the instruction of the frame that was being traced.
     `place`: where in its own frame it is. `can_be_unrolled`: a loop that is traced as one iteration and could be traced
-    expert by expert; so it could where it has a `symbol`, the expert that stands for those with a token.
+    expert by expert; so it could where it has a `symbol`, the expert that stands for those with a token. `helps`:
+    nothing is assumed; Dynamo alone would break the graph there, as it may where nothing is rewritten.
     """
 
     number: int
@@ -54,6 +55,12 @@ class Event:
     can_be_unrolled: bool = False
     failed: bool = False
     symbol: fx.Node | None = None
+    helps: bool = False
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether it looks like part of a loop over experts."""
+        return not self.helps and (self.kind != "dynamic op" or self.routed)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.functions import BaseUserFunctionVariable
+from torch._dynamo.variables.functions import BaseUserFunctionVariable, UserMethodVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import ListVariable, SliceVariable, TupleVariable
 from torch._dynamo.variables.misc import GetAttrVariable
@@ -68,7 +68,7 @@ def tells_apart(tx: Any, instruction: Any, symbols: frozenset[Any]) -> bool:
 
 
 def _holds_expert(value: VariableTracker, symbols: frozenset[Any]) -> bool:
-    """Whether `value` is an expert, part of one, or was computed from its number; or a tuple with one in it."""
+    """Whether `value` is an expert, part or method of one, or computed from its number; or a tuple with one in it."""
     if isinstance(value, LazyVariableTracker):
         if not value.is_realized():
             return bool(roots_of(value.source))
@@ -77,7 +77,7 @@ def _holds_expert(value: VariableTracker, symbols: frozenset[Any]) -> bool:
         return not symbols.isdisjoint(free_unbacked_symbols(value.sym_num))
     if type(value) in (TupleVariable, ListVariable, SliceVariable) and value.source is None:
         return any(_holds_expert(item, symbols) for item in value.items)
-    if isinstance(value, GetAttrVariable):
+    if isinstance(value, (GetAttrVariable, UserMethodVariable)):
         return _holds_expert(value.obj, symbols)
     return isinstance(value, (UnspecializedNNModuleVariable, TensorVariable)) and bool(roots_of(value.source))
 

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import fx
+from torch._dynamo.source import NNModuleSource
 from torch._dynamo.symbolic_convert import InliningGeneratorInstructionTranslator
 from torch._dynamo.variables import SetVariable
 from torch._dynamo.variables.base import ValueMutationExisting, VariableTracker
@@ -20,6 +21,7 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
+from torch._guards import Source
 
 from fx_passes.capture.liveness import live_locals
 
@@ -152,11 +154,16 @@ def _modes() -> tuple[Any, ...]:
 def _describe(value: VariableTracker, depth: int = 0) -> Any:
     if isinstance(value, LazyVariableTracker):
         if not value.is_realized():
-            return ("source", value.source)
+            return ("source", _place(value.source))
         value = value.unwrap()
     if value.source is not None and not isinstance(value, _ITERATORS):
-        return ("source", value.source)
+        return ("source", _place(value.source))
     return _describe_content(value, depth)
+
+
+def _place(source: Source | None) -> Source | None:
+    """`source` without what Dynamo adds when it looks at what is there and sees that it is a module."""
+    return source.base if isinstance(source, NNModuleSource) else source
 
 
 def _describe_content(value: VariableTracker, depth: int) -> Any:

@@ -163,13 +163,16 @@ class Capture:
             event for event in (*left, *kept, *open_loops) if _is_unrolled_next(event) and not self.is_denied(event)
         ]
 
-    def leftover(self, erased: set[int], remaining: set[int]) -> list[Event]:
-        """Events that the rewrite did not dissolve, and those of loops that were left before their end."""
+    def leftover(self, erased: set[int], remaining: set[int], rewritten: bool) -> list[Event]:
+        """Events that the rewrite did not dissolve, and those of loops that were left before their end.
+
+        Help that rests on nothing is left where nothing was `rewritten`.
+        """
         for scope in self.scopes:
             scope.event.failed = True
             self.reject(scope.tx, "loop_runs_to_its_end", "the loop is left by break, return or an error")
         live = [event for event in self.events if not self.is_denied(event)]
-        return [event for event in live if not self._is_dissolved(event, erased, remaining)]
+        return [e for e in live if not (rewritten if e.helps else self._is_dissolved(e, erased, remaining))]
 
     def _is_dissolved(self, event: Event, erased: set[int], remaining: set[int]) -> bool:
         return not event.failed and event.number in erased and event.number not in remaining

@@ -92,12 +92,12 @@ def _trace_again_if_not_one(capture: Capture, outcome: pipeline.Outcome) -> None
 
 
 def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None:
-    leftover = capture.leftover(outcome.erased_events, outcome.remaining_events)
+    leftover = capture.leftover(outcome.erased_events, outcome.remaining_events, bool(outcome.regions))
     if not leftover:
         capture.break_where_dynamo_would()
         return
     explained = outcome.rejections or capture.memory.reported
-    telling = [event for event in leftover if event.kind != "dynamic op" or event.routed]
+    telling = [event for event in leftover if event.is_telling]
     if telling and not explained:
         record_rejections([_unrecognised(telling[-1])], capture.memory.reported)
     capture.trace_again_without(leftover[:1] if outcome.regions else leftover)

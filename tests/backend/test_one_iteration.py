@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import InternalTorchDynamoError
 from torch.nn import functional as F
 
 from fx_passes.capture import Capture
@@ -70,13 +71,21 @@ class Guarded(Loop):
         return out
 
 
+class Casts(Plain):
+    """The router says again what its classifier is to be, and so writes an attribute before the loop."""
+
+    def begin(self, hidden_states):
+        self.gate = self.gate.to(torch.float32)
+        return super().begin(hidden_states)
+
+
 class StackedRangeBlock(StackedBlock):
     def __init__(self):
         super().__init__()
         self.experts = StackedRange()
 
 
-@pytest.mark.parametrize("block", [Plain, Enumerated, Zipped, Hits, Guarded, StackedRangeBlock])
+@pytest.mark.parametrize("block", [Plain, Enumerated, Zipped, Hits, Guarded, Casts, StackedRangeBlock])
 def test_experts_that_are_alike_are_traced_once(block):
     case = Case(block.__name__, block)
     eager, module = case.make(), case.make()
@@ -107,6 +116,21 @@ def test_where_experts_can_be_told_apart(name):
     keep = name == "AsksForGradient"
     call = observe_keeping_gradients if keep else observe
     assert_same(call(compiled, module, x), call(eager, eager, x))
+
+
+def test_where_a_function_is_asked_about_an_expert():
+    """As stock: PyTorch 2.11 takes no module as an argument of a function whose result is assumed constant."""
+    case = Case("asks_about_expert", told_apart_by_contents.AsksAboutExpert)
+    eager, stock, module = case.make(), case.make(), case.make()
+    x = hidden_states()
+    try:
+        torch.compile(stock, backend="eager")(x)
+    except InternalTorchDynamoError:
+        with pytest.raises(InternalTorchDynamoError, match="is not a constant"):
+            compile_ours(module, inner="counting_eager")(x)
+    else:
+        compiled = compile_ours(module, inner="counting_eager")
+        assert_same(observe(compiled, module, x), observe(eager, eager, x))
 
 
 def observe_keeping_gradients(call, module, x):

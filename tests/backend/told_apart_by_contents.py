@@ -80,8 +80,8 @@ def factor_of(expert):
     return FACTORS.get(expert, 1.0)
 
 
-class AsksForConstant(Plain):
-    """What is asked of an expert while it is traced is asked of one expert."""
+class AsksAboutExpert(Plain):
+    """What is asked about an expert while it is traced is asked about one expert."""
 
     def __init__(self):
         super().__init__()
@@ -89,6 +89,23 @@ class AsksForConstant(Plain):
 
     def run(self, e, rows):
         return self.experts[e](rows) * factor_of(self.experts[e])
+
+
+class HasFactor(SwiGLU):
+    @torch.compiler.assume_constant_result
+    def factor(self):
+        return FACTORS.get(self, 1.0)
+
+
+class AsksExpert(Plain):
+    """The same, asked of the expert."""
+
+    def __init__(self):
+        super().__init__(expert=HasFactor)
+        FACTORS.update({expert: 1.0 + e for e, expert in enumerate(self.experts)})
+
+    def run(self, e, rows):
+        return self.experts[e](rows) * self.experts[e].factor()
 
 
 class Configured(SwiGLU):
@@ -202,7 +219,7 @@ CASES = {
         block.__name__: block
         for block in (
             *(CountsCalls, CountsInBuffer, WritesParameter, Penalised, KeepsLast),
-            *(AsksForConstant, SharesConfig, HasSlots, RecordsBuffer),
+            *(AsksExpert, SharesConfig, HasSlots, RecordsBuffer),
         )
     },
     "AsksForGradient": with_changed(give_gradient, AsksForGradient),
