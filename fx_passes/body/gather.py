@@ -21,10 +21,11 @@ import torch
 from torch import fx
 
 from fx_passes.facts import chosen, chosen_tokens, fact
+from fx_passes.facts.ids import ids_dims
 from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import TOKENS_BY_BATCH, Counts, Mask, Rows, with_one_token_dim
 from fx_passes.graph.markers import expert_of, expert_segment, index_with_expert
-from fx_passes.graph.ops import arg, fake_tensor, op_name, same_size, same_sizes, sizes_of
+from fx_passes.graph.ops import arg, fake_tensor, op_name, same_size, same_sizes, sizes_of, start_of_one
 from fx_passes.graph.row_index import index_of
 
 MAX_STEPS = 4
@@ -120,8 +121,9 @@ def _follow(source: Any, steps: list[fx.Node], mask: Mask) -> Taking | None:
 
 def _dims_of_tokens(source: fx.Node, ids: fx.Node) -> tuple[str, ...]:
     """In how many dims `source` has its tokens, if it has any."""
-    own, other = sizes_of(source), sizes_of(ids)
-    return TOKENS_BY_BATCH if len(other) == 3 and len(own) > 1 and same_sizes(own[:2], other[:2]) else ("T",)
+    own, dims = sizes_of(source), ids_dims(ids) or ()
+    is_by_batch = dims[:2] == TOKENS_BY_BATCH and len(own) > 1 and same_sizes(own[:2], sizes_of(ids)[:2])
+    return TOKENS_BY_BATCH if is_by_batch else ("T",)
 
 
 def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
@@ -240,8 +242,9 @@ def _pick(item: Any, labels: list[str], mask: Mask) -> tuple[tuple[str, ...], st
     if item == slice(None):
         return tuple(labels), ""
     if labels == ["C"]:
-        column = _column(item, mask)
-        return None if column is None else ((), column)
+        start = start_of_one(item)
+        column = _column(item if start is None else start, mask)
+        return None if column is None else (() if start is None else ("1",), column)
     if labels in (["T"], ["N"], list(TOKENS_BY_BATCH)):
         rows = chosen(item)
         if rows is not None:

@@ -32,6 +32,7 @@ from fx_passes.graph.ops import (
     known_tensor,
     op_name,
     out_of_place,
+    same_size,
 )
 
 
@@ -258,11 +259,10 @@ class Unifier:
 
 def _taken(taking: Taking, node: fx.Node, is_single: bool) -> Gathered | SlotGathered | None:
     leading, rest = taking.dims.index("R"), taking.dims[taking.dims.index("R") + 1 :]
-    tensor = known_tensor(taking.source)
     if taking.column:
         is_value = not leading and set(rest) <= {"1"}
         return SlotGathered(taking.source, node, len(rest), table=taking.column == "E") if is_value else None
-    is_vector = tensor.dim() == 1 or (tensor.dim() == 2 and tensor.shape[1] == 1)
+    is_vector = all(same_size(size, 1) for size in known_tensor(node).shape[leading + 1 :])
     if is_single and is_vector and not leading:
         return SlotGathered(taking.source, node, len(rest))
     return Gathered(taking.source, node, leading) if leading <= 1 and "1" not in rest else None

@@ -8,27 +8,61 @@ from torch import fx
 
 from fx_passes.facts.statements import TOKENS_BY_BATCH, Dims
 from fx_passes.graph.aliasing import writers_of
-from fx_passes.graph.ops import arg, fake_tensor, is_last_dim, keeps_last_dim, known_tensor, op_name, same_size
+from fx_passes.graph.ops import (
+    arg,
+    fake_tensor,
+    is_last_dim,
+    keeps_last_dim,
+    known_tensor,
+    op_name,
+    same_size,
+    same_sizes,
+    sizes_of,
+)
 
-_PRESERVES_VALUES = frozenset("view reshape to long int contiguous detach squeeze unsqueeze flatten clone".split())
+_KEEPS_ENTRIES = frozenset("to long int contiguous detach clone".split())
+_PRESERVES_VALUES = _KEEPS_ENTRIES | frozenset("view reshape squeeze unsqueeze flatten".split())
 
 
 def ids_dims(ids: fx.Node) -> tuple[str, ...] | None:
     value = fake_tensor(ids)
     if value is None or value.dtype not in (torch.int64, torch.int32):
         return None
+    if value.dim() == 2 and _is_one_of_three_dims(ids):
+        return TOKENS_BY_BATCH
     return {1: ("T",), 2: ("T", "K"), 3: (*TOKENS_BY_BATCH, "K")}.get(value.dim())
+
+
+def _is_one_of_three_dims(ids: fx.Node) -> bool:
+    """Whether `ids` [B, S] have one entry for each row of a tensor [B, S, E] or [B, S, K]: `scores.argmax(-1)`."""
+    name, source = op_name(ids), arg(ids, 0, "input")
+    if name in _KEEPS_ENTRIES:
+        return _is_one_of_three_dims(source)
+    if name == "getitem" and op_name(source) == "max" and ids.args[1] == 1:
+        source = arg(source, 0, "input")
+    elif name not in ("argmax", "squeeze", "select") and not (name == "getitem" and fake_tensor(source) is not None):
+        return False
+    return len(sizes_of(source)) == 3 and same_sizes(sizes_of(source)[:2], sizes_of(ids))
+
+
+def has_slots(ids: fx.Node) -> bool:
+    """Whether `ids` have a dim of slots, or one of all tokens' slots."""
+    return known_tensor(ids).dim() > 1 and ids_dims(ids) != TOKENS_BY_BATCH
 
 
 def is_single_choice(ids: fx.Node) -> bool:
     """Whether a token has one expert at most."""
-    value = fake_tensor(ids)
-    return value is not None and (value.dim() == 1 or same_size(value.shape[-1], 1))
+    return fake_tensor(ids) is not None and (not has_slots(ids) or same_size(sizes_of(ids)[-1], 1))
+
+
+def num_choices(ids: fx.Node) -> int:
+    """K of `ids` [T, K]."""
+    return int(sizes_of(ids)[-1]) if has_slots(ids) else 1
 
 
 def num_tokens(ids: fx.Node) -> int | torch.SymInt:
     tensor = known_tensor(ids)
-    return tensor.numel() // tensor.shape[-1] if tensor.dim() == 3 else tensor.shape[0]
+    return tensor.numel() // tensor.shape[-1] if has_slots(ids) else tensor.numel()
 
 
 def ids_are_distinct(node: fx.Node) -> bool:

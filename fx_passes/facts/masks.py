@@ -91,7 +91,10 @@ def squeeze(node: fx.Node, inner: Fact | None) -> Fact | None:
     dim = normalized_dim(dim, len(inner.dims))
     if squeezes_nothing(node):
         return inner
-    return replace(inner, dims=inner.dims[:dim] + inner.dims[dim + 1 :]) if inner.dims[dim] == "1" else None
+    left = inner.dims[:dim] + inner.dims[dim + 1 :]
+    if inner.dims[dim] == "K" and is_single_choice(inner.ids):
+        return replace(inner, dims=left, reduced=True)
+    return replace(inner, dims=left) if inner.dims[dim] == "1" else None
 
 
 def _unsqueeze(node: fx.Node, inner: Fact | None) -> Fact | None:

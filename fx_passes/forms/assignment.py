@@ -4,10 +4,10 @@
         m = ids == e                                     # ids [T], or one_hot(ids, E)[:, e].bool()
         out[m] = expert(x[m]) * probs[m, None]
 
-or `out.index_copy_(0, tokens, ...)`. All tokens may be listed first, and all experts run before the first row is
-assigned: `out[tokens[e], :] = outputs[e]`. What counts the listed tokens, `torch.tensor([len(t) for t in tokens])`,
-stays. `out` starts as zeros, as `empty_like(x)`, or as `x.clone()` or the like: tokens without an expert then keep
-that row.
+or `out.index_copy_(0, tokens, ...)`. Tokens may stay in two dims, with ids [B, S] and a mask of that shape, or pairs of
+positions. All tokens may be listed first, and all experts run before the first row is assigned: `out[tokens[e], :] =
+outputs[e]`. What counts the listed tokens, `torch.tensor([len(t) for t in tokens])`, stays. `out` starts as zeros, as
+`empty_like(x)`, or as `x.clone()` or the like: tokens without an expert then keep that row.
 
 Where tokens have several experts, there may be one such output for each slot, to be weighted and summed afterwards.
 Each is rewritten on its own:

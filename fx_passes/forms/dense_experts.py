@@ -27,7 +27,7 @@ from torch import fx
 from fx_passes.batched.rows import PAIRS, PAIRS_BY_BATCH, Total
 from fx_passes.batched.walk import Walk
 from fx_passes.body.values import PerExpert, SlotGathered
-from fx_passes.facts.ids import ids_are_distinct
+from fx_passes.facts.ids import ids_are_distinct, is_single_choice, num_choices
 from fx_passes.facts.sparsity import adds_nothing_where_unchosen, chosen_by
 from fx_passes.facts.statements import TOKENS_BY_BATCH
 from fx_passes.forms.accumulation import closure
@@ -85,7 +85,7 @@ def match(found: Mixture | Unproven) -> MoERegion:
     return MoERegion(
         form=NAME,
         ids_TK=ids,
-        top_k=int(known_tensor(ids).shape[-1]),
+        top_k=num_choices(ids),
         num_experts=found.num_experts,
         body=body,
         routing=frozenset((*found.products, *found.walk.steps)),
@@ -188,7 +188,7 @@ def _chosen(found: Mixture) -> fx.Node:
         raise Rejected(
             "weights_are_zero_outside_the_top_k", found.node, "every expert may count for every token: it stays dense"
         )
-    if not ids_are_distinct(chosen):
+    if not is_single_choice(chosen) and not ids_are_distinct(chosen):
         raise Rejected("repeated_ids_are_counted", found.node, "the ids of a token may repeat")
     if any(not same_size(known_tensor(p.parameters[0]).shape[0], found.num_experts) for p in _parameters(found)):
         raise Rejected("every_expert_is_covered", found.node, "weights of another number of experts")

@@ -11,6 +11,7 @@ from fx_passes.body.unify import unify
 from fx_passes.body.values import Body
 from fx_passes.capture import guards_of
 from fx_passes.facts import chosen, fact
+from fx_passes.facts.ids import num_choices
 from fx_passes.facts.slot_sum import SlotSum
 from fx_passes.facts.statements import Counts, Fact, Hit, Listed, Mask, Occupied, Selection
 from fx_passes.forms.accumulation import accumulations, closure
@@ -112,7 +113,7 @@ def region_of(
     return LoopRegion(
         form=form,
         ids_TK=masks[0].ids,
-        top_k=_top_k(masks[0].ids),
+        top_k=num_choices(masks[0].ids),
         num_experts=num_experts,
         body=body,
         routing=routing,
@@ -131,11 +132,6 @@ def region_of(
         base=_base(loop),
         first_expert=_number(masks[order[0]]),
     )
-
-
-def _top_k(ids: fx.Node) -> int:
-    tensor = known_tensor(ids)
-    return int(tensor.shape[-1]) if tensor.dim() > 1 else 1
 
 
 def _token_dims(loop: Loop) -> int:

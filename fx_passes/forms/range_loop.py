@@ -26,7 +26,8 @@ An expert's weights may be modules of its own or any views of what all experts h
 `W.unbind(0)[e]`, `W[e * F : (e + 1) * F]`. They may be computed in the loop of its own parameters alone, as a merged
 LoRA is: `W[e] + scale * B[e] @ A[e]`.
 
-Tokens may stay in two dims, a batch of sequences, with ids [B, S, K]: `m` is then [B, S], positions are `b, s, k`.
+Tokens may stay in two dims, a batch of sequences, with ids [B, S, K]: `m` is then [B, S], positions are `b, s, k`. So
+they may with one choice each, ids [B, S].
 
 Or the sorted slots, of which each expert has a segment:
 

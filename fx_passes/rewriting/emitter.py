@@ -219,9 +219,12 @@ class Emitter:
         return self._method("gather", table, 1, self._method("long", ids))
 
     def _by_slot(self, node: fx.Node) -> fx.Node:
-        """`node` as [T, K]."""
-        flat = known_tensor(node).dim() == 1
-        return self._method("view", node, -1, self.top_k) if flat else self._by_token(node)
+        """`node` as [T, K]; one choice a token may have no dim of its own."""
+        sizes = sizes_of(node)
+        if len(sizes) == 1:
+            return self._method("view", node, -1, self.top_k)
+        is_by_batch = len(sizes) == 2 and self.top_k == 1 and not same_size(sizes[1], 1)
+        return self._method("reshape", node, (-1, 1)) if is_by_batch else self._by_token(node)
 
     def _by_token(self, node: fx.Node) -> fx.Node:
         """`node` with one dim of tokens."""

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_passes.body.values import Gathered, PerExpert, SlotGathered, has_rows
+from fx_passes.facts.ids import has_slots
 from fx_passes.graph.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected
 from fx_passes.rules.escape import (
@@ -74,6 +75,7 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
             raise Rejected("rows_belong_to_tokens", region.anchor, "not as many rows as slots")
     else:
         ids = known_tensor(region.ids_TK)
+        ids = ids if has_slots(region.ids_TK) or ids.dim() == 1 else ids.unsqueeze(-1)
         # Ids may have tokens in more dims than the output has.
         by_token = ids.flatten(0, -1 - count) if ids.dim() > count + 1 else ids
         _require_sizes(region.ids_TK, by_token.shape, tokens, (choices,), region.ids_TK)
@@ -89,10 +91,12 @@ def _require_sizes(
     node: fx.Node, given: Sequence[Size], tokens: Sequence[Size], columns: tuple[Size, ...], at: fx.Node
 ) -> None:
     """Raises Rejected where the sizes of `node` don't begin with those of the tokens, in all their dims or in one, and
-    of the columns. All may be in one dim, too.
+    of the columns. All may be in one dim, too, and there may be no dim of a single column.
     """
     if len(given) == 1:
         expected = (math.prod((*tokens, *columns)),)
+    elif columns == (1,) and same_sizes(given, tokens):
+        expected = tokens
     else:
         expected = (*tokens, *columns) if len(given) > len(tokens) else (math.prod(tokens), *columns)
     if not same_sizes(given[: len(expected)], expected):

@@ -6,10 +6,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.max.dim)
+ARGMAX = torch.ops.aten.argmax.default
 
 
 class RecordChoices(TorchDispatchMode):
-    """Notes the indices of every topk and max."""
+    """Notes the indices of every topk, max and argmax."""
 
     def __init__(self):
         super().__init__()
@@ -19,11 +20,13 @@ class RecordChoices(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in CHOICES:
             self.choices.append(out[1].clone())
+        if func is ARGMAX:
+            self.choices.append(out.clone())
         return out
 
 
 class ReplayChoices(TorchDispatchMode):
-    """Answers every topk and max with the indices noted, and the values found there."""
+    """Answers every topk, max and argmax with the indices noted, and the values found there."""
 
     def __init__(self, choices):
         super().__init__()
@@ -31,6 +34,8 @@ class ReplayChoices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if func is ARGMAX:
+            return self.choices.pop(0)
         if func not in CHOICES:
             return out
         indices = self.choices.pop(0)

@@ -54,11 +54,14 @@ TABLE = {
         starts_as_product_read_later
         hit_list hit_list_on_host hit_list_set_sorted hit_list_set hit_list_items hit_list_stacked
         loads_counted_inside loads_counted_of_hit loads_assigned_inside
+        sequence_top_1_added sequence_top_1_flattened
         """,
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         parameters_next_bias temporaries_input_written
+        listed_slots_as_tokens parameters_next_bias temporaries_input_written
+        sequence_top_1_of_the_sequence sequence_top_1_twice
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
         merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit loads_in_half loads_in_python
@@ -77,12 +80,16 @@ TABLE = {
         switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
         switch_lists_copied dropped_sequences dropped_listed
         choices_assigned choices_skipped choices_copied choices_copied_anew choices_put_anew
+        sequence_top_1_assigned sequence_top_1_one_hot
+        sequence_top_1_kept_dim sequence_top_1_own_probability
         """,
         """
         assigned_any_mask assigned_then_added assigned_to_view assigned_without_one copied_by_token
         switch_lists_assigned_twice switch_lists_outputs_returned list_by_place list_in_part list_extended
         choices_shared choices_other_choice choices_written_before choices_read_inside choices_left_out
         range_sequences_next_expert
+        list_in_part list_extended range_sequences_counted range_sequences_next_expert
+        sequence_top_1_two_choices sequence_top_1_swapped sequence_top_1_next_probability sequence_top_1_written
         """,
     ),
     "flat_pairs": row(

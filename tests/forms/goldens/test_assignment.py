@@ -168,3 +168,31 @@ v45 = add(v34, v44)
 v46 = .view_as(v45, hidden_states)
 return (v46)""",
         )
+
+    def test_assignment_of_sequences(self):
+        self.assertExpectedInline(
+            self.golden("sequence_top_1_assigned"),
+            """\
+v14 = linear(x, gate_weight, None)
+v15 = softmax(v14, dim=-1)
+v16 = .max(v15, dim=-1)
+v17 = getitem(v16, 0)
+v18 = getitem(v16, 1)
+v19 = eq(v18, 0)
+v20 = .any(v19)
+v21 = eq(v18, 1)
+v22 = .any(v21)
+v23 = eq(v18, 2)
+v24 = .any(v23)
+v25 = eq(v18, 3)
+v26 = .any(v25)
+v27 = .reshape(v18, (-1, 1))
+v28 = scatter_moe.route(v27, 4)
+v29 = getitem(v28, 0)
+v30 = getitem(v28, 1)
+v31 = .reshape(v17, (-1, 1))
+v32 = .flatten(x, 0, 1)
+v33 = scatter_moe.mlp(v32, v31, v29, v30, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v34 = .unflatten(v33, 0, (2, 12))
+return (v34)""",
+        )
