@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from fx_passes.facts.gate_masks import compared, open_gates
 from fx_passes.facts.gate_slots import ids_that_are_counted
 from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import flat_ids
@@ -28,6 +29,8 @@ def _cast(node: fx.Node, inner: Fact | None) -> Fact | None:
     if isinstance(inner, Counts) and not inner.positive and value is not None:
         exact = known_tensor(arg(node, 0, "input")).dtype.itemsize >= _EXACT_BYTES
         return inner if exact and value.dtype in (torch.int32, torch.int64) else None
+    if inner is None and value is not None and value.dtype == torch.bool:
+        return open_gates(arg(node, 0, "input"))
     return inner if isinstance(inner, (OneHot, Mask, Kept)) else None
 
 
@@ -39,8 +42,9 @@ def _reduce(node: fx.Node, inner: Fact | None) -> Fact | None:
     if not node.kwargs.keys() <= {"input", "dim", "keepdim"}:
         return None
     dims = _reduced_dims(node)
-    if inner is None and op_name(node) == "sum":
-        return _counted_table(node) or _counted_gates(node)
+    counted = (_counted_table(node) or _counted_gates(node)) if op_name(node) == "sum" else None
+    if counted is not None:
+        return counted
     if isinstance(inner, Mask) and dims is None:
         return Occupied(inner)
     keepdim = arg(node, 2, "keepdim", False)
@@ -132,7 +136,11 @@ def _greater(node: fx.Node, inner: Fact | None) -> Fact | None:
         return replace(inner, positive=True)
     if isinstance(inner, (OneHot, Mask)) and arg(node, 1, "other") == 0:
         return inner
-    return None
+    return compared(node) if inner is None else None
+
+
+def _at_least(node: fx.Node, inner: Fact | None) -> Fact | None:
+    return compared(node) if inner is None else None
 
 
 def _view_as(node: fx.Node, inner: Fact | None) -> Fact | None:
@@ -144,6 +152,7 @@ RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
     **dict.fromkeys(("to", "bool", "int", "long", "float", "cpu"), _cast),
     **dict.fromkeys(("sum", "any", "count_nonzero"), _reduce),
     **dict.fromkeys(("gt", "greater", "ne"), _greater),
+    **dict.fromkeys(("ge", "greater_equal"), _at_least),
     "bincount": _bincount,
     "histc": _histc,
     "cumsum": _cumsum,

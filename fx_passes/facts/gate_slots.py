@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.facts.ids import ids_are_distinct, ids_dims, ids_of_gates, num_columns
-from fx_passes.graph.ops import arg, example, fake_tensor, normalized_dim, op_name, same_size
+from fx_passes.facts.gate_masks import NOT_ZERO, ids_behind
+from fx_passes.facts.ids import gated_ids, ids_are_distinct, ids_dims, num_columns
+from fx_passes.graph.ops import arg, example, fake_tensor, normalized_dim, op_name, same_size, sizes_of
 from fx_passes.graph.signs import is_nonnegative
 
 PAIRS, SORTED, SORTED_PAIRS, PLACES = "pairs", "what sorts them", "pairs, sorted", "places of sorted pairs"
@@ -38,19 +39,13 @@ def gate_slots(node: Any) -> GateSlots | None:
     return rule(node) if rule is not None else None
 
 
-def ids_behind(gates: Any) -> fx.Node | None:
+def ids_of_listed(gates: Any) -> fx.Node | None:
     """The ids [T, K] of the slots whose gates are not zero; None where gates may be non-zero elsewhere."""
-    tensor = fake_tensor(gates)
-    if tensor is None or tensor.dim() != 2 or type(tensor.shape[1]) is not int or not tensor.is_floating_point():
+    ids = ids_behind(gates, NOT_ZERO)
+    gated = gated_ids(ids) if ids is not None else None
+    if ids is None or gated is None or ids_dims(ids) != ("T", "K") or ids_dims(gated.ids) != ("T", "K"):
         return None
-    from fx_passes.facts.sparsity import chosen_by  # which reads facts, as those of counts read this file
-
-    ids = chosen_by(gates)
-    if ids is None or ids_dims(ids) != ("T", "K") or num_columns(ids) != tensor.shape[1]:
-        return None
-    tokens = fake_tensor(ids)
-    is_of_all = tokens is not None and same_size(tokens.shape[0], tensor.shape[0])
-    return ids_of_gates(gates, ids) if is_of_all and ids_are_distinct(ids) else None
+    return ids if num_columns(gated.ids) == sizes_of(gates)[1] and ids_are_distinct(ids) else None
 
 
 def ids_that_are_counted(entries: Any) -> fx.Node | None:
@@ -58,12 +53,12 @@ def ids_that_are_counted(entries: Any) -> fx.Node | None:
     name, gates = op_name(entries) if isinstance(entries, fx.Node) else None, arg(entries, 0, "input")
     if name not in ("ne", "gt", "greater") or arg(entries, 1, "other") != 0:
         return None
-    return ids_behind(gates) if name == "ne" or is_nonnegative(gates) else None
+    return ids_of_listed(gates) if name == "ne" or is_nonnegative(gates) else None
 
 
 def _nonzero(node: fx.Node) -> GateSlots | None:
     gates = arg(node, 0, "input")
-    is_table = not node.kwargs.get("as_tuple", False) and ids_behind(gates) is not None
+    is_table = not node.kwargs.get("as_tuple", False) and ids_of_listed(gates) is not None
     return GateSlots(gates, PAIRS) if is_table else None
 
 

@@ -3,6 +3,8 @@
 T tokens, K experts per token.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import fx
 
@@ -66,7 +68,13 @@ def num_tokens(ids: fx.Node) -> int | torch.SymInt:
 
 
 def ids_are_distinct(node: fx.Node) -> bool:
-    """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only."""
+    """Whether `node` holds the indices of a topk over the last dim, through value-preserving operations only.
+
+    Those without a gate are nobody's.
+    """
+    gated = gated_ids(node)
+    if gated is not None:
+        return ids_are_distinct(gated.ids)
     if _is_written(node):
         return False
     name, source = op_name(node), arg(node, 0, "input")
@@ -155,35 +163,49 @@ def rows_of_ids(ids: fx.Node) -> fx.Node | None:
     return ids.meta.get("scatter_moe_one_hot")
 
 
-def ids_of_gates(gates: fx.Node, ids: fx.Node) -> fx.Node:
-    """`ids` [T, K] without those whose gate, in a table [T, E], is zero: these are E.
+@dataclass(frozen=True)
+class Gated:
+    """Those of `ids` whose gate, in a table [T, E], compares so with a number; E instead of the others."""
+
+    gates: fx.Node
+    ids: fx.Node
+    comparison: str
+    number: float
+
+
+def ids_of_gates(gates: fx.Node, ids: fx.Node, comparison: str, number: float) -> fx.Node:
+    """`ids` without those whose gate is closed, with tokens in as many dims as `gates` has them.
 
     A node of no graph stands for them, until `gated_ids` are asked for to compute them.
     """
     known = gates.meta.setdefault("scatter_moe_gated", {})
-    if ids not in known:
+    key = ids, comparison, number
+    if key not in known:
         node = fx.Graph().placeholder(f"{ids.name}_gated")
-        node.meta["example_value"] = known_tensor(ids)
-        node.meta["scatter_moe_gates"] = (gates, ids)
-        known[ids] = node
-    return known[ids]
+        sizes = (*sizes_of(gates)[:-1], num_choices(ids))
+        node.meta["example_value"] = known_tensor(ids).new_empty(sizes)
+        node.meta["scatter_moe_gates"] = Gated(gates, *key)
+        known[key] = node
+    return known[key]
 
 
-def gated_ids(ids: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(gates, ids) that `ids_of_gates` was given."""
+def gated_ids(ids: fx.Node) -> Gated | None:
+    """What `ids_of_gates` was given."""
     return ids.meta.get("scatter_moe_gates")
 
 
 def listings_of_gates(ids: fx.Node) -> list[fx.Node]:
     """The nodes that list the gates which are not zero, where `ids` are those of such gates."""
     gated = gated_ids(ids)
-    return [node for node in gated[0].users if op_name(node) == "nonzero"] if gated is not None else []
+    return [node for node in gated.gates.users if op_name(node) == "nonzero"] if gated is not None else []
 
 
 def sources_of_ids(ids: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes of the graph that `ids` are computed from: themselves, where they stand in it."""
-    one_hot = rows_of_ids(ids)
-    return gated_ids(ids) or ((one_hot,) if one_hot is not None else (ids,))
+    one_hot, gated = rows_of_ids(ids), gated_ids(ids)
+    if gated is not None:
+        return gated.gates, gated.ids
+    return (one_hot,) if one_hot is not None else (ids,)
 
 
 def _size_along(scores: object, dim: object) -> int | None:

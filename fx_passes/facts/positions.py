@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from fx_passes.facts.gate_masks import open_gates
 from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import by_token, column_of_ids, flat_ids, permute, squeeze, transpose
 from fx_passes.facts.statements import (
@@ -36,6 +37,7 @@ def _nonzero(node: fx.Node, inner: Fact | None) -> Fact | None:
         return Hit(inner.ids, inner.num_classes, as_tuple)
     if isinstance(inner, OneHot):
         return Listed(inner) if as_tuple and not inner.reduced else None
+    inner = open_gates(arg(node, 0, "input")) if inner is None else inner
     return Selection(inner, as_tuple) if isinstance(inner, Mask) else None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts.gate_slots import EXPERTS, TOKENS, gate_slots, ids_behind
+from fx_passes.facts.gate_slots import EXPERTS, TOKENS, gate_slots, ids_of_listed
 from fx_passes.facts.ids import ids_dims
 from fx_passes.graph.aliasing import inplace_users
 from fx_passes.graph.numbering import numbers_rows
@@ -106,7 +106,7 @@ def slot_fact(node: Any) -> SlotFact | None:
 def _of_gates(node: fx.Node) -> SlotFact | None:
     """The slots whose gates are not zero."""
     known, tensor = gate_slots(node), fake_tensor(node)
-    ids = ids_behind(known.gates) if known is not None else None
+    ids = ids_of_listed(known.gates) if known is not None else None
     if known is None or ids is None or known.sort is None or tensor is None or tensor.dim() != 1:
         return None
     order = Order(ids, known.sort)

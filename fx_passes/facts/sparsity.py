@@ -53,7 +53,7 @@ def chosen_by(node: Any, experts: int = -1) -> fx.Node | None:
     name, source = op_name(node), arg(node, 0, "input")
     by_slot = _summed_one_hot(node) if experts == -1 else None
     if by_slot is not None:
-        return by_slot
+        return by_slot if not any(writers_of(by_slot)) else None
     if name in ("scatter", "scatter_", *ZEROS):
         return _filled(node, 0.0) if experts == -1 else None
     if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"), experts)):
@@ -131,7 +131,7 @@ def _scattered(node: fx.Node, outside: float) -> fx.Node | None:
     """`full(outside).scatter(1, ids, ...)`, of a tensor that nothing else writes to."""
     table, dim, ids = (arg(node, at, name) for at, name in enumerate(("input", "dim", "index")))
     shape, index = fake_tensor(table), fake_tensor(ids)
-    if shape is None or index is None or shape.dim() < 2 or not is_last_dim(dim, table):
+    if shape is None or index is None or shape.dim() < 2 or not is_last_dim(dim, table) or any(writers_of(ids)):
         return None
     if "reduce" in node.kwargs or len(node.args) > 4 or set(writers_of(table)) - {node}:
         return None

@@ -22,6 +22,11 @@ its own by `experts == e`. The mask may also hold where any slot of a token is t
     m = (ids == e).any(-1)
     out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]
 
+Of gates [T, E] that are zero outside the top-k, the mask may hold where they are not zero, or above a number:
+
+    tokens = (gates[:, e] > 0).nonzero().squeeze(-1)
+    out[tokens] += expert(x[tokens]) * gates[tokens, e, None]
+
 An expert's weights may be modules of its own or any views of what all experts have: `W[e, :F]`, `W[e].chunk(2)`,
 `W.unbind(0)[e]`, `W[e * F : (e + 1) * F]`. They may be computed in the loop of its own parameters alone, as a merged
 LoRA is: `W[e] + scale * B[e] @ A[e]`.

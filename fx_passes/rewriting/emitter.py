@@ -19,7 +19,7 @@ from fx_passes.body.mlp_body import Mlp
 from fx_passes.body.parameter_views import Cut, Index, Step
 from fx_passes.body.values import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.body.weighted_body import without_router_weight
-from fx_passes.facts.ids import gated_ids, rows_of_ids, sources_of_ids
+from fx_passes.facts.ids import Gated, gated_ids, rows_of_ids, sources_of_ids
 from fx_passes.graph.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion
 from fx_passes.rewriting.loop_invariant import mark_as_ours
@@ -60,10 +60,15 @@ class Emitter:
         """The ids [T, K], which may have to be computed first."""
         one_hot, gated = rows_of_ids(ids), gated_ids(ids)
         if gated is not None:
-            gates, chosen = gated
-            has_gate = self._function(torch.ne, self._method("gather", gates, 1, self._method("long", chosen)), 0)
-            return self._function(torch.where, has_gate, chosen, self.region.num_experts)
+            return self._open(gated)
         return self._by_slot(ids) if one_hot is None else self._classes(one_hot)
+
+    def _open(self, gated: Gated) -> fx.Node:
+        """The ids of open gates; what has a closed one is nobody's."""
+        gates, ids = self._by_token(gated.gates), self._by_slot(gated.ids)
+        own = self._method("gather", gates, 1, self._method("long", ids))
+        is_open = self._function(getattr(torch, gated.comparison), own, gated.number)
+        return self._function(torch.where, is_open, ids, known_tensor(gated.gates).shape[-1])
 
     def _classes(self, one_hot: fx.Node) -> fx.Node:
         """The class of each token; what has none is nobody's."""

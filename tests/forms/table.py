@@ -55,13 +55,17 @@ TABLE = {
         hit_list hit_list_on_host hit_list_set_sorted hit_list_set hit_list_items hit_list_stacked
         loads_counted_inside loads_counted_of_hit loads_assigned_inside
         sequence_top_1_added sequence_top_1_flattened
+        gate_columns_positions gate_columns_guarded gate_columns_closed gate_columns_threshold gate_columns_one_hot
+        gate_columns_sequences gate_columns_flat
         """,
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         parameters_next_bias temporaries_input_written
         listed_slots_as_tokens parameters_next_bias temporaries_input_written
-        sequence_top_1_of_the_sequence sequence_top_1_twice
+        sequence_top_1_of_the_sequence sequence_top_1_twice gate_columns_next
+        gate_columns_repeated_ids gate_columns_shifted gate_columns_ids_written
+        gate_columns_more_tokens
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
         merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit loads_in_half loads_in_python

@@ -253,3 +253,32 @@ v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_wei
 v27 = .view_as(v26, hidden_states)
 return (v27)""",
         )
+
+    def test_range_loop_over_gate_columns(self):
+        self.assertExpectedInline(
+            self.golden("gate_columns_positions"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=-1)
+v17 = .topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = zeros_like(v15)
+v21 = .sum(v18, -1, keepdim=True)
+v22 = truediv(v18, v21)
+v23 = .scatter(v20, -1, v19, v22)
+v24 = .long(v19)
+v25 = .gather(v23, 1, v24)
+v26 = gt(v25, 0)
+v27 = where(v26, v19, 4)
+v28 = scatter_moe.route(v27, 4)
+v29 = getitem(v28, 0)
+v30 = getitem(v28, 1)
+v31 = .clamp(v27, 0, 3)
+v32 = .long(v31)
+v33 = .gather(v23, 1, v32)
+v34 = scatter_moe.mlp(v14, v33, v29, v30, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v35 = .view_as(v34, hidden_states)
+return (v35)""",
+        )
