@@ -2,6 +2,7 @@
 
 table[:, e, None]    table[:, e : e + 1]    table.unbind(-1)[e].unsqueeze(-1)    table.t()[e].unsqueeze(-1)
 (weights * (ids == e)).sum(-1, keepdim=True)
+weights[:, k, None] * (ids[:, k] == e).unsqueeze(-1)                            what one slot of them adds
 torch.where((ids == e).any(-1, keepdim=True), scores[:, e, None], 0)            of any table
 """
 
@@ -26,9 +27,15 @@ from fx_passes.graph.ops import (
     normalized_dim,
     only_pick,
     op_name,
+    same_sizes,
+    sizes_of,
     start_of_one,
 )
 from fx_passes.graph.views import Dim, views_of
+
+ANY_SLOT = -1
+NO_EXPERT = -1
+"""Whose column it is where a mask keeps other tokens than those whose weights these are."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +48,29 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Those that have `expert` among their `ids`, or in one slot of these."""
+
+    ids: fx.Node
+    expert: int
+    slot: int
+
+
+@dataclass(frozen=True)
 class Column:
     weights: Weights
     expert: int
+    slot: int = ANY_SLOT
 
-    def kept(self, ids: fx.Node, expert: int) -> "Column":
-        """This column where `expert` is one of a token's `ids`, and zero elsewhere."""
-        own = (self.weights.ids or ids, self.expert) == (ids, expert)
-        return Column(replace(self.weights, ids=ids), expert if own else NO_EXPERT)
-
-
-NO_EXPERT = -1
-"""Whose column it is where a mask keeps the tokens of another expert."""
+    def kept(self, tokens: Tokens) -> "Column":
+        """This column for `tokens`, and zero elsewhere. That of a slot was taken for an expert's till now."""
+        weights, ids = self.weights, tokens.ids
+        if tokens.slot != ANY_SLOT:
+            is_own = weights.ids is None and same_sizes(sizes_of(weights.source), sizes_of(ids))
+            own = is_own and self.expert == tokens.slot
+            return Column(Weights(weights.source, ids, by_slot=True), tokens.expert if own else NO_EXPERT, tokens.slot)
+        own = (weights.ids or ids, self.expert) == (ids, tokens.expert)
+        return replace(self, weights=replace(weights, ids=ids), expert=tokens.expert if own else NO_EXPERT)
 
 
 def column_of(node: Any, dims: int) -> Column | None:
@@ -147,19 +165,20 @@ def _kept_column(node: fx.Node, dims: int) -> Column | None:
         keeps = tokens_of_expert(mask, dims)
         column = column_of(weights, dims) if keeps is not None else None
         if column is not None and keeps is not None:
-            return column.kept(*keeps)
+            return column.kept(keeps)
     return None
 
 
-def tokens_of_expert(mask: Any, dims: int) -> tuple[fx.Node, int] | None:
-    """(ids, e) where `mask` is true for the tokens that have e among their ids; `dims` count tokens."""
+def tokens_of_expert(mask: Any, dims: int) -> Tokens | None:
+    """The tokens for which `mask` is true; `dims` count tokens."""
     known, tensor = fact(mask), fake_tensor(mask)
-    if not isinstance(known, Mask) or tensor is None or not isinstance(known.expert, int) or known.slot is not None:
+    if not isinstance(known, Mask) or tensor is None or not isinstance(known.expert, int):
         return None
     is_column = known.dims[-1] == "1" or (known.dims[-1] == "K" and is_single_choice(known.ids))
     own = known.dims[:-1] if is_column else known.dims
     by_token = len(own) == dims and with_one_token_dim(own) == ("T",)
-    return (known.ids, known.expert) if by_token else None
+    slot = ANY_SLOT if known.slot is None else known.slot
+    return Tokens(known.ids, known.expert, slot) if by_token else None
 
 
 def masked(node: Any) -> Iterator[tuple[Any, Any]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import fx
 
-from fx_passes.dense.columns import Column, Weights, column_of, masked, tokens_of_expert
+from fx_passes.dense.columns import Column, Tokens, Weights, column_of, masked, tokens_of_expert
+from fx_passes.dense.token_body import Scaling
 from fx_passes.facts.ids import is_single_choice
 from fx_passes.graph.aliasing import allocates
 from fx_passes.graph.ops import (
@@ -35,18 +36,31 @@ _STEPS_TO_PRODUCT = 16
 
 @dataclass(frozen=True)
 class Term:
-    """`output` times the weights of its expert; `nodes` lead from it to the product."""
+    """`output` times the weights of its expert, and perhaps a number; `nodes` lead from it to the product."""
 
     output: fx.Node
     column: Column
     nodes: tuple[fx.Node, ...]
+    scaling: Scaling | None = None
+
+    def goes_with(self, other: "Term") -> bool:
+        """Whether the weights of both are taken from the same, and their numbers are the same."""
+        return (self.column.weights, self.scaling) == (other.column.weights, other.scaling)
+
+    def times(self, node: fx.Node, number: float) -> "Term | None":
+        """The multiple of this that `node` is."""
+        is_alike = known_tensor(node).dtype == known_tensor(self.output).dtype
+        if self.scaling is not None or not is_alike:
+            return None
+        return replace(self, scaling=Scaling(number, node), nodes=(*self.nodes, node))
 
 
 @dataclass(frozen=True)
 class Mixture:
     """`outputs[e]` is what expert e makes of all tokens. `nodes` lead from the outputs to `result`.
 
-    `addend` is what was there before. `start` are fresh zeros that were added to.
+    `slots` says which of each token's choices a term is for. `addend` is what was there before. `start` are fresh zeros
+    that were added to.
     """
 
     outputs: tuple[fx.Node, ...]
@@ -55,6 +69,8 @@ class Mixture:
     nodes: tuple[fx.Node, ...]
     result: fx.Node
     addend: fx.Node | None = None
+    slots: tuple[int, ...] = ()
+    scaling: Scaling | None = None
 
 
 def weighted_sums(graph: fx.Graph) -> Iterator[Mixture]:
@@ -96,6 +112,8 @@ class _Chain:
             nodes=(*nodes, *self.sums, *([self.start] if blank else [])),
             result=result,
             addend=self.start if isinstance(self.start, fx.Node) and not blank else None,
+            slots=tuple(term.column.slot for term in self.terms),
+            scaling=self.terms[0].scaling,
         )
 
 
@@ -106,8 +124,7 @@ def _begun(node: fx.Node) -> _Chain | None:
         return None
     first, second = (_term(operand) for operand in operands)
     if first is not None and second is not None and not is_inplace(node):
-        own = first.column.weights == second.column.weights
-        return _Chain(None, (first, second), (node,)) if own else None
+        return _Chain(None, (first, second), (node,)) if first.goes_with(second) else None
     if second is not None and _may_start(operands[0], node):
         return _Chain(operands[0], (second,), (node,))
     if first is not None and not is_inplace(node) and _may_start(operands[1], node):
@@ -132,7 +149,7 @@ def _extended(node: fx.Node, chains: dict[fx.Node, _Chain]) -> _Chain | None:
     for sofar, other in (operands,) if is_inplace(node) else (operands, operands[::-1]):
         chain = chains.get(sofar) if isinstance(sofar, fx.Node) else None
         term = _term(other) if chain is not None else None
-        if chain is not None and term is not None and term.column.weights == chain.terms[0].column.weights:
+        if chain is not None and term is not None and term.goes_with(chain.terms[0]):
             del chains[sofar]
             return replace(chain, terms=(*chain.terms, term), sums=(*chain.sums, node))
     return None
@@ -149,8 +166,8 @@ def _summed_stack(node: fx.Node) -> _Chain | None:
     if normalized_dim(dim, rank) != parts[1] or any(term is None for term in terms):
         return None
     known = tuple(term for term in terms if term is not None)
-    alike = {term.column.weights for term in known}
-    return _Chain(None, known, (stack, *stack.all_input_nodes, node)) if len(alike) == 1 else None
+    alike = all(term.goes_with(known[0]) for term in known)
+    return _Chain(None, known, (stack, *stack.all_input_nodes, node)) if alike else None
 
 
 def stacked(node: Any) -> tuple[tuple[fx.Node, ...], int] | None:
@@ -170,39 +187,66 @@ def stacked(node: Any) -> tuple[tuple[fx.Node, ...], int] | None:
 
 
 def _term(node: Any) -> Term | None:
-    """`weights_e * expert(x)`, casts of it, or what a mask keeps of it."""
+    """`weights_e * expert(x)`, casts of it, a multiple of it, or what a mask keeps of it."""
     if fake_tensor(node) is None:
         return None
     if op_name(node) in CASTS:
         return _followed(_term(arg(node, 0, "input")), node)
+    multiple = _multiple(node)
+    if multiple is not None:
+        term = _term(multiple[0])
+        return term.times(node, multiple[1]) if term is not None else None
     dims = len(sizes_of(node)) - 1
-    for product, mask in masked(node):
-        keeps = tokens_of_expert(mask, dims)
-        if keeps is not None:
-            zeros = [source for source in node.all_input_nodes if source.all_input_nodes == [product]]
-            return _kept(_term(product) or _of_one_choice(product, *keeps), (*zeros, node), *keeps)
+    for product, zeros, tokens in _masked(node, dims):
+        return _kept(_term(product) or _of_one_choice(product, tokens), (*zeros, node), tokens)
     return _weighted(node, dims)
+
+
+def _multiple(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(product, number) of `product * number`."""
+    operands = node.args if op_name(node) in ("mul", "multiply") and len(node.args) == 2 else ()
+    for product, number in (operands, operands[::-1]) if operands else ():
+        if isinstance(product, fx.Node) and type(number) in (int, float):
+            return product, float(number)
+    return None
+
+
+def _masked(node: Any, dims: int) -> Iterator[tuple[fx.Node, list[fx.Node], Tokens]]:
+    """(product, zeros, tokens) where a mask of an expert's tokens keeps these of a product, and zeros like it else."""
+    for product, mask in masked(node):
+        tokens = tokens_of_expert(mask, dims)
+        if tokens is not None:
+            yield product, [source for source in node.all_input_nodes if source.all_input_nodes == [product]], tokens
 
 
 def _followed(term: Term | None, *nodes: fx.Node) -> Term | None:
     return replace(term, nodes=(*term.nodes, *nodes)) if term is not None else None
 
 
-def _kept(term: Term | None, nodes: tuple[fx.Node, ...], ids: fx.Node, expert: int) -> Term | None:
-    """`term`, of which a mask keeps the tokens that have the expert among their ids; zeros like it may be the rest."""
-    return _followed(replace(term, column=term.column.kept(ids, expert)), *nodes) if term is not None else None
+def _kept(term: Term | None, nodes: tuple[fx.Node, ...], tokens: Tokens) -> Term | None:
+    """`term`, of which a mask keeps `tokens`."""
+    return _followed(replace(term, column=term.column.kept(tokens)), *nodes) if term is not None else None
 
 
 def _weighted(node: fx.Node, dims: int) -> Term | None:
     for output, factor in _factors(node):
         column = column_of(factor, dims)
         if column is not None:
-            return Term(output, column, (node,))
+            return _of_masked_output(Term(output, column, (node,)), dims)
     return None
 
 
-def _of_one_choice(node: Any, ids: fx.Node, expert: int) -> Term | None:
+def _of_masked_output(term: Term, dims: int) -> Term:
+    """`term`, whose output may have been masked before it was weighted."""
+    for product, zeros, tokens in _masked(term.output, dims):
+        nodes = (*zeros, term.output, *term.nodes)
+        return _of_masked_output(replace(term, output=product, column=term.column.kept(tokens), nodes=nodes), dims)
+    return term
+
+
+def _of_one_choice(node: Any, tokens_of: Tokens) -> Term | None:
     """`weights * expert(x)`, where a token has one id and one weight."""
+    ids, expert = tokens_of.ids, tokens_of.expert
     for output, factor in _factors(node) if is_single_choice(ids) else ():
         tokens = tuple((dim,) for dim in range(len(sizes_of(factor)) - 1))
         for view in views_of(factor):

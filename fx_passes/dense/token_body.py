@@ -4,6 +4,7 @@ A tensor that all experts read and that has a row for each token is `Gathered`, 
 `PerExpert` or `Shared`. Where tokens are counted by several dims, every step of the body is written anew on one.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +27,18 @@ from fx_passes.region import Rejected, mismatches_rejected
 from fx_passes.rules.row_wise import ALONG_DIM, DIM_ARGUMENT, MATMUL, NORMS, POINTWISE, REDUCTIONS, RESHAPES
 
 
-def token_body(outputs: tuple[fx.Node, ...], experts: tuple[int, ...]) -> tuple[Body, frozenset[fx.Node]]:
-    """The body that computes `outputs[i]` for expert number `experts[i]`, and the nodes of all copies of it.
+@dataclass(frozen=True)
+class Scaling:
+    """Multiplication of experts' rows with a number, as `node` does it."""
+
+    number: float
+    node: fx.Node = field(compare=False, repr=False)
+
+
+def token_body(
+    outputs: tuple[fx.Node, ...], experts: tuple[int, ...], scaling: Scaling | None = None
+) -> tuple[Body, frozenset[fx.Node]]:
+    """The body that computes `outputs[i]` for expert number `experts[i]`, then `scaling`; and the nodes of all copies.
 
     Raises:
         Rejected: where the experts compute different things, or something that no rule speaks of.
@@ -35,6 +46,9 @@ def token_body(outputs: tuple[fx.Node, ...], experts: tuple[int, ...]) -> tuple[
     walk = _TokenUnifier(tuple(known_tensor(outputs[0]).shape[:-1]), experts)
     with mismatches_rejected():
         root = walk.value(outputs)
+    if scaling is not None:
+        root = Op("mul", scaling.node, (root, scaling.number), {}, has_rows=True)
+        walk.values.append(root)
     body = Body(root, tuple(walk.values), frozenset(walk.computed()))
     return (_Flattened(body, walk.tokens).body if len(walk.tokens) > 1 else body), body.nodes
 

@@ -105,6 +105,19 @@ def _unsqueeze(node: fx.Node, inner: Fact | None) -> Fact | None:
     return replace(inner, dims=(*inner.dims[:dim], "1", *inner.dims[dim:]))
 
 
+def with_new_dims(mask: Mask, index: Any) -> Fact | None:
+    """`mask[:, None]`, `mask[..., None]`."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if items.count(Ellipsis) == 1:
+        at, missing = items.index(Ellipsis), len(mask.dims) - items.count(slice(None))
+        items[at : at + 1] = [slice(None)] * missing
+    if any(item is not None and item != slice(None) for item in items):
+        return None
+    left = list(mask.dims)
+    dims = tuple("1" if item is None else left.pop(0) for item in items)
+    return replace(mask, dims=(*dims, *left))
+
+
 def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
     """`ids == e`, and `one_hot[...] == 1`."""
     left, right = arg(node, 0, "input"), arg(node, 1, "other")

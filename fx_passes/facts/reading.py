@@ -71,6 +71,8 @@ def _getitem(node: fx.Node) -> Fact | None:
         return positions.column(inner, index)
     if isinstance(inner, OneHot):
         return masks.index_one_hot(inner, index)
+    if isinstance(inner, Mask):
+        return masks.with_new_dims(inner, index)
     if isinstance(inner, Listed):
         return positions.index_listed(inner, index, fact(index))
     if isinstance(inner, SlotOf):

@@ -11,7 +11,12 @@
 
     out = out + torch.where((ids == e).any(-1, keepdim=True), scores[:, e, None] * expert(x), 0)
 
-The mask, or that of a top-1 router's tokens, may as well stand by the weights. Tokens may be counted by several dims,
+The mask, or that of a top-1 router's tokens, may as well stand by the weights. It may be that of one slot, and there is
+such a term for each slot and expert:
+
+    out = out + (ids[:, k] == e).unsqueeze(-1) * weights[:, k, None] * expert(x)
+
+Tokens may be counted by several dims,
 [B, S, D]. A mixture in which every expert counts is left as it is.
 """
 
@@ -19,11 +24,11 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.dense.columns import NO_EXPERT, Weights
+from fx_passes.dense.columns import ANY_SLOT, NO_EXPERT, Weights
 from fx_passes.dense.stacks import summed_stacks
 from fx_passes.dense.sums import Mixture, weighted_sums
 from fx_passes.dense.token_body import token_body
-from fx_passes.facts.ids import ids_are_distinct, is_single_choice
+from fx_passes.facts.ids import ids_are_distinct, is_single_choice, num_choices
 from fx_passes.facts.sparsity import chosen_by
 from fx_passes.forms.dense_experts import UNCHOSEN
 from fx_passes.graph.ops import is_inplace, known_tensor, same_size
@@ -40,14 +45,15 @@ def candidates(graph: fx.Graph) -> Iterator[Mixture]:
 def match(found: Mixture) -> MoERegion:
     order = _order(found)
     ids = _chosen(found)
-    body, computed = token_body(tuple(found.outputs[place] for place in order), tuple(range(len(order))))
+    experts = tuple(found.experts[place] for place in order)
+    body, computed = token_body(tuple(found.outputs[place] for place in order), experts, found.scaling)
     output, dims = known_tensor(found.result), known_tensor(found.outputs[0]).dim() - 1
     inner = computed.union(found.nodes)
     return MoERegion(
         form=NAME,
         ids_TK=ids,
         top_k=int(known_tensor(ids).shape[-1]) if known_tensor(ids).dim() > dims else 1,
-        num_experts=len(order),
+        num_experts=len(set(experts)),
         body=body.scaled(found.weights.source, table=not found.weights.by_slot),
         routing=inner | _columns(found),
         inner=inner,
@@ -61,16 +67,22 @@ def match(found: Mixture) -> MoERegion:
 
 
 def _order(found: Mixture) -> list[int]:
-    """The places of experts 0, 1, ... among the outputs."""
-    numbers = sorted(found.experts)
-    if NO_EXPERT in numbers:
-        raise Rejected("every_expert_is_covered", found.result, "a mask keeps other tokens than those of the expert")
-    width = known_tensor(found.weights.source).shape[-1] if not found.weights.by_slot else len(numbers)
-    if numbers != list(range(len(numbers))) or not same_size(width, len(numbers)):
+    """The places of experts 0, 1, ... among the outputs; each stands there for all slots, or once for each."""
+    pairs = list(zip(found.experts, found.slots or (ANY_SLOT,) * len(found.experts), strict=True))
+    if NO_EXPERT in found.experts:
+        detail = "a mask keeps other tokens than those of the expert, or of another slot"
+        raise Rejected("every_expert_is_covered", found.result, detail)
+    weights, count = found.weights, len(set(found.experts))
+    slots = (ANY_SLOT,) if pairs[0][1] == ANY_SLOT else range(num_choices(weights.ids or weights.source))
+    width = known_tensor(weights.source).shape[-1] if not weights.by_slot else count
+    covered = [(expert, slot) for expert in range(count) for slot in slots]
+    if sorted(pairs) != covered or not same_size(width, count):
         raise Rejected(
-            "every_expert_is_covered", found.result, f"outputs of experts {numbers[:8]}, and weights of {width}"
+            "every_expert_is_covered",
+            found.result,
+            f"outputs of experts {sorted(found.experts)[:8]}, and weights of {width}",
         )
-    return sorted(range(len(numbers)), key=found.experts.__getitem__)
+    return sorted(range(len(pairs)), key=pairs.__getitem__)
 
 
 def _chosen(found: Mixture) -> fx.Node:

@@ -12,6 +12,7 @@ from tests.near_misses import (
     dense,
     dense_modules,
     dense_sequences,
+    dense_slots,
     dtypes,
     escapes,
     exits,
@@ -93,6 +94,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     *dense.MISSES,
     *dense_modules.MISSES,
     *dense_sequences.MISSES,
+    *dense_slots.MISSES,
     *capacity.MISSES,
     *without_parameters.MISSES,
 )

@@ -7,6 +7,7 @@ from tests.zoo import (
     dense,
     dense_modules,
     dense_sequences,
+    dense_slots,
     filtered,
     flat,
     gate_columns,
@@ -77,6 +78,7 @@ ZOO: tuple[Case, ...] = (
     *dense.CASES,
     *dense_modules.CASES,
     *dense_sequences.CASES,
+    *dense_slots.CASES,
     *without_parameters.CASES,
 )
 
