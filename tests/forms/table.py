@@ -62,10 +62,8 @@ TABLE = {
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         parameters_next_bias temporaries_input_written
-        listed_slots_as_tokens parameters_next_bias temporaries_input_written
         sequence_top_1_of_the_sequence sequence_top_1_twice gate_columns_next
-        gate_columns_repeated_ids gate_columns_shifted gate_columns_ids_written
-        gate_columns_more_tokens
+        gate_columns_repeated_ids gate_columns_written
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
         merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit loads_in_half loads_in_python
@@ -92,7 +90,6 @@ TABLE = {
         switch_lists_assigned_twice switch_lists_outputs_returned list_by_place list_in_part list_extended
         choices_shared choices_other_choice choices_written_before choices_read_inside choices_left_out
         range_sequences_next_expert
-        list_in_part list_extended range_sequences_counted range_sequences_next_expert
         sequence_top_1_two_choices sequence_top_1_swapped sequence_top_1_next_probability sequence_top_1_written
         """,
     ),
