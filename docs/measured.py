@@ -67,7 +67,7 @@ def layers_table() -> str:
     """The shapes of `benchmarks/shapes.py`, and the last training steps that were timed on them."""
     lines = ["| shape | T | D | F | E | K |", "|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {name} | " + " | ".join(f"{size:,}" for size in shape) + " |" for name, shape in SHAPES.items()]
-    runs = "\n".join(dict.fromkeys(caption(record) for record in pictures.last_training_steps().values()))
+    runs = "\n".join(dict.fromkeys(caption(record) for record, _ in pictures.last_training_steps().values()))
     return "\n".join(lines) + "\n\n" + runs
 
 
@@ -91,7 +91,7 @@ def counters_table() -> str:
         "|---|---" + "|---:" * (len(COUNTERS_COLUMNS) - 2) + "|",
     ]
     rows = [row for record in runs for row in record["rows"]]
-    lines += ["| " + " | ".join(str(row[key]) for key in COUNTERS_COLUMNS) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(row.get(key, "-")) for key in COUNTERS_COLUMNS) + " |" for row in rows]
     notes = [record["settings"]["note"] for record in runs]
     captions = [f"{caption(run)} {note[0].upper() + note[1:]}." for run, note in zip(runs, notes, strict=True)]
     return "\n".join(lines) + "\n\n" + "\n\n".join(captions)

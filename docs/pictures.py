@@ -25,20 +25,23 @@ def models(value: str, unit: str, title: str) -> str:
 
 
 def training_steps(value: str, title: str) -> str:
-    """The last run of each shape, balanced experts: the ratio to a dense product of as many FLOPs."""
-    bars = []
-    for shape, record in last_training_steps().items():
-        for row in record["rows"]:
-            if row["shape"] == shape:
-                name = row.get("implementation", "scatter_moe")
-                bars.append((f"{shape}: {name}", row[value], name == "scatter_moe"))
+    """Balanced experts: the ratio to a dense product of as many FLOPs, which was measured in the same run."""
+    bars = [
+        (f"{shape}: {implementation}", row[value], implementation == "scatter_moe")
+        for (shape, implementation), (_, row) in last_training_steps().items()
+    ]
     return chart(title, "of dense", bars, "{:.2f}")
 
 
-def last_training_steps() -> dict[str, dict]:
-    """The last run of each shape, balanced experts."""
-    runs = {row["shape"]: r for r in records("training_step") for row in r["rows"] if row["zipf"] == 0}
-    return dict(sorted(runs.items()))
+def last_training_steps() -> dict[tuple[str, str], tuple[dict, dict]]:
+    """The last run of each shape and implementation, and its row; balanced experts."""
+    found = {
+        (row["shape"], row.get("implementation", "scatter_moe")): (record, row)
+        for record in records("training_step")
+        for row in record["rows"]
+        if row["zipf"] == 0
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "scatter_moe", item[0][1])))
 
 
 def mixture_of_attention(value: str, title: str) -> str:

@@ -66,7 +66,7 @@ class CountedInside(MaskLoop):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("usage", torch.zeros(self.num_experts))
+        self.register_buffer("usage", torch.zeros(self.num_experts, dtype=torch.int64))
 
     def count(self, e, tokens):
         self.usage[e] += len(tokens)
