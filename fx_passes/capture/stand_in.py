@@ -29,7 +29,7 @@ from fx_passes.capture.stacked import guard_stack, read_buffer
 from fx_passes.entry.hook_guards import is_on_hooks, without_hooks
 from fx_passes.graph.markers import expert_parameter
 from fx_passes.modules.expert_stacks import ExpertStack, stack_of
-from fx_passes.modules.likeness import Path, are_alike, copy_without_identity, parts_of, tensor_at
+from fx_passes.modules.likeness import Path, are_alike, containers_in, copy_without_identity, tensor_at
 
 _numbers = itertools.count()
 
@@ -130,8 +130,8 @@ def _has_pending_writes(side_effects: Any, experts: tuple[nn.Module, ...]) -> bo
     written = {
         number for number, variable in known if variable.source is not None and side_effects.is_modified(variable)
     }
-    modules = (module for expert in experts for module in expert.modules()) if written else ()
-    return any(id(part) in written for module in modules for part in parts_of(module))
+    modules = [module for expert in experts for module in expert.modules()] if written else []
+    return any(id(part) in written for part in (*modules, *containers_in(modules)))
 
 
 def replace_parameters(tx: Any, stand_in: StandIn, expert: fx.Node) -> bool:

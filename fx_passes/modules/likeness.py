@@ -1,7 +1,7 @@
 """Modules that are equal in all but the values of their tensors."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +51,11 @@ def _is_alike(first: nn.Module | None, other: nn.Module | None) -> bool:
     """Whether what is read from `first` would have been read from `other`, but for the values of tensors."""
     if first is None or other is None:
         return first is other
-    if type(first) is not type(other) or list(vars(first)) != list(vars(other)) or not _is_what_vars_show(type(first)):
+    mine, others = vars(first), vars(other)
+    if type(first) is not type(other) or list(mine) != list(others) or not _is_what_vars_show(type(first)):
         return False
     compare = {"_modules": _is_alike, "_parameters": _is_tensor_alike, "_buffers": _is_tensor_alike}
-    return all(_is_equal(value, vars(other)[name], compare.get(name)) for name, value in vars(first).items())
+    return all(_is_equal(value, others[name], compare.get(name)) for name, value in mine.items())
 
 
 def _is_what_vars_show(kind: type) -> bool:
@@ -65,12 +66,12 @@ def _is_what_vars_show(kind: type) -> bool:
 
 def _is_equal(first: Any, other: Any, compare: Callable[[Any, Any], bool] | None = None) -> bool:
     """Equal plain data, or the same object. `compare` tells it of the items of a dict."""
-    if type(first) is not type(other) or type(first) not in CONTAINERS:
-        is_data = type(first) is type(other) and type(first) in _CONSTANTS
-        return first is other or (is_data and repr(first) == repr(other))
+    kind = type(first)
+    if kind is not type(other) or kind not in CONTAINERS:
+        return first is other or (kind is type(other) and kind in _CONSTANTS and repr(first) == repr(other))
     if not first and not other:
         return True
-    if type(first) in (set, frozenset):
+    if kind in (set, frozenset):
         return first == other and all(type(item) in _CONSTANTS for item in (*first, *other))
     if isinstance(first, dict):
         if list(first) != list(other) or any(type(key) not in _CONSTANTS for key in (*first, *other)):
@@ -100,14 +101,13 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.shape, layout, tensor.dtype, tensor.device, tensor.layout, *flags)
 
 
-def parts_of(module: nn.Module) -> Iterator[Any]:
-    """`module`, and the containers in it however deep, of which a copy has its own."""
-    stack: list[Any] = [module, vars(module)]
-    while stack:
-        part = stack.pop()
-        yield part
-        if type(part) in CONTAINERS:
-            stack.extend(part.values() if isinstance(part, dict) else part)
+def containers_in(modules: Iterable[nn.Module]) -> list[Any]:
+    """The containers of which a copy of `modules`, not of those in them, has its own, however deep they lie."""
+    found: list[Any] = [vars(module) for module in modules]
+    for container in found:  # which become more meanwhile
+        items = container.values() if isinstance(container, dict) else container
+        found += [item for item in items if type(item) in CONTAINERS]
+    return found
 
 
 def _copy(module: nn.Module | None, names: tuple[str, ...], paths: dict[int, Path]) -> Any:

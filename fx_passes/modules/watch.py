@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._C._dynamo.guards import dict_version
 
-from fx_passes.modules.likeness import CONTAINERS, parts_of
+from fx_passes.modules.likeness import containers_in
 
 _kind_of = attrgetter("requires_grad", "dtype")
 
@@ -21,7 +21,7 @@ class Watch:
 
     def __init__(self, module: nn.Module) -> None:
         _, *self._inner = modules = list(module.modules())
-        containers = [part for each in modules for part in parts_of(each) if type(part) in CONTAINERS]
+        containers = containers_in(modules)
         self._others = [(part, tuple(part)) for part in containers if part and type(part) in (list, set)]
         self._empty = [container for container in containers if not container]
         self._dicts = [container for container in containers if container and isinstance(container, dict)]
