@@ -67,7 +67,7 @@ def call(capture: Any, tx: Any, instruction: Any) -> bool:
 def _begin(capture: Any, tx: Any, iterable: Iterable, taken: int) -> bool:
     """Puts a list of one element in place of the upper `taken` values of the stack; False where it is no such loop."""
     length, header = _length(iterable), _after_iter(tx)
-    if length is None or length < _FEWEST or length not in capture.router_widths or header is None:
+    if length is None or length < _FEWEST or length not in capture.routers.widths or header is None:
         return False
     if capture.place_of(tx) in capture.memory.unrolled or not shows_all(tx):
         return False

@@ -14,24 +14,21 @@ from fx_passes.capture.events import Event, Memory, Place, Scope, TraceAgain, ta
 from fx_passes.capture.handlers import handler_of
 from fx_passes.capture.opaque import tells_apart
 from fx_passes.capture.python_state import shows_all
+from fx_passes.capture.routers import Routers
 from fx_passes.capture.stand_in import StandIn, guard_every_expert, is_left_in
 from fx_passes.facts import selected
 from fx_passes.facts.statements import Mask
 from fx_passes.faults import own_code
 from fx_passes.graph.markers import is_asked_for_number
-from fx_passes.graph.ops import arg, example, fake_tensor, op_name
 from fx_passes.region import Rejection
 from fx_passes.report import innermost_source, record_rejections, source_line
-
-_ROUTING = frozenset(("topk", "one_hot", "argmax", "max", "sort", "argsort"))
 
 
 class Capture:
     """The events of one attempt at tracing one frame.
 
-    `_routed`: the trace holds what a router computes. Only then is a place that is left to Dynamo worth a word.
-    `router_widths`: of how many experts routers so far have chosen. `stand_ins`: those of loops that have ended.
-    `uncounted`: ids whose counts are left to Dynamo.
+    `routers`: those seen so far. Without any, a place that is left to Dynamo is not worth a word.
+    `stand_ins`: those of loops that have ended. `uncounted`: ids whose counts are left to Dynamo.
     """
 
     def __init__(self, output: Any) -> None:
@@ -43,9 +40,8 @@ class Capture:
         self.counted: list[counts.Counted] = []
         self.uncounted: set[fx.Node] = set()
         self.numbers: dict[fx.Node, list[Any]] = {}
+        self.routers = Routers()
         self._last_node: dict[fx.Graph, fx.Node | None] = {}
-        self._routed = False
-        self.router_widths: set[int] = set()
         self.stand_ins: list[tuple[StandIn, Event]] = []
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
         self._stock_caches = output.fake_mode.cache_enabled
@@ -112,7 +108,7 @@ class Capture:
         """The next event, at the current line of `tx`."""
         frame = tx.frame_summary()
         location = (frame.filename, frame.lineno or 0)
-        event = Event(len(self.events), kind, location, self._routed, self._root_place(), self.place_of(tx))
+        event = Event(len(self.events), kind, location, self.routers.seen, self._root_place(), self.place_of(tx))
         self.events.append(event)
         return event
 
@@ -139,7 +135,7 @@ class Capture:
 
         Within a loop that will be traced expert by expert then, it is too early for that.
         """
-        if self._routed and not any(scope.event.can_be_unrolled for scope in self.scopes):
+        if self.routers.seen and not any(scope.event.can_be_unrolled for scope in self.scopes):
             frame = tx.frame_summary()
             rejection = Rejection(rule, detail, *source_line(frame.filename, frame.lineno or 0))
             record_rejections([rejection], self.memory.reported)
@@ -261,9 +257,7 @@ class Capture:
     @own_code
     def _tag_new_nodes(self, tx: Any) -> None:
         nodes = self._new_nodes(self.output.current_tracer.graph)
-        routers = [node for node in nodes if _is_routing(node)]
-        self._routed = self._routed or bool(routers)
-        self.router_widths.update(map(_router_width, routers))
+        self.routers.note(nodes)
         counter = self.output.shape_env.unbacked_symint_counter
         numbers = tuple(scope.event.number for scope in self.scopes)
         if counter != self._unbacked_seen:
@@ -301,18 +295,3 @@ class Capture:
 
 def _is_unrolled_next(event: Event) -> bool:
     return event.can_be_unrolled or is_asked_for_number(event.symbol)
-
-
-def _is_routing(node: fx.Node) -> bool:
-    """A choice among classes; `max` is one along a dim alone."""
-    name = op_name(node)
-    return name in _ROUTING and (name != "max" or isinstance(example(node), tuple))
-
-
-def _router_width(node: fx.Node) -> int:
-    """Of how many classes `node` chooses; 0 where that isn't known."""
-    classes, scores = arg(node, 1, "num_classes"), fake_tensor(arg(node, 0, "input"))
-    if op_name(node) == "one_hot":
-        return classes if type(classes) is int else 0
-    width = scores.shape[-1] if scores is not None and scores.dim() else 0
-    return width if type(width) is int else 0

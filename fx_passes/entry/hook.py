@@ -23,6 +23,7 @@ log = logging.getLogger("scatter_moe")
 _CAPTURE = "scatter_moe_capture"
 _ORIGINAL = "scatter_moe_original"
 _REWRITTEN = "scatter_moe_rewritten"
+_UNKNOWN: Any = object()
 
 
 def install(
@@ -120,7 +121,9 @@ def is_rewritten() -> bool:
 
 def _capture_of(tx: Any, is_ours: Callable[[Any], bool]) -> Capture | None:
     output = tx.output
-    if not hasattr(output, _CAPTURE):
+    capture = getattr(output, _CAPTURE, _UNKNOWN)  # asked at each instruction of every frame, whoever compiles it
+    if capture is _UNKNOWN:
         wanted = is_ours(output.compiler_fn) or holds_prepared(tx.f_locals.values())
-        setattr(output, _CAPTURE, Capture(output) if wanted else None)
-    return getattr(output, _CAPTURE)
+        capture = Capture(output) if wanted else None
+        setattr(output, _CAPTURE, capture)
+    return capture
