@@ -4,13 +4,16 @@
     scatter-moe explain MODULE:FACTORY        what would be rewritten in the model that FACTORY() gives, and why not
     scatter-moe explain HF_CONFIG             the same for a model of transformers, without its weights
 
-Exit codes: 0 as it should be; 1 something is left as it is (explain); 2 wrong usage, or the target can't be loaded.
+Exit codes: 0 as it should be; 1 something is left as it is (explain), or nobody reads what is printed to its end;
+2 wrong usage, or the target can't be loaded.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from scatter_moe.cli import examine, info
 from scatter_moe.cli.errors import UsageError
@@ -24,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"scatter-moe: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except BrokenPipeError:  # `scatter-moe ... --json | head`; rich does the same for tables
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +66,7 @@ def _positive(text: str) -> int:
 def _info(options: argparse.Namespace) -> int:
     found = info.collect()
     if options.json:
-        print(json.dumps(found, indent=2))  # noqa: T201
+        _print_json(found)
     else:
         from scatter_moe.cli import tables
 
@@ -71,7 +77,7 @@ def _info(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     if options.json:
         outcome = examine.run(options, announce=lambda step: None)
-        print(json.dumps(outcome.as_dict(), indent=2))  # noqa: T201
+        _print_json(outcome.as_dict())
     else:
         from scatter_moe.cli import tables
 
@@ -79,3 +85,7 @@ def _explain(options: argparse.Namespace) -> int:
             outcome = examine.run(options, announce)
         tables.print_outcome(outcome)
     return 0 if outcome.all_rewritten else 1
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=2), flush=True)  # noqa: T201

@@ -188,6 +188,15 @@ def test_as_a_process():
     assert json.loads(result.stdout)["left"]
 
 
+@pytest.mark.parametrize("output", [[], ["--json"]])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(output):
+    code = (
+        "import os, sys; from scatter_moe.cli import main; os.close(0); r, w = os.pipe(); os.close(r); os.dup2(w, 1); "
+    )
+    result = run_process(code=code + f"sys.exit(main({['info', *output]}))")
+    assert (result.returncode, result.stderr) == (1, "")
+
+
 def test_without_rich_json_works_and_tables_name_the_extra():
     code = "import sys; sys.modules['rich'] = sys.modules['rich.console'] = None; from scatter_moe.cli import main; "
     result = run_process(code=code + "sys.exit(main(['info', '--json']))")
