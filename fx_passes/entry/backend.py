@@ -45,7 +45,8 @@ def backend(
 
     Raises:
         RuntimeError: for an option that Inductor doesn't know.
-        ValueError: for `mode` or options together with an inner backend other than Inductor.
+        ValueError: for `mode` or options together with an inner backend other than Inductor, and for an inner backend
+            that is this one or none at all.
     """
     inner = _inner_compiler(mode, dict(options or {}), _is_dynamic(hook.current_capture()))
     if not hook.is_rewritten():
@@ -116,7 +117,10 @@ def _inner_compiler(mode: str | None, options: dict[str, Any], dynamic: bool | N
         raise ValueError(
             f"inner_backend={name!r} takes no mode and no options, got mode={mode!r} and options {sorted(options)}"
         )
-    return lookup_backend(name)
+    compiler = lookup_backend(name)
+    if not callable(compiler) or is_ours(compiler):
+        raise ValueError(f"inner_backend: got {name!r}, accepted is another backend or its name")
+    return compiler
 
 
 def _is_dynamic(capture: Capture | None) -> bool | None:

@@ -78,6 +78,12 @@ def test_unknown_inner_backend_raises():
         compile_ours(linear(), inner="no_such_backend")(torch.randn(2, 4))
 
 
+@pytest.mark.parametrize("inner", ["scatter_moe", None])
+def test_inner_backend_that_is_none_or_this_one_raises(inner):
+    with pytest.raises(Exception, match=f"inner_backend: got {inner!r}"):
+        compile_ours(linear(), inner=inner)(torch.randn(2, 4))
+
+
 def test_mode_and_options_together_raise_as_in_stock():
     with pytest.raises(RuntimeError, match="mode or options"):
         torch.compile(linear(), backend="scatter_moe", mode="default", options={"inner_backend": "eager"})
