@@ -45,8 +45,8 @@ class Dispatch(NamedTuple):
 
         Args:
             num_tokens_per_expert: whole numbers `[E]` of any dtype (`torch.histc` gives floats), none negative and not
-                more than N in sum, which isn't checked since that would wait for the device. Rows past their sum belong
-                to no expert.
+                more than N in sum, which the operators check on the CPU alone: elsewhere that would wait for the
+                device. Rows past their sum belong to no expert.
             num_rows: N.
         """
         offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)

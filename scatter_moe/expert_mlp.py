@@ -118,19 +118,23 @@ class ExpertMLP(nn.Module):
         Args:
             x: `[M, D]`, rows sorted by expert.
             num_tokens_per_expert: whole numbers `[E]` of any dtype (`torch.histc` gives floats), none negative and not
-                more than M in sum, which isn't checked since that would wait for the device. Rows past their sum are
-                padding and give zeros. Where the parameters are DTensors that are sharded by experts: of this rank's
-                experts.
+                more than M in sum. Rows past their sum are padding and give zeros. Where the parameters are DTensors
+                that are sharded by experts: of this rank's experts.
 
         Returns:
-            `[M, D]` in the order of x.
+            `[M, D]` in the order of x. All NaN on a GPU if the counts are more than M in sum: an error would wait for
+            the device.
 
         Raises:
-            TypeError, ValueError: naming the argument that isn't as above.
+            TypeError, ValueError: naming the argument that isn't as above; for negative counts nothing is raised.
         """
         one_count_per_expert(num_tokens_per_expert, self._stacked("down_proj")[0].shape[0])
-        weights = x.new_ones(x.shape[0], 1)
-        order, offsets, _ = Dispatch.of_counts(num_tokens_per_expert, x.shape[0])
+        num_rows = x.shape[0]
+        weights = x.new_ones(num_rows, 1)
+        order, offsets, _ = Dispatch.of_counts(num_tokens_per_expert, num_rows)
+        if x.device.type != "cpu":  # there the operator raises
+            weights.masked_fill_(num_tokens_per_expert.sum() > num_rows, torch.nan)
+            offsets.clamp_(max=num_rows)
         return self._mlp(x, weights, order, offsets)
 
     def run_local(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

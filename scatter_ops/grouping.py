@@ -33,12 +33,17 @@ class Groups:
 
     @classmethod
     def read(cls, offsets_E: Tensor, num_rows: int) -> "Groups":
+        """Raises ValueError where experts have more rows than there are, which only the host can see."""
         hit, sizes, start = [], [], 0
         for expert, end in enumerate(offsets_E.tolist()):
             if end > start:
                 hit.append(expert)
                 sizes.append(end - start)
                 start = end
+        if start > num_rows:
+            raise ValueError(
+                f"offsets: got rows up to {start} for the experts, accepted are up to {num_rows}, all slots"
+            )
         return cls(hit, [*sizes, num_rows - start], start, offsets_E)
 
     def each(self) -> Iterator["Groups"]:

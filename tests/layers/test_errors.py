@@ -46,6 +46,21 @@ def test_expert_mlp_inputs():
         layer.forward_grouped(torch.ones(3, 8), [3, 0, 0, 0])
 
 
+@pytest.mark.parametrize("counts", [[2, 1, 0, 1], [4, 0, 0, 0]])
+def test_more_grouped_rows_than_there_are(counts):
+    layer, x, counts = ExpertMLP(4, 8, 8), torch.ones(3, 8), torch.tensor(counts)
+    with pytest.raises(ValueError, match="offsets: got rows up to 4 for the experts, accepted are up to 3"):
+        layer.forward_grouped(x, counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[2, 1, 0, 1], [4, 0, 0, 0], [2**30, 0, 0, 1]])
+def test_more_grouped_rows_than_there_are_give_nan_on_a_gpu(counts):
+    layer = ExpertMLP(4, 8, 8, device="cuda")
+    y = layer.forward_grouped(torch.ones(3, 8, device="cuda"), torch.tensor(counts, device="cuda"))
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("layer", [ExpertMLP, ParallelLinear])
 def test_no_experts(layer):
     with pytest.raises(ValueError, match="num_experts: got 0, accepted is at least 1"):
