@@ -6,8 +6,8 @@ silu(x @ W[e, ::2].T) * (x @ W[e, 1::2].T)           interleaved
 
 from dataclasses import replace
 
-from fx_passes.body.parameter_views import Cut, Index, Reshape, takes_all
 from fx_passes.body.values import PerExpert
+from fx_passes.body.view_steps import Cut, Index, Reshape, takes_all
 
 
 def joined(first: PerExpert, second: PerExpert, dim: int) -> tuple[str, PerExpert] | None:

@@ -1,100 +1,21 @@
-"""Views of parameters: part of one, its dims in another order or cut up in another way.
+"""Views of parameters: part of one, its dims in another order or cut up in another way, each as a step.
 
-    W[e][:F]    W[e, F:]    W[e].chunk(2)[0]    W[:, :F][e]    W.unbind(0)[e]    W[1, e]    W[e * F : (e + 1) * F]
-
-Each operation is a step, `Index`, `Permute` or `Reshape`, that can be taken for all experts at once, on the stack of
-what they have. A step shares the memory of what it is taken of, so that it may as well be taken later.
+W[e][:F]    W[e, F:]    W[e].chunk(2)[0]    W.t()    W.view(E, F, D)    W.unbind(0)[e]    W[1, e]
 """
 
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx
 
-from fx_passes.graph.markers import Expert, expert_of, index_with_expert, select_expert
+from fx_passes.body.view_steps import Cut, Index, Item, Permute, Reshape, Step
+from fx_passes.graph.markers import expert_of, index_with_expert, select_expert
 from fx_passes.graph.ops import arg, example, fake_tensor, known_tensor, normalized_dim, op_name, varargs
-
-
-class Cut(NamedTuple):
-    """Entries of a dim, with `0 <= start <= stop <= size`."""
-
-    start: int
-    stop: int
-    step: int = 1
-
-
-Item = int | Cut | None | fx.Node
-"""What becomes of a dim: one entry of it, some of them, a new dim, or the entry of an expert without a number."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """An item for each dim, and None for each new one."""
-
-    items: tuple[Item, ...]
-
-    def apply(self, call: Callable[..., Any], tensor: Any) -> Any:
-        index = tuple(slice(*item) if isinstance(item, Cut) else item for item in self.items)
-        return call(operator.getitem, tensor, index)
-
-    def on_stack(self, size: int) -> "Index":
-        return Index((Cut(0, size), *self.items))
-
-
-@dataclass(frozen=True)
-class Permute:
-    dims: tuple[int, ...]
-
-    def apply(self, call: Callable[..., Any], tensor: Any) -> Any:
-        return call(torch.permute, tensor, self.dims)
-
-    def on_stack(self, _size: int) -> "Permute":
-        return Permute((0, *(dim + 1 for dim in self.dims)))
-
-
-@dataclass(frozen=True)
-class Reshape:
-    sizes: tuple[int, ...]
-
-    def apply(self, call: Callable[..., Any], tensor: Any) -> Any:
-        return call(torch.reshape, tensor, self.sizes)
-
-    def on_stack(self, size: int) -> "Reshape":
-        return Reshape((size, *self.sizes))
-
-
-Step = Index | Permute | Reshape
 
 
 class Viewed(NamedTuple):
     operand: fx.Node
     step: Step
-
-
-class Chosen(NamedTuple):
-    """An expert's entry of `source`: after `steps` the experts lie along dim 0.
-
-    The entry has `leading` dims of size one before those that are left. `nodes` lead to the entries of all experts.
-    """
-
-    source: fx.Node
-    steps: tuple[Step, ...]
-    leading: int
-    nodes: frozenset[fx.Node]
-
-
-def shape_after(tensor: torch.Tensor, steps: Sequence[Step]) -> torch.Size:
-    """The shape of `tensor` after `steps`."""
-    if not steps:
-        return tensor.shape
-    stand_in = torch.empty(tuple(tensor.shape), device="meta")
-    for step in steps:
-        stand_in = step.apply(lambda function, *args: function(*args), stand_in)
-    return stand_in.shape
 
 
 def viewed(node: Any) -> Viewed | None:
@@ -108,96 +29,6 @@ def viewed(node: Any) -> Viewed | None:
     rule = _RULES.get(node.target if node.target in (select_expert, index_with_expert) else op_name(node))
     step = rule(node, sizes) if rule is not None and sizes is not None and fake_tensor(node) is not None else None
     return Viewed(source, step) if step is not None else None
-
-
-def chosen_by(nodes: Sequence[fx.Node], experts: Sequence[Expert]) -> Chosen | None:
-    """The stack of which `nodes[i]` is the entry of `experts[i]`; None where the last step to them takes none."""
-    paths = [_path(node) for node in nodes]
-    source, steps = paths[0].source, paths[0].steps
-    if not steps or any(path.source is not source or path.steps[:-1] != steps[:-1] for path in paths):
-        return None
-    indices = [path.steps[-1].items for path in paths if isinstance(path.steps[-1], Index)]
-    if len({*map(len, indices)}) != 1 or len(indices) != len(nodes):
-        return None
-    shape = shape_after(known_tensor(source), steps[:-1])
-    for place in range(len(indices[0])):
-        found = _entry(indices, experts, place, shape)
-        if found is not None:
-            passed = frozenset(node for path in paths for node in path.nodes)
-            return Chosen(source, (*steps[:-1], *found[0]), found[1], passed)
-    return None
-
-
-def takes_all(items: Sequence[Item], sizes: Sequence[int]) -> bool:
-    """Whether an index with these items takes all of a tensor of these sizes."""
-    return list(items) == [Cut(0, size) for size in sizes]
-
-
-class _Path(NamedTuple):
-    source: fx.Node
-    steps: tuple[Step, ...]
-    nodes: tuple[fx.Node, ...]
-
-
-def _path(node: fx.Node) -> _Path:
-    """The steps to `node` from what is no view. An expert without a number may be met in the last one alone."""
-    steps: list[Step] = []
-    nodes: list[fx.Node] = []
-    found = viewed(node)
-    while found is not None and not (steps and has_expert(found.step)):
-        steps.insert(0, found.step)
-        nodes.append(node)
-        node = found.operand
-        found = viewed(node)
-    return _Path(node, tuple(steps), tuple(nodes))
-
-
-def has_expert(step: Step) -> bool:
-    """Whether `step` takes the entry of an expert without a number."""
-    return isinstance(step, Index) and any(isinstance(item, fx.Node) for item in step.items)
-
-
-def _entry(
-    indices: list[tuple[Item, ...]], experts: Sequence[Expert], place: int, shape: Sequence[int]
-) -> tuple[tuple[Step, ...], int] | None:
-    """(steps that bring experts to dim 0, added dims) where item `place` of each index takes its expert's entry."""
-    before, own, after = indices[0][:place], [items[place] for items in indices], indices[0][place + 1 :]
-    if any((items[:place], items[place + 1 :]) != (before, after) for items in indices):
-        return None
-    steps: list[Step] = []
-    dim = sum(item is not None for item in before)
-    sizes = list(shape)
-    if own[0] is None or any(item != expert for item, expert in zip(own, experts, strict=True)):
-        width = _width(own, experts)
-        if not width or sizes[dim] % width:
-            return None
-        sizes[dim : dim + 1] = [sizes[dim] // width, width]
-        steps.append(Reshape(tuple(sizes)))
-        after = (Cut(0, width), *after)
-    leading, before, after = _without_new(before, after)
-    items = (*before, Cut(0, sizes[dim]), *after)
-    if not takes_all(items, sizes):
-        steps.append(Index(items))
-    front = sum(not isinstance(item, int) for item in before)
-    rank = sum(not isinstance(item, int) for item in items)
-    if front:
-        steps.append(Permute((front, *range(front), *range(front + 1, rank))))
-    return tuple(steps), leading
-
-
-def _width(own: Sequence[Item], experts: Sequence[Expert]) -> int:
-    """w where each of `own` is the cut from e * w to (e + 1) * w of its expert e; else 0."""
-    width = own[0].stop - own[0].start if isinstance(own[0], Cut) else 0
-    cuts = [Cut(expert * width, (expert + 1) * width) for expert in experts if isinstance(expert, int)]
-    return width if list(own) == cuts else 0
-
-
-def _without_new(before: tuple[Item, ...], after: tuple[Item, ...]) -> tuple[int, tuple[Item, ...], tuple[Item, ...]]:
-    """How many new dims stand first, and the items without these."""
-    new = len(list(takewhile(lambda item: item is None, before)))
-    before = before[new:]
-    more = len(list(takewhile(lambda item: item is None, after))) if not before else 0
-    return new + more, before, after[more:]
 
 
 def _fixed_sizes(node: Any) -> tuple[int, ...] | None:

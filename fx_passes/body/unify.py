@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import fx
 
+from fx_passes.body.entries import chosen_by
 from fx_passes.body.gather import Taking, chain, takings
-from fx_passes.body.parameter_views import chosen_by, has_expert, viewed
+from fx_passes.body.parameter_views import viewed
 from fx_passes.body.simplify import simplified
 from fx_passes.body.stack_of_one import without_stack
 from fx_passes.body.values import Body, Gathered, Op, PerExpert, Shared, SlotGathered, Value, has_rows, nested_values
+from fx_passes.body.view_steps import has_expert
 from fx_passes.facts import counts_behind, fact
 from fx_passes.facts.ids import is_single_choice
 from fx_passes.facts.statements import Fact, Mask, Rows

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.body.parameter_views import Cut, Index, Item, Permute, Step, shape_after, takes_all
+from fx_passes.body.view_steps import Cut, Index, Item, Permute, Step, shape_after, takes_all
 from fx_passes.graph.ops import fake_tensor, known_tensor
 
 

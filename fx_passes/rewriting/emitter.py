@@ -16,8 +16,8 @@ from torch import fx
 from fx_passes.body.linear_body import Linear, as_linear
 from fx_passes.body.low_rank import low_rank
 from fx_passes.body.mlp_body import Mlp
-from fx_passes.body.parameter_views import Cut, Index, Step
 from fx_passes.body.values import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
+from fx_passes.body.view_steps import Cut, Index, Step
 from fx_passes.body.weighted_body import without_router_weight
 from fx_passes.facts.ids import Gated, gated_ids, rows_of_ids, sources_of_ids
 from fx_passes.graph.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
