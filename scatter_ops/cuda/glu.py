@@ -49,6 +49,10 @@ class Glu:
     def f_size(self, h_size: int) -> int:
         return h_size if self.layout == "plain" else h_size // 2
 
+    def projections(self, h_NH: Tensor) -> tuple[Tensor, ...]:
+        """The columns of h, or of its like, that belong to gate_up and, where it is apart, to up."""
+        return h_NH.chunk(2, dim=1) if self.layout == "separate" else (h_NH,)
+
     def tiles_of_h(self, h_NH: Tensor, block_m: int, block_f: int) -> TensorDescriptor:
         """Descriptor to store tiles of h or its like: [N, H], or [N, 2, F] where gate and up are side by side."""
         if self.h_layout == "concatenated":

@@ -15,7 +15,7 @@ from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.operands import Routing, Rows, grid_size, tma_can_read, weight_descriptor
-from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
+from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
 from scatter_ops.cuda.recording import launch
 from scatter_ops.cuda.routing import Schedule
 from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX, QUARTER
@@ -169,19 +169,17 @@ def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int)
     return x, _gluon(w)
 
 
-def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing, out: Tensor) -> bool:
-    """False where only the portable kernel can do it: nothing is launched then."""
+def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing, out: Tensor, spared: int) -> bool:
+    """False where only the portable kernel can do it: nothing is launched then. spared: see grid_size."""
     block_p, block_q, block_rows, stages = BLOCK_M.value, BLOCK_N.value, config.block_k, config.num_stages
-    if not config.overlap or (config.block_m, config.block_n) != (block_p, block_q):
-        return False
-    if not all(tma_can_read(x) for x in (left.data, right.data, out[0])):
+    if not _weight_grad_can(config, left, right):
         return False
     left, right = (rows if _copies_are_aligned(rows.data) else regrouped(rows, routing) for rows in (left, right))
     if left.divisor == right.divisor == 0:  # short steps, which are too short to gather in
         block_rows, stages = block_rows // 2, 2 * stages
     num_experts, p_size, q_size = out.shape
     num_tiles = num_experts * cdiv(p_size, block_p) * cdiv(q_size, block_q)
-    weight_grad_kernel[grid_size(config, num_tiles, out.device)](
+    weight_grad_kernel[grid_size(config, num_tiles, out.device, spared)](
         left.data if left.divisor else _gluon(create_ragged_descriptor(left.data, [block_rows, block_p])),
         right.data if right.divisor else _gluon(create_ragged_descriptor(right.data, [block_rows, block_q])),
         _gluon(TensorDescriptor.from_tensor(out, [1, block_p, QUARTER.value])),
@@ -203,6 +201,19 @@ def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing
         num_warps=8,
     )
     return True
+
+
+def weight_grad_reads_in_place(config: Config, left: Rows, right: Rows) -> bool:
+    """Whether launch_weight_grad does it, and without a copy of gathered rows."""
+    in_place = all(rows.divisor == 0 or _copies_are_aligned(rows.data) for rows in (left, right))
+    return in_place and _weight_grad_can(config, left, right)
+
+
+def _weight_grad_can(config: Config, left: Rows, right: Rows) -> bool:
+    if not config.overlap or (config.block_m, config.block_n) != (BLOCK_M.value, BLOCK_N.value):
+        return False
+    aligned_out = right.data.shape[1] * right.data.element_size() % ALIGNMENT == 0
+    return aligned_out and tma_can_read(left.data) and tma_can_read(right.data)
 
 
 def _copies_are_aligned(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from scatter_ops.cuda.device import float64_by_reference, on_its_device
 from scatter_ops.cuda.grouped_gemm import grouped_gemm
 from scatter_ops.cuda.operands import Routing, Rows
 from scatter_ops.cuda.parameters import expert_bias, expert_weight
-from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
+from scatter_ops.cuda.weight_grad import grouped_sum, oriented_weight_grad
 
 
 @float64_by_reference
@@ -47,8 +47,7 @@ def parallel_linear_weight_grad(
     """Stacked gradient of the weights in their own layout, in x's dtype."""
     x_rows = Rows(x, 0 if grouped_in else top_k)
     grad_rows = Rows(grad.to(x.dtype), 0 if grouped_out else 1)
-    left, right = (x_rows, grad_rows) if transposed else (grad_rows, x_rows)
-    return weight_grad(left, right, Routing(order_N, offsets_E))
+    return oriented_weight_grad(grad_rows, x_rows, Routing(order_N, offsets_E), transposed)
 
 
 @float64_by_reference

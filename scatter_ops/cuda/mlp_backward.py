@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scatter_ops.cuda.device import float64_by_reference, on_its_device
 from scatter_ops.cuda.dispatch import regrouped
+from scatter_ops.cuda.gate_up_backward import gate_up_backward
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.glu_backward import (
     GluGradients,
@@ -18,11 +19,9 @@ from scatter_ops.cuda.glu_backward import (
     num_column_tiles,
     sum_partials,
 )
-from scatter_ops.cuda.grouped_gemm import NO_BIAS, grouped_gemm
 from scatter_ops.cuda.operands import Routing, Rows, select_config
-from scatter_ops.cuda.parameters import ExpertWeight, expert_bias, expert_weight, separate_weight
-from scatter_ops.cuda.rows import combine_rows
-from scatter_ops.cuda.weight_grad import grouped_sum, weight_grad
+from scatter_ops.cuda.parameters import expert_bias, expert_weight
+from scatter_ops.cuda.weight_grad import grouped_sum, oriented_weight_grad
 
 
 @float64_by_reference
@@ -73,28 +72,21 @@ def mlp_backward(
     if partials is not None:
         grads[1] = sum_partials(partials, glu)
     if scaled_a_NF is not None:
-        grads[4] = _oriented_weight_grad(grad_rows, Rows(scaled_a_NF, 0), routing, transposed)
+        grads[4] = oriented_weight_grad(grad_rows, Rows(scaled_a_NF, 0), routing, transposed)
     del gradients, grad_rows, scaled_a_NF  # their memory serves what follows
     for i in (5, 6):
         if needs[i]:
             assert grad_pre_NH is not None
-            half = _projections(grad_pre_NH, layout)[i - 5]
+            half = glu.projections(grad_pre_NH)[i - 5]
             grads[i] = grouped_sum(Rows(half, 0), None, routing, x_TD.dtype)
     if grad_h_NH is None:
         return tuple(grads)
-    if needs[2] or needs[3]:
-        halves = _projections(grad_h_NH, layout)
-        config = select_config("weight_grad", x_TD, routing, halves[0].shape[1], x_TD.shape[1])
-        x_rows = Rows(x_TD, glu.top_k)
-        x_rows = regrouped(x_rows, routing) if config.regroup else x_rows
-        for i, half in enumerate(halves, start=2):
-            if needs[i]:
-                grads[i] = _oriented_weight_grad(Rows(half, 0), x_rows, routing, transposed)
-        del x_rows
-    if needs[0]:
-        separate = layout == "separate"
-        weight = separate_weight(gate_up, up, transposed) if separate else expert_weight(gate_up, transposed)
-        grads[0] = _grad_x(grad_h_NH, weight, glu)
+    numbers = 0, 2, 3
+    needs_last = [needs[i] for i in numbers]
+    last = gate_up_backward(grad_h_NH, x_TD, gate_up, up, transposed, glu, needs_last)
+    for i, grad in zip(numbers, last, strict=True):
+        if grad is not None:
+            grads[i] = grad
     return tuple(grads)
 
 
@@ -129,21 +121,3 @@ def _activation_gradients(
         assert first.partials is not None
         add_bias_partials(first.partials, grad_out, expert_bias(down_bias), glu)
     return first, grad_rows
-
-
-def _grad_x(grad_h_NH: Tensor, weight: ExpertWeight, glu: Glu) -> Tensor:
-    """[T, D]: dH times gate and up, summed over each token's slots."""
-    rows, routing = Rows(grad_h_NH, 0), glu.routing
-    grad_slots_ND = grouped_gemm(rows, weight.transposed(), NO_BIAS, routing, scatter=False, zero_unrouted=False)
-    inverse_N = routing.inverse_N if routing.num_slots else routing.order_N
-    return combine_rows(grad_slots_ND, None, inverse_N, glu.top_k, True, grad_h_NH.dtype)
-
-
-def _oriented_weight_grad(grad: Rows, x: Rows, routing: Routing, transposed: bool) -> Tensor:
-    """[E, out, in], or [E, in, out] if transposed."""
-    return weight_grad(x, grad, routing) if transposed else weight_grad(grad, x, routing)
-
-
-def _projections(h_NH: Tensor, layout: str) -> Sequence[Tensor]:
-    """The columns of h that belong to gate_up and, where it is apart, to up."""
-    return h_NH.chunk(2, dim=1) if layout == "separate" else (h_NH,)

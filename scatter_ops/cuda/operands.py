@@ -54,10 +54,11 @@ def select_config(op: str, x: Tensor, routing: Routing, n: int, k: int) -> tunin
     return tuning.select(op, capability(x.device), shape, x.dtype, dot_precision(x.dtype))
 
 
-def grid_size(config: tuning.Config, num_tiles: int, device: torch.device) -> tuple[int]:
+def grid_size(config: tuning.Config, num_tiles: int, device: torch.device, spared: int = 0) -> tuple[int]:
+    """Programs to launch, persistent ones on all multiprocessors but those `spared`."""
     if config.programs_per_sm == 0:
         return (num_tiles,)
-    return (min(num_tiles, config.programs_per_sm * num_multiprocessors(device)),)
+    return (min(num_tiles, config.programs_per_sm * (num_multiprocessors(device) - spared)),)
 
 
 def uses_tma(config: tuning.Config, device: torch.device) -> bool:

@@ -47,14 +47,33 @@ def combine_rows(
 ) -> Tensor:
     """combine with the inverse of order at hand; inverse_N isn't read unless grouped_in."""
     y = _unit_stride(y)
-    num_tokens, num_columns = y.shape[0] // top_k, y.shape[1]
-    out_TD = torch.empty(num_tokens, num_columns, dtype=out_dtype, device=y.device)
-    if out_TD.numel():
-        weights = None if topk_weights_TK is None else topk_weights_TK.contiguous()
-        block = column_block(num_columns)
-        grid = num_tokens, cdiv(num_columns, block)
-        launch(combine_kernel, grid, y, weights, inverse_N, out_TD, num_columns, y.stride(0), top_k, grouped_in, block)
+    out_TD = torch.empty(y.shape[0] // top_k, y.shape[1], dtype=out_dtype, device=y.device)
+    weights = None if topk_weights_TK is None else topk_weights_TK.contiguous()
+    combine_into(out_TD, y, weights, inverse_N, grouped_in)
     return out_TD
+
+
+def combine_into(
+    out_TD: Tensor, y: Tensor, topk_weights_TK: Tensor | None, inverse_N: Tensor, grouped_in: bool
+) -> None:
+    """combine_rows of dense tensors, without allocations."""
+    if out_TD.numel():
+        num_tokens, num_columns = out_TD.shape
+        top_k, block = y.shape[0] // num_tokens, column_block(num_columns)
+        grid = num_tokens, cdiv(num_columns, block)
+        launch(
+            combine_kernel,
+            grid,
+            y,
+            topk_weights_TK,
+            inverse_N,
+            out_TD,
+            num_columns,
+            y.stride(0),
+            top_k,
+            grouped_in,
+            block,
+        )
 
 
 @on_its_device

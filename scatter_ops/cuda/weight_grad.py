@@ -13,8 +13,8 @@ from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.kernels.weight_grad import grouped_sum_kernel, weight_grad_kernel
 
 
-def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
-    """[E, P, Q] = left^T @ right over each expert's rows."""
+def weight_grad(left: Rows, right: Rows, routing: Routing, spared: int = 0) -> Tensor:
+    """[E, P, Q] = left^T @ right over each expert's rows. spared: multiprocessors that Hopper's kernel leaves alone."""
     p_size, q_size = left.data.shape[1], right.data.shape[1]
     out = torch.empty(routing.num_experts, p_size, q_size, dtype=left.data.dtype, device=left.data.device)
     if out.numel() == 0:
@@ -22,7 +22,7 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
     config = select_config("weight_grad", left.data, routing, p_size, q_size)
     if config.regroup:
         left, right = (regrouped(rows, routing) for rows in (left, right))
-    if hopper is not None and hopper.launch_weight_grad(config, left, right, routing, out):
+    if hopper is not None and hopper.launch_weight_grad(config, left, right, routing, out, spared):
         return out
     if config.overlap:  # the portable kernel can't gather beside its products
         left, right = (regrouped(rows, routing) for rows in (left, right))
@@ -57,6 +57,18 @@ def weight_grad(left: Rows, right: Rows, routing: Routing) -> Tensor:
         num_stages=config.num_stages,
     )
     return out
+
+
+def oriented_weight_grad(grad: Rows, x: Rows, routing: Routing, transposed: bool, spared: int = 0) -> Tensor:
+    """[E, out, in], or [E, in, out] if transposed."""
+    left, right = (x, grad) if transposed else (grad, x)
+    return weight_grad(left, right, routing, spared)
+
+
+def reads_in_place(left: Rows, right: Rows, routing: Routing) -> bool:
+    """Whether Hopper's kernel does weight_grad, and without a copy of rows."""
+    config = select_config("weight_grad", left.data, routing, left.data.shape[1], right.data.shape[1])
+    return not config.regroup and hopper is not None and hopper.weight_grad_reads_in_place(config, left, right)
 
 
 def grouped_sum(rows: Rows, scale: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:

@@ -3,18 +3,30 @@
     python -m tests.kernels.sanitized --compile
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.sanitized
 
-And with racecheck and initcheck. The first command fills Triton's cache for a Hopper GPU, on all cores: within the
-sanitizer compilation takes many minutes. Small sizes with tails in every dimension, many and few rows for each expert,
-sentinels, every layout. Exits with an error if a result has a NaN.
+And with racecheck; with initcheck twice: with `--portable`, then with `--poisoned`. initcheck doesn't see what TMA
+stores write, and reports every read of it. The portable kernels do without TMA, so all of their memory is checked.
+`--poisoned` is for Hopper's: memory of 16-bit elements, which is all that TMA stores to, is filled with NaN when it is
+allocated. initcheck takes it for written then, and an element that is read but was never stored shows in the results.
+
+The first command, with the same option, fills Triton's cache for a Hopper GPU, on all cores: within the sanitizer
+compilation takes many minutes. Small sizes with tails in every dimension, many and few rows for each expert, sentinels,
+every layout, the sum of x's gradient on a stream of its own. Exits with an error if a result has a NaN.
 """
 
+import argparse
+import contextlib
 import itertools
 import sys
+from dataclasses import replace
+from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import offline
-from scatter_ops import cuda
+from scatter_ops import cuda, tuning
+from scatter_ops.cuda import gate_up_backward
+from scatter_ops.cuda.recording import ALLOCATIONS
 
 D, F, E, K = 256, 320, 4, 2
 CASES = list(itertools.product((9, 700), ("concatenated", "interleaved", "plain", "separate"), (False, True)))
@@ -47,15 +59,39 @@ def step(num_tokens: int, layout: str, transposed: bool, device: str = "cuda") -
     return [out, *grads, cuda.combine(y, topk_weights, *routing, K, False), grad_weight]
 
 
+class Poisoned(TorchDispatchMode):
+    """New memory of 16-bit elements is NaN."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ALLOCATIONS and result.dtype.itemsize == 2:
+            result.fill_(torch.nan)
+        return result
+
+
+def without_tma() -> contextlib.AbstractContextManager[object]:
+    select = tuning.select
+    portable = {"tma": False, "tma_out": False, "flatten": False, "overlap": False}
+    return mock.patch.object(tuning, "select", lambda *shape: replace(select(*shape), **portable))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", action="store_true", help="compile, and run nothing")
+    parser.add_argument("--portable", action="store_true", help="kernels without TMA")
+    parser.add_argument("--poisoned", action="store_true", help="NaN in new memory that TMA may store to")
+    arguments = parser.parse_args()
     torch.manual_seed(0)
-    if "--compile" in sys.argv:
-        with offline.recorded((9, 0)) as launches:
-            for case in CASES:
-                step(*case, device="cpu")
-        offline.compile_in_parallel(launches)
-        return
-    wrong = [case for case in CASES if any(result.isnan().any() for result in step(*case))]
+    gate_up_backward.LEAST_BYTES_ASIDE = 0
+    with without_tma() if arguments.portable else contextlib.nullcontext():
+        if arguments.compile:
+            with offline.recorded((9, 0)) as launches:
+                for case in CASES:
+                    step(*case, device="cpu")
+            offline.compile_in_parallel(launches)
+            return
+        with Poisoned() if arguments.poisoned else contextlib.nullcontext():
+            wrong = [case for case in CASES if any(result.isnan().any() for result in step(*case))]
     torch.cuda.synchronize()
     sys.exit(f"NaN in {wrong}" if wrong else 0)
 
