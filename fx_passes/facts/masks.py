@@ -178,8 +178,16 @@ def product(node: fx.Node, one_hot: Any, inner: OneHot | Kept, mask: Any) -> Fac
     after, before = fake_tensor(node), fake_tensor(one_hot)
     if isinstance(inner, OneHot) and (inner.dims[-1] != "E" or inner.reduced):
         return None
-    same = before is not None and after is not None and after.shape == before.shape
-    return Kept(inner.num_classes, node) if same and _is_zero_or_one(mask) else None
+    if before is None or after is None or after.shape != before.shape or not _is_zero_or_one(mask):
+        return None
+    kept = Kept(inner.num_classes, node)
+    has_a_choice = isinstance(inner, OneHot) and inner.dims[:-1] == ("T", "K") and is_single_choice(inner.ids)
+    return _of_one_choice(kept) if has_a_choice else kept
+
+
+def _of_one_choice(kept: Kept) -> OneHot:
+    """What is kept, where `kept` or a view of it is [T, 1, E]."""
+    return OneHot(rows_as_ids(kept.node, ("T", "K")), kept.num_classes, ("T", "K", "E"))
 
 
 def as_one_hot(inner: Fact | None) -> Fact | None:
@@ -197,7 +205,7 @@ def by_token(node: fx.Node, inner: Kept) -> Fact | None:
     if tensor is None or tensor.dim() not in (2, 3) or not keeps_last_dim(node):
         return None
     if tensor.dim() == 3 and same_size(tensor.shape[1], 1):
-        return OneHot(rows_as_ids(inner.node, ("T", "K")), inner.num_classes, ("T", "K", "E"))
+        return _of_one_choice(inner)
     whole = as_one_hot(inner) if tensor.dim() == 2 else None
     return replace(whole, dims=("T", "E")) if isinstance(whole, OneHot) else None
 

@@ -37,7 +37,7 @@ TABLE = {
         deepseek_local stacked_range phimoe_445_eval phimoe_445_train jamba_445 any_guard any_guard_continue
         sum_guard len_guard plus_equals zip_masks hit_tolist weight_on_input unweighted fp32_accumulator
         closure_over_experts sigmoid_top expert_by_name expert_by_item dropped_one_hot dropped_one_hot_padding
-        listed_all_at_once listed_all_nonzero listed_kept_dim listed_unbound any_mask_rows any_mask_where
+        dropped_choice listed_all_at_once listed_all_nonzero listed_kept_dim listed_unbound any_mask_rows any_mask_where
         any_mask_argmax any_mask_nonzero dense_gate_column multi_hot sequence_mask sequence_rows sequence_where
         sequence_flat_output flat_to_tokens range_swiglu range_swiglu_fused range_geglu_bias range_gelu_bias
         range_gelu_tanh range_relu_squared range_three_layers range_layer_norm_first range_rms_norm_after
@@ -67,6 +67,7 @@ TABLE = {
         range_partly_in_place merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
         merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit loads_in_half loads_in_python
+        dropped_choice_counted dropped_choice_and_next dropped_choices_in_order
         """,
     ),
     "slot_loop": row(

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import Block, D, E
-from tests.zoo.numbers import Dropped, DroppedListed, DroppedSequences, hits
+from tests.zoo.numbers import Dropped, DroppedChoice, DroppedListed, DroppedSequences, hits
 
 
 class Counted(Dropped):
@@ -27,6 +27,30 @@ class TwoChoices(Dropped):
 
     def chosen(self, logits):
         return super().chosen(logits) + self.kept(F.one_hot(logits.argmin(dim=-1), E))
+
+
+class ChoiceCounted(DroppedChoice):
+    """A token counts as often as there are tokens of its expert before it: no mask."""
+
+    def kept(self, one_hot):
+        return one_hot * torch.cumsum(one_hot, dim=0)
+
+
+class ChoiceAndNext(DroppedChoice):
+    """A token goes to the next expert, too."""
+
+    def kept(self, one_hot):
+        return super().kept(one_hot) + super().kept(one_hot.roll(1, dims=-1))
+
+
+class ChoicesInOrder(DroppedChoice):
+    """Two experts a token, of which the capacity may drop one."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, D)
+        weights, ids = self.gate(x).softmax(dim=-1).topk(2, dim=-1)
+        chosen = self.kept(F.one_hot(ids, E)).permute(2, 1, 0)
+        return self.experts(x, chosen, weights).view(hidden_states.shape)
 
 
 class ListedByPlace(DroppedListed):
@@ -131,6 +155,9 @@ MISSES = (
     NearMiss("hit_dropped_counted", "loop_is_over_the_hit_experts", Counted),
     NearMiss("hit_dropped_broadcast", "loop_is_over_the_hit_experts", BroadcastOverExperts),
     NearMiss("hit_dropped_two_choices", "loop_is_over_the_hit_experts", TwoChoices),
+    NearMiss("dropped_choice_counted", "loop_is_over_the_hit_experts", ChoiceCounted),
+    NearMiss("dropped_choice_and_next", "loop_is_over_the_hit_experts", ChoiceAndNext),
+    NearMiss("dropped_choices_in_order", "loop_is_over_the_hit_experts", ChoicesInOrder),
     NearMiss("list_by_place", "loop_is_over_the_hit_experts", ListedByPlace),
     NearMiss("list_in_part", "loop_is_over_the_hit_experts", ListedInPart),
     NearMiss("list_counted", "no_intermediate_escapes", ListCounted),

@@ -84,6 +84,19 @@ class DroppedPadding(Dropped):
         return super().kept(one_hot) * (~padding)[:, None].expand(one_hot.shape).to(one_hot.dtype)
 
 
+class DroppedChoice(Dropped):
+    """Tokens of all sequences stand in one dim, with their one choice in the next (switch_transformers 5.17)."""
+
+    def kept(self, one_hot):
+        return one_hot * (torch.cumsum(one_hot, dim=0) <= self.capacity)
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, D)
+        weights, ids = self.gate(x).softmax(dim=-1).max(dim=-1, keepdim=True)
+        chosen = self.kept(F.one_hot(ids, E)).permute(2, 1, 0)
+        return self.experts(x, chosen, weights).view(hidden_states.shape)
+
+
 class DroppedSequences(Dropped):
     """Tokens stay in sequences, and those that were dropped keep their rows (switch_transformers 4.36)."""
 
@@ -142,6 +155,7 @@ CASES = (
     Case("expert_by_item", ByItem),
     Case("dropped_one_hot", Dropped, top_k=1),
     Case("dropped_one_hot_padding", DroppedPadding, top_k=1),
+    Case("dropped_choice", DroppedChoice, top_k=1),
     Case("dropped_sequences", DroppedSequences, top_k=1, activation="any", op="parallel_linear"),
     Case("dropped_listed", DroppedListed, top_k=1),
     Case("hit_flat_weights", FlatWeights, op=None),

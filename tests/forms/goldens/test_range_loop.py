@@ -206,6 +206,32 @@ v61 = add(v55, v60)
 return (v61)""",
         )
 
+    def test_tokens_dropped_from_a_one_hot_tensor_with_a_dim_of_choices(self):
+        self.assertExpectedInline(
+            self.golden("dropped_choice"),
+            """\
+v14 = .view(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = .softmax(v15, dim=-1)
+v17 = .max(v16, dim=-1, keepdim=True)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = one_hot(v19, 4)
+v21 = cumsum(v20, dim=0)
+v22 = le(v21, 4)
+v23 = mul(v20, v22)
+v24 = .flatten(v23, 0, -2)
+v25 = .any(v24, 1, True)
+v26 = .argmax(v24, 1, True)
+v27 = where(v25, v26, -1)
+v28 = scatter_moe.route(v27, 4)
+v29 = getitem(v28, 0)
+v30 = getitem(v28, 1)
+v31 = scatter_moe.mlp(v14, v18, v29, v30, [experts_expert_0_w1_weight, experts_expert_1_w1_weight, experts_expert_2_w1_weight, experts_expert_3_w1_weight], [experts_expert_0_w3_weight, experts_expert_1_w3_weight, experts_expert_2_w3_weight, experts_expert_3_w3_weight], [experts_expert_0_w2_weight, experts_expert_1_w2_weight, experts_expert_2_w2_weight, experts_expert_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v32 = .view(v31, (2, 12, 16))
+return (v32)""",
+        )
+
     def test_tokens_dropped_from_a_one_hot_tensor(self):
         self.assertExpectedInline(
             self.golden("dropped_one_hot"),
