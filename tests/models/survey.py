@@ -7,8 +7,7 @@ implementation of experts can be chosen, it does so with eager experts and with 
 older models, and the few newer ones that decorate nothing, have one row, "own". Its twin, which has no experts, shows
 how many graphs the rest of the model needs.
 
-Equal: outputs and every gradient are those of eager by the rule for float32. A tensor of which eager's own float32 run
-is further from its float64 run than the rule allows is compared in float64 instead, where nothing is amplified.
+Equal: outputs and every gradient are those of eager by the rules of `tests.models.equality`.
 
 Each architecture has a process of its own. `python -m docs.transformers_survey FILE` makes a page of the rows.
 """
@@ -32,22 +31,14 @@ from torch import nn
 from torch._dynamo import lookup_backend, register_backend
 
 from fx_passes.report import collecting
-from tests.backend.harness import (
-    Seen,
-    assert_equal_value,
-    compile_ours,
-    fresh_dynamo,
-    graphs,
-    observe,
-)
+from tests.backend.harness import Seen, compile_ours, fresh_dynamo, graphs, observe
 from tests.models.architectures import Architecture, architectures
+from tests.models.equality import OTHER_ORDERS, MoreSteps, compare, reorder_sums
 from tests.models.tiny import first_output, token_ids
 from tests.models.twin import make_twin
-from tests.numerics import assert_exact
 from tests.processes import Finished, run_all
 
 OWN = "own"
-NOISE = 1e-6  # float64's rounding is 2e-9 of float32's
 AOT, NO_AOT = "counting_runs_of_aot_eager", "counting_runs_of_eager"
 IMPLEMENTATIONS = {"eager": "eager", "default": None, "grouped_mm": "grouped_mm", "batched_mm": "batched_mm"}
 
@@ -88,8 +79,7 @@ class Row:
     """What became of one architecture with one implementation of its experts.
 
     `classes` are those of the blocks that ran, `layers` is their number, `rewritten` how many of them ran as operators
-    of ours: one compiled graph may serve several layers. `compared_in` names the dtypes that
-    it took: "float32", or "float32, float64".
+    of ours: one compiled graph may serve several layers. `compared_in` names what it took to see that it is equal.
     """
 
     name: str
@@ -124,7 +114,7 @@ def survey(architecture: Architecture, experts: str) -> Row:
             ours = step_of_ours(architecture, experts, inner)
         row |= {"rewritten": int(sum(layers_run)), "graphs": len(graphs)}
         left += [f"{r.rule}: {r.detail}" for r in report.rejections[:1]]
-        row["compared_in"] = compare(ours, eager, lambda: in_float64(architecture, experts, inner))
+        row["compared_in"] = compare(ours, eager, more_steps(architecture, experts, inner))
         row["equal"] = True
     except Exception as error:  # noqa: BLE001  the table is to name every failure
         left.append(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -138,12 +128,18 @@ def layers_in(block: nn.Module) -> int:
     return 1 + bool(has_identities or getattr(experts, "zero_expert_num", 0))
 
 
-def step_of_eager(architecture: Architecture, dtype: torch.dtype = torch.float32) -> tuple[Seen, list[nn.Module]]:
-    """A training step with the model's own loops, and the blocks that took part in it: a text does not need all."""
+def step_of_eager(
+    architecture: Architecture, dtype: torch.dtype = torch.float32, order: int | None = None
+) -> tuple[Seen, list[nn.Module]]:
+    """A training step with the model's own loops, and the blocks that took part in it: a text does not need all.
+
+    `order` is the seed of another order of sums in the blocks' products.
+    """
     model = architecture.make("eager").to(dtype)
-    with by_default(dtype):
-        seen = observe(first_output(model, model), model, token_ids(), grad_dtype=torch.float32)
     blocks = [module for module in model.modules() if type(module).__name__ in architecture.blocks]
+    if order is not None:
+        reorder_sums(blocks, order)
+    seen = training_step(model, model)
     return seen, [block for block in blocks if any(weight.grad is not None for weight in block.parameters())]
 
 
@@ -152,8 +148,28 @@ def step_of_ours(architecture: Architecture, experts: str, inner: str, dtype: to
     model = architecture.make(IMPLEMENTATIONS.get(experts)).to(dtype)
     fresh_dynamo()
     layers_run.clear()
-    with by_default(dtype):
-        return observe(first_output(compile_ours(model, inner), model), model, token_ids(), grad_dtype=torch.float32)
+    return training_step(compile_ours(model, inner), model)
+
+
+def step_of_stock(architecture: Architecture, inner: str, dtype: torch.dtype) -> Seen:
+    """A training step under torch.compile alone, of the model's own loops."""
+    model = architecture.make("eager").to(dtype)
+    fresh_dynamo()
+    return training_step(torch.compile(model, backend=inner), model)
+
+
+def training_step(call: Callable[..., Any], model: nn.Module) -> Seen:
+    with by_default(next(model.parameters()).dtype):
+        return observe(first_output(call, model), model, token_ids(), grad_dtype=torch.float32)
+
+
+def more_steps(architecture: Architecture, experts: str, inner: str) -> MoreSteps:
+    return MoreSteps(
+        reordered=lambda: (step_of_eager(architecture, order=seed)[0] for seed in range(OTHER_ORDERS)),
+        eager=lambda: step_of_eager(architecture, torch.float64)[0],
+        ours=lambda: step_of_ours(architecture, experts, inner, torch.float64),
+        stock=lambda: step_of_stock(architecture, inner, torch.float64),
+    )
 
 
 @contextmanager
@@ -165,11 +181,6 @@ def by_default(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def in_float64(architecture: Architecture, experts: str, inner: str) -> tuple[Seen, Seen]:
-    ours = step_of_ours(architecture, experts, inner, torch.float64)
-    return ours, step_of_eager(architecture, torch.float64)[0]
 
 
 def graphs_of_twin(architecture: Architecture) -> tuple[int, str]:
@@ -186,51 +197,6 @@ def graphs_of_twin(architecture: Architecture) -> tuple[int, str]:
 def count_graphs(twin: nn.Module, inner: str) -> None:
     fresh_dynamo()
     observe(first_output(torch.compile(twin, backend=inner), twin), twin, token_ids())
-
-
-def compare(ours: Seen, eager: Seen, in_float64: Callable[[], tuple[Seen, Seen]]) -> str:
-    """The dtypes in which `ours` equals `eager`; raises AssertionError where it doesn't.
-
-    `in_float64` makes both once more.
-    """
-    assert_equal_value(ours.buffers, eager.buffers, "buffers")
-    assert [like(output) for output in ours.outputs] == [like(output) for output in eager.outputs]
-    differences = differing(ours, eager)
-    if not differences:
-        return "float32"
-    ours_exact, exact = in_float64()
-    amplified = differing(eager, exact)
-    noise = {name for name in _named(exact) if all(is_noise(eager, run, name) for run in (exact, ours_exact))}
-    in_doubt = {name: difference for name, difference in differences.items() if name not in amplified}
-    for name, difference in (in_doubt | differing(ours_exact, exact)).items():
-        if name not in noise:
-            raise difference
-    return "float32, float64"
-
-
-def is_noise(in_float32: Seen, in_float64: Seen, name: str) -> bool:
-    """Whether a tensor is zero but for rounding (the gradient of a key's bias): it shrinks with the precision."""
-    narrow, wide = (_named(run)[name] for run in (in_float32, in_float64))
-    return narrow is not None and wide is not None and bool(wide.abs().max() <= NOISE * narrow.abs().max())
-
-
-def differing(given: Seen, expected: Seen) -> dict[str, AssertionError]:
-    """The outputs and gradients that are not equal by the rule for the wider of both dtypes."""
-    found, results = {}, _named(given)
-    for name, tensor in _named(expected).items():
-        try:
-            assert_exact({name: results[name]}, {name: tensor}, torch.float32 if tensor is None else tensor.dtype)
-        except AssertionError as difference:
-            found[name] = difference
-    return found
-
-
-def like(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
-
-
-def _named(seen: Seen) -> dict[str, torch.Tensor | None]:
-    return {f"output {number}": output for number, output in enumerate(seen.outputs)} | seen.grads
 
 
 def show(rows: list[Row]) -> None:
