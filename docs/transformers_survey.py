@@ -23,8 +23,8 @@ installed from PyPI into an environment of its own.
 **rewritten**: layers that ran as operators of this package, of those that ran: a text does not need all of some models.
 **graphs**: of the whole step, and in brackets of its twin, which has a trivial function or a dense layer for experts.
 **equal**: what it took to see that outputs and all gradients are those of eager: float32, to 2e-5 of each tensor's
-largest value; also float64, to 1e-12, for tensors of which a float32 run of eager itself is further from the float64 one
-than that. Some models amplify the rounding of their experts so: several runs of eager are made, with the terms of the
+largest value; also float64, to 1e-12, for tensors of which a float32 run of eager is itself further than that from the
+float64 one. So some models amplify the rounding of their experts; eager runs several times, with the terms of the
 experts' products added up in other orders. *float64 of torch.compile*: PyTorch's own compiled step, without this
 package, differs from eager in float64, and results are compared with those. What is zero but for rounding, as the
 gradient of a key's bias, must be that here, too."""
