@@ -5,7 +5,6 @@ from typing import TypeVar
 from torch import nn
 
 from fx_passes.modules.expert_stacks import stack, why_not
-from scatter_moe.parameters import expert_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,5 +54,5 @@ def stack_experts(model: Model) -> Model:
 
 
 def _lists_of_experts(model: nn.Module) -> dict[str, nn.ModuleList]:
-    names = {module: name for name, module in model.named_modules()}
-    return {names[module]: module for module in expert_modules(model) if isinstance(module, nn.ModuleList)}
+    lists = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return {name: module for name, module in lists if name.rpartition(".")[2] == "experts"}

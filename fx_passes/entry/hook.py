@@ -4,6 +4,8 @@ Dynamo traces a frame instruction by instruction in `InstructionTranslatorBase.s
 same class, and hands the graph over in `OutputGraph.call_user_compiler`. The wrappers below leave every frame alone
 whose compiler is not our backend and that holds no prepared model. Where a symbol is missing (another PyTorch),
 `install` says so once: then naive loops that Dynamo cannot trace by itself stay eager, and `prepare` has no effect.
+
+`OutputGraph.add_fqn_info_for_inlined_modules` is extended to save time; without it nothing else is lost.
 """
 
 import functools
@@ -12,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo import output_graph, symbolic_convert
+from torch._dynamo import config, output_graph, symbolic_convert
 
 from fx_passes.cache_key import caches_keyed_by_sources
 from fx_passes.capture import Capture
@@ -54,6 +56,7 @@ def install(
         _extend_step(translator, is_ours)
         _extend_call_function(translator)
         _extend_call_user_compiler(graph, gets_whole_graphs, rewrite)
+        _extend_names_of_parameters(graph)
     return True
 
 
@@ -99,6 +102,25 @@ def _extend_call_user_compiler(
             return original(self, gm, *args, **kwargs)
 
     graph.call_user_compiler = call_user_compiler
+
+
+def _extend_names_of_parameters(graph: Any) -> None:
+    """Frames of ours do without the names of parameters, which only exporters read.
+
+    For each module that Dynamo meets it notes those of all parameters below: of an expert's once for the model, once
+    for the list of layers, once for its layer and once for its list, whether or not the graph reads it.
+    """
+    original = getattr(graph, "add_fqn_info_for_inlined_modules", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def add_names(self: Any, *args: Any, **kwargs: Any) -> None:
+        is_exported = self.export or config.install_free_tensors
+        if is_exported or getattr(self, _CAPTURE, None) is None:
+            original(self, *args, **kwargs)
+
+    graph.add_fqn_info_for_inlined_modules = add_names
 
 
 def current_capture() -> Capture | None:

@@ -104,7 +104,7 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
 def containers_in(modules: Iterable[nn.Module]) -> list[Any]:
     """The containers of which a copy of `modules`, not of those in them, has its own, however deep they lie."""
     found: list[Any] = [vars(module) for module in modules]
-    for container in found:  # which become more meanwhile
+    for container in filter(None, found):  # which become more meanwhile
         items = container.values() if isinstance(container, dict) else container
         found += [item for item in items if type(item) in CONTAINERS]
     return found

@@ -22,9 +22,10 @@ class Watch:
     def __init__(self, module: nn.Module) -> None:
         _, *self._inner = modules = list(module.modules())
         containers = containers_in(modules)
-        self._others = [(part, tuple(part)) for part in containers if part and type(part) in (list, set)]
         self._empty = [container for container in containers if not container]
-        self._dicts = [container for container in containers if container and isinstance(container, dict)]
+        filled = list(filter(None, containers))
+        self._dicts = [container for container in filled if isinstance(container, dict)]
+        self._others = [(part, tuple(part)) for part in filled if type(part) in (list, set)]
         self._tensors = [value for part in self._dicts for value in part.values() if isinstance(value, Tensor)]
         self._seen = self._look()
 
