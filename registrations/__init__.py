@@ -4,6 +4,9 @@ Each operator has one file with the same sections: schema, kernels, fake, autogr
 """
 
 from registrations import (
+    adapted_linear,
+    adapted_linear_forward,
+    adapted_linear_grads,
     combine,
     combine_backward,
     dispatch,
@@ -22,6 +25,9 @@ from registrations.library import NAMESPACE
 
 __all__ = [
     "NAMESPACE",
+    "adapted_linear",
+    "adapted_linear_forward",
+    "adapted_linear_grads",
     "combine",
     "combine_backward",
     "dispatch",

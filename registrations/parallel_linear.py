@@ -1,6 +1,6 @@
 """scatter_moe::parallel_linear: the grouped GEMM that reads and writes its rows grouped or scattered."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -79,10 +79,20 @@ def input_grad(
     transposed: bool,
 ) -> Tensor:
     """grad W for each slot, summed over the slots that read the same row of x."""
+
+    def of_slots(to_groups: bool) -> Tensor:
+        return OPS.parallel_linear(grad, weight, order, offsets, 1, grouped_out, to_groups, [], not transposed)
+
+    return summed_by_row(of_slots, order, offsets, top_k, grouped_in)
+
+
+def summed_by_row(
+    of_slots: Callable[[bool], Tensor], order: Tensor, offsets: Tensor, top_k: int, grouped_in: bool
+) -> Tensor:
+    """The gradient of a linear layer's input. of_slots(to_groups) gives that of each slot, grouped or in slot order."""
     if grouped_in or top_k == 1:
-        return OPS.parallel_linear(grad, weight, order, offsets, 1, grouped_out, grouped_in, [], not transposed)
-    rows = OPS.parallel_linear(grad, weight, order, offsets, 1, grouped_out, True, [], not transposed)
-    return OPS.combine(rows, None, order, offsets, top_k, True)
+        return of_slots(grouped_in)
+    return OPS.combine(of_slots(True), None, order, offsets, top_k, True)
 
 
 autograd("parallel_linear", setup_context, backward)

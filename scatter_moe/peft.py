@@ -1,4 +1,4 @@
-"""peft's LoRA on stacked experts (`LoraConfig(target_parameters=...)`) as thin grouped GEMMs.
+"""peft's LoRA on stacked experts (`LoraConfig(target_parameters=...)`) without a sum or a gradient of all experts.
 
 peft's `ParamWrapper` swaps the experts' parameter for `W + s L R` while it calls them, by a parametrization: a sum as
 large as the weights of all experts, with a gradient as large again, which Dynamo can't trace. Its forward gets two
@@ -14,7 +14,7 @@ E experts, r rank of an adapter, P and Q the other sizes of a stacked parameter.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,6 +35,14 @@ class LowRank(NamedTuple):
     lhs: Tensor
     rhs: Tensor
     scale: float
+
+
+def joined(adapters: Sequence[LowRank]) -> LowRank:
+    """What all of these add."""
+    if len(adapters) == 1:
+        return adapters[0]
+    lhs = torch.cat([adapter.scale * adapter.lhs for adapter in adapters], 2)
+    return LowRank(lhs, torch.cat([adapter.rhs for adapter in adapters], 1), 1.0)
 
 
 def extend_when_imported() -> None:

@@ -1,8 +1,8 @@
 """An expert's weight that was made of a frozen one and two thin ones: `torch.baddbmm(W, lhs, rhs, alpha=scale)`.
 
-    x (W + s L R)^T = x W^T + s (x R^T) L^T        W, and with it its gradient, is never made
+    x (W + s L R)^T = x W^T + s (x R^T) L^T        the sum, and with it its gradient, is never made as a whole
 
-W `[E, P, Q]`, L `[E, P, r]`, R `[E, r, Q]` with r small: LoRA on stacked experts.
+W `[E, P, Q]`, L `[E, P, r]`, R `[E, r, Q]` with r small: LoRA on stacked experts. W may be such a sum itself.
 """
 
 from typing import Any, NamedTuple
@@ -23,10 +23,17 @@ class LowRank(NamedTuple):
     scale: Any
 
 
-def low_rank(parameter: PerExpert) -> LowRank | None:
-    """The parts of a stacked weight; None where it is no such sum, or where its parts may not stand in its place."""
-    node = parameter.stacked if not parameter.steps else None
-    if node is None or op_name(node) != "baddbmm" or arg(node, 3, "beta", 1) != 1 or "out" in node.kwargs:
+def low_rank(parameter: PerExpert) -> list[LowRank]:
+    """The sums that made a stacked weight, the last one first; none where their parts may not stand in its place."""
+    sums, node = [], None if parameter.steps else parameter.stacked
+    while node is not None and (last := _low_rank(node)) is not None:
+        sums.append(last)
+        node = last.base
+    return sums
+
+
+def _low_rank(node: fx.Node) -> LowRank | None:
+    if op_name(node) != "baddbmm" or arg(node, 3, "beta", 1) != 1 or "out" in node.kwargs:
         return None
     base, lhs, rhs = (arg(node, at, name) for at, name in enumerate(("input", "batch1", "batch2")))
     total, *parts = (fake_tensor(tensor) for tensor in (node, base, lhs, rhs))

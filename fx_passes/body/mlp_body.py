@@ -68,4 +68,4 @@ def _one_layout(linears: tuple[Linear | None, ...]) -> bool:
 
 def _is_low_rank(linear: Linear | None) -> bool:
     """Whether the product is cheaper in its parts, which only the general rewrite has."""
-    return linear is not None and low_rank(linear.weight) is not None
+    return linear is not None and bool(low_rank(linear.weight))

@@ -1,20 +1,19 @@
 """Creates the nodes of a region's operators: one `mlp`, or its body replayed once on all N grouped rows.
 
-In a replayed body each per-expert linear layer is a `parallel_linear`, and a parameter that meets rows otherwise is
-expanded to them.
+In a replayed body each per-expert linear layer is a `parallel_linear`, an `adapted_linear` where its weight is a sum
+with low-rank products, and a parameter that meets rows otherwise is expanded to them.
 
 T tokens, K experts per token, N = T * K slots, E experts.
 """
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fx_passes.body.linear_body import Linear, as_linear
-from fx_passes.body.low_rank import low_rank
+from fx_passes.body.low_rank import LowRank, low_rank
 from fx_passes.body.mlp_body import Mlp
 from fx_passes.body.values import Gathered, Op, PerExpert, Shared, SlotGathered, Value, map_values, rank
 from fx_passes.body.view_steps import Cut, Index, Step
@@ -241,32 +240,23 @@ class Emitter:
         return self._flat[node]
 
     def _linear(self, linear: Linear) -> fx.Node:
-        parts = low_rank(linear.weight) if self._are_all(linear.weight) else None
-        if parts is None:
-            return self._product(linear)
-        # The thin factors may be strided views, whose copies are small.
-        lhs, rhs = (PerExpert(node, stacked=self._method("contiguous", node)) for node in (parts.lhs, parts.rhs))
-        first, second = (lhs, rhs) if linear.transposed else (rhs, lhs)
-        base = PerExpert(parts.base, stacked=parts.base)
-        product = self._linear(replace(linear, weight=base))
-        thin = self._method("mul", self._product(replace(linear, weight=first, bias=None)), parts.scale)
-        return self._method("add", product, self._parallel_linear(thin, second, (1, True), [], linear.transposed))
-
-    def _product(self, linear: Linear) -> fx.Node:
+        sums = low_rank(linear.weight) if self._are_all(linear.weight) else []
         gathers = isinstance(linear.rows, Gathered) and not linear.rows.leading and not self.is_grouped
         source = linear.rows.source if isinstance(linear.rows, Gathered) and gathers else None
         rows = self._by_token(source) if source is not None else self.emit(linear.rows)
-        bias = self._parameters(linear.bias)
-        layout = (self.top_k if gathers else 1, not gathers)
-        return self._parallel_linear(rows, linear.weight, layout, bias, linear.transposed)
+        routing, layout = (self.order_N, self.offsets_E), (self.top_k if gathers else 1, not gathers, True)
+        rest = (*layout, self._parameters(linear.bias), linear.transposed)
+        if not sums:
+            return self._call(ops.parallel_linear.default, rows, self._parameters(linear.weight), *routing, *rest)
+        lhs, rhs, scale = self._joined(sums)
+        return self._call(ops.adapted_linear.default, rows, sums[-1].base, lhs, rhs, *routing, scale, *rest)
 
-    def _parallel_linear(
-        self, rows: fx.Node, weight: PerExpert, layout: tuple[int, bool], bias: list[fx.Node], transposed: bool
-    ) -> fx.Node:
-        """Rows as `layout` = (top_k, grouped_in) says in, grouped rows out."""
-        weights = self._parameters(weight)
-        routing = (self.order_N, self.offsets_E)
-        return self._call(ops.parallel_linear.default, rows, weights, *routing, *layout, True, bias, transposed)
+    def _joined(self, sums: list[LowRank]) -> tuple[fx.Node, fx.Node, Any]:
+        """lhs, rhs and scale of what all of these add."""
+        if len(sums) == 1:
+            return sums[0].lhs, sums[0].rhs, sums[0].scale
+        lhs = [self._method("mul", part.lhs, part.scale) for part in sums]
+        return self._function(torch.cat, lhs, 2), self._function(torch.cat, [part.rhs for part in sums], 1), 1.0
 
     def _norm(self, op: Op) -> fx.Node:
         """A norm whose scale and shift are the expert's own: normalise, then scale in fp32 and round once."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fx_passes.modules.gate import Gate, inputs_of, inputs_of_function, recognise
 from scatter_moe.dispatch import Dispatch
-from scatter_moe.peft import LowRank
+from scatter_moe.peft import LowRank, joined
 
 Adapters = Mapping[str, list[LowRank]]
 
@@ -128,15 +128,10 @@ def _project(projection: _Projection, rows: Tensor, dispatch: Dispatch, *, rows_
     """The product of rows `[T, in]`, or of `[N, in]` that are grouped, with each slot's expert: grouped `[N, out]`."""
     weight, bias, adapters, transposed = projection
     order, offsets, top_k = dispatch
-    top_k = 1 if rows_are_grouped else top_k
-
-    def linear(weight: Tensor, rows: Tensor, bias: list[Tensor], top_k: int, grouped: bool) -> Tensor:
-        arguments = (order, offsets, top_k, grouped, True, bias, transposed)
-        return torch.ops.scatter_moe.parallel_linear(rows, [weight], *arguments)
-
-    y = linear(weight, rows, bias, top_k, rows_are_grouped)
-    for lhs, rhs, scale in adapters:
-        first, second = (lhs, rhs) if transposed else (rhs, lhs)
-        thin = linear(first.to(weight.dtype).contiguous(), rows, [], top_k, rows_are_grouped)
-        y = y + linear(second.to(weight.dtype).contiguous(), scale * thin, [], 1, True)
-    return y
+    layout = (1 if rows_are_grouped else top_k, rows_are_grouped, True)
+    if not adapters:
+        return torch.ops.scatter_moe.parallel_linear(rows, [weight], order, offsets, *layout, bias, transposed)
+    lhs, rhs, scale = joined(adapters)
+    factors = lhs.to(weight.dtype), rhs.to(weight.dtype)
+    options = (scale, *layout, bias, transposed)
+    return torch.ops.scatter_moe.adapted_linear(rows, weight, *factors, order, offsets, *options)

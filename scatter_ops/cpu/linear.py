@@ -58,12 +58,13 @@ def grouped_linear(
     transposed: bool,
     out: Tensor | None = None,
     add_to: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """rows W_e^T + b_e for the grouped rows (or the one row that all are) of each expert e, zero for sentinels.
 
-    Written to `out` if it is given, or added to `add_to`, a result of this function that is overwritten.
+    Written to `out` if it is given, or `scale` times added to `add_to`, a result of this function that is overwritten.
     """
-    y = product(rows, weight, groups, bias, transposed, add_to if out is None else out, add_to is not None)
+    y = product(rows, weight, groups, bias, transposed, add_to if out is None else out, add_to is not None, scale)
     return zero_sentinels(y, groups.num_valid)
 
 

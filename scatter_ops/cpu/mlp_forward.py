@@ -66,12 +66,8 @@ def mlp_forward(
     empty = x_TD.new_empty
     h_NH = empty(0) if h_NH is None or not save_h else zero_sentinels(h_NH, groups.num_valid)
     kept_y = zero_sentinels(y_ND, groups.num_valid) if save_y else empty(0)
-    scale_TK = None if on_input else topk_weights_TK
-    if scale_TK is not None and len(x_TD) > 1 and y_ND.dtype == accumulation_dtype(y_ND.dtype):
-        # Each product and each sum is rounded, as in a loop over the experts: combine by itself may round them at once.
-        y_ND = torch.mul(y_ND, slot_weights(scale_TK, order_N).to(y_ND.dtype), out=None if save_y else y_ND)
-        scale_TK = None
-    return combine_grouped(y_ND, scale_TK, order_N, groups.num_valid, top_k, out_dtype), h_NH, kept_y
+    scale_TK, options = None if on_input else topk_weights_TK, (groups.num_valid, top_k, out_dtype)
+    return combine_grouped(y_ND, scale_TK, order_N, *options, overwrite_y=not save_y), h_NH, kept_y
 
 
 def projection_bias(

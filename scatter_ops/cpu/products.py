@@ -4,7 +4,7 @@ After products of any size Python's own code is out of the caches and a call fro
 loop over the experts is left to PyTorch where that can be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +26,16 @@ def product(
     transposed: bool,
     y: Tensor | None,
     add: bool,
+    scale: float,
 ) -> Tensor:
-    """W_e x + b_e, written or added to the rows of y if that is given; undefined for rows without an expert."""
+    """W_e x + b_e, written or `scale` times added to y's rows if given; undefined for rows without an expert."""
     if _calls_outweigh_copies(weight, groups):
-        return _by_row(rows, weight, groups, bias, transposed, y, add)
+        return _by_row(rows, weight, groups, bias, transposed, y, add, scale)
     every_row = rows.shape[0] == groups.num_rows  # and not one that stands for all
     if y is None and not bias and len(weight) == 1 and every_row and grouped_mm_serves(groups, rows, weight[0]):
         return F.grouped_mm(rows, weight[0] if transposed else weight[0].mT, offs=groups.offsets_E)
-    return _by_expert(rows, weight, groups, bias, transposed, _or_new(y, rows, weight, groups, transposed), add)
+    y = _or_new(y, rows, weight, groups, transposed)
+    return by_expert(rows, _in_place(weight, groups, transposed), groups, bias, y, add, scale)
 
 
 def grouped_mm_serves(groups: Groups, *matrices: Tensor) -> bool:
@@ -43,22 +45,16 @@ def grouped_mm_serves(groups: Groups, *matrices: Tensor) -> bool:
     return most_hit and matrices[0].dtype in GROUPED_MM_DTYPES and all(map(_is_aligned, matrices))
 
 
-def _by_expert(
+def by_expert(
     rows: Tensor,
-    weight: Sequence[Tensor],
+    matrices: Iterable[Tensor],
     groups: Groups,
     bias: Sequence[Tensor],
-    transposed: bool,
     y: Tensor,
-    add: bool,
+    add: bool = False,
+    scale: float = 1.0,
 ) -> Tensor:
-    """One product for each expert with rows, its matrix read where it is."""
-    weights = experts(weight, 2)
-    if isinstance(weights, Tensor):
-        stack = weights if transposed else weights.mT
-        matrices = [stack[e] for e in groups.experts]
-    else:
-        matrices = [weights[e] if transposed else weights[e].t() for e in groups.experts]
+    """One product for each expert with rows. matrices: [in, out] of each of them, of which one is looked at a time."""
     x_parts, y_parts = groups.split(rows), groups.split(y)
     if not bias and not add:
         for x_part, matrix, y_part in zip(x_parts, matrices, y_parts, strict=False):
@@ -67,8 +63,17 @@ def _by_expert(
     biases = experts(bias, 1)
     addends = y_parts if add else [biases[e] for e in groups.experts]
     for addend, x_part, matrix, y_part in zip(addends, x_parts, matrices, y_parts, strict=False):
-        torch.addmm(addend, x_part, matrix, out=y_part)
+        torch.addmm(addend, x_part, matrix, alpha=scale, out=y_part)
     return y
+
+
+def _in_place(weight: Sequence[Tensor], groups: Groups, transposed: bool) -> list[Tensor]:
+    """[in, out] of each expert with rows, where it is."""
+    weights = experts(weight, 2)
+    if isinstance(weights, Tensor):
+        stack = weights if transposed else weights.mT
+        return [stack[e] for e in groups.experts]
+    return [weights[e] if transposed else weights[e].t() for e in groups.experts]
 
 
 def _by_row(
@@ -79,6 +84,7 @@ def _by_row(
     transposed: bool,
     y: Tensor | None,
     add: bool,
+    scale: float,
 ) -> Tensor:
     """One batched product of all rows, each with a copy of its expert's matrix."""
     num_rows, row_experts = groups.num_valid, groups.row_experts()
@@ -95,7 +101,7 @@ def _by_row(
         torch.bmm(x_N1D, matrices, out=y_N1F)
     else:
         addend = y_N1F if add else _select(bias, 1, row_experts).unsqueeze(1)
-        torch.baddbmm(addend, x_N1D, matrices, out=y_N1F)
+        torch.baddbmm(addend, x_N1D, matrices, alpha=scale, out=y_N1F)
     return y
 
 

@@ -73,13 +73,18 @@ def combine_grouped(
     top_k: int,
     out_dtype: torch.dtype | None,
     backwards: bool = False,
+    overwrite_y: bool = False,
 ) -> Tensor:
     """The weighted sum of each token's grouped rows of y.
 
-    Without weights they are added in the order of their experts, or `backwards`: as a loop over the experts adds them,
-    and as autograd does going back through it. The sum of two is the same either way.
+    They are added in the order of their experts, or `backwards`: as a loop over the experts adds them, and as autograd
+    does going back through it. The sum of two is the same either way. What needs no wider sum is rounded after it is
+    weighted and after each addition, as in the loop, but for one token.
     """
     num_slots, out_dtype = order_N.numel(), out_dtype or y_ND.dtype
+    if topk_weights_TK is not None and num_slots > top_k and y_ND.dtype == accumulation_dtype(y_ND.dtype):
+        scale_N1 = slot_weights(topk_weights_TK, order_N).to(y_ND.dtype)
+        y_ND, topk_weights_TK = torch.mul(y_ND, scale_N1, out=y_ND if overwrite_y else None), None
     if num_slots <= max(ADDED_SLOTS, top_k):
         if num_valid < num_slots:
             y_ND, order_N = y_ND[:num_valid], order_N[:num_valid]
@@ -154,7 +159,7 @@ def combine_backward(
     grad_y, grad_weights = y_ND.new_empty(0), y_ND.new_empty(0)
     if need_weights:
         assert topk_weights_TK is not None
-        grad_N = torch.linalg.vecdot(grad_ND, y_ND.to(dtype)).to(topk_weights_TK.dtype)
+        grad_N = torch.sum(grad_ND * y_ND.to(dtype), 1).to(topk_weights_TK.dtype)  # rounded as by autograd
         grad_N = slot_values(grad_N, order_N, int(offsets_E[-1])) if grouped_in else grad_N
         grad_weights = grad_N.view_as(topk_weights_TK)
     if need_y:

@@ -6,11 +6,14 @@ one to the other: grouped row i belongs to slot order[i]. Slots whose id is not 
 give exact zeros.
 """
 
+from scatter_ops.reference.adapted_linear import adapted_linear_forward, adapted_linear_grads
 from scatter_ops.reference.linear import parallel_linear, parallel_linear_bias_grad, parallel_linear_weight_grad
 from scatter_ops.reference.mlp import mlp_backward, mlp_forward
 from scatter_ops.reference.routing import combine, combine_backward, dispatch, expand, expand_backward, route
 
 __all__ = [
+    "adapted_linear_forward",
+    "adapted_linear_grads",
     "combine",
     "combine_backward",
     "dispatch",

@@ -187,6 +187,37 @@ def test_linears_equal_one_process(pool, name, listed, transposed):
         assert placements == output_of(MESHES[name][1])
 
 
+def run_adapted(x: Tensor, ids: Tensor, topk_weights: Tensor, transposed: bool, **parameters: list[Tensor]) -> Tensor:
+    """As run_linears, with adapters."""
+    first, first_bias, second, second_bias, *factors = parameters.values()
+    order, offsets = OPS.route(ids, E)
+    first_options, second_options = (K, False, True, first_bias, transposed), (1, True, True, second_bias, transposed)
+    h = OPS.adapted_linear(x, *first, *factors[0], order, offsets, 0.5, *first_options)
+    rows = OPS.adapted_linear(torch.tanh(h), *second, *factors[1], order, offsets, 2.0, *second_options)
+    return OPS.combine(rows, topk_weights, order, offsets, K, True)
+
+
+def adapted_on_rank(name: str, transposed: bool) -> list[Placement]:
+    torch.manual_seed(0)
+    size, ways = MESHES[name]
+    mesh = init_device_mesh("cpu", size)
+    plain = mlp_tensors("plain", False, transposed)
+    sharded = shard_mlp(plain, mesh, ways, transposed)
+    names = ("x", "ids", "topk_weights", "gate_up", "gate_up_bias", "down", "down_bias")
+    plain, sharded = ({name: tensors[name] for name in names} for tensors in (plain, sharded))
+    for name in ("gate_up", "down"):
+        _, rows, columns = plain[name][0].shape
+        plain[f"factors of {name}"] = [normal(E, rows, 2), normal(E, 2, columns)]
+        sharded[f"factors of {name}"] = [placed(t, mesh, ways, "nothing") for t in plain[f"factors of {name}"]]
+    return compare(lambda **tensors: run_adapted(transposed=transposed, **tensors), plain, sharded)
+
+
+@pytest.mark.parametrize(("name", "transposed"), [("tokens", False), ("columns", True), ("tokens and columns", False)])
+def test_adapted_linears_equal_one_process(pool, name, transposed):
+    for placements in pool.run(adapted_on_rank, name, transposed):
+        assert placements == output_of(MESHES[name][1])
+
+
 def some_need_no_gradient() -> None:
     """DTensor caches by placements and shapes: the same call with other flags must not get the first one's results."""
     torch.manual_seed(0)

@@ -38,6 +38,13 @@ class Loop(nn.Module):
         return out
 
 
+class Twice(Loop):
+    """Two adapters of one weight."""
+
+    def adapted(self):
+        return torch.baddbmm(super().adapted(), self.lhs.flip(2), self.rhs, alpha=0.25)
+
+
 class Halved(Loop):
     """beta scales what isn't low in rank."""
 
@@ -80,8 +87,10 @@ def sums_left(make) -> int:
     return sum("baddbmm" in str(node.target) for node in graphs[0].graph.nodes)
 
 
-def test_taken_apart():
-    assert sums_left(Loop) == 0
+@pytest.mark.parametrize("make", [Loop, Twice])
+def test_taken_apart(make):
+    assert sums_left(make) == 0
+    assert sum("adapted_linear" in str(node.target) for node in graphs[0].graph.nodes) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 import registrations  # noqa: F401  registers the operators
 
 OPS = torch.ops.scatter_moe
+RANK = 2  # of adapters
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,22 @@ def _linear(m: Maker) -> tuple:
     return x, m.weight(s.F, s.D), *layout, m.bias(s.F), m.case.transposed
 
 
+def _adapted(m: Maker) -> tuple:
+    s, grouped_in = m.sizes, m.options["grouped_in"]
+    x = m.rows(m.num_slots if grouped_in else s.T, s.D)
+    (weight,) = m.weight(s.F, s.D)
+    scale = max(1, s.D) ** -0.25 / 2  # of each factor: they add about a third of the weights' size
+    lhs, rhs = (m._parameter(*sizes, scale=scale)[0] for sizes in ((weight.shape[1], RANK), (RANK, weight.shape[2])))
+    layout = (s.K, grouped_in, m.options["grouped_out"])
+    return x, weight, lhs, rhs, *m.routing(), 1.5, *layout, m.bias(s.F), m.case.transposed
+
+
+def _adapted_grads(m: Maker) -> tuple:
+    x, _, lhs, rhs, *rest, _, transposed = _adapted(m)
+    needs = (m.options.get("need_lhs", True), m.options.get("need_rhs", True))
+    return x, m.rows(m.num_slots, m.sizes.F), lhs, rhs, *rest, transposed, *needs
+
+
 def _weight_grad(m: Maker) -> tuple:
     s, grouped_in = m.sizes, m.options["grouped_in"]
     x = m.rows(m.num_slots if grouped_in else s.T, s.D)
@@ -177,6 +194,9 @@ ARGUMENTS: dict[str, Callable[[Maker], tuple]] = {
     "route": lambda m: (m.ids.to(m.options.get("ids_dtype", torch.int64)), m.sizes.E),
     "dispatch": lambda m: (m.rows(m.sizes.T, m.sizes.D), *m.routing(), m.sizes.K),
     "parallel_linear": _linear,
+    "adapted_linear": _adapted,
+    "adapted_linear_forward": _adapted,
+    "adapted_linear_grads": _adapted_grads,
     "parallel_linear_weight_grad": _weight_grad,
     "parallel_linear_bias_grad": lambda m: (
         m.rows(m.num_slots, m.sizes.F),
@@ -234,6 +254,21 @@ CASES: Sequence[Case] = (
     Case("parallel_linear", options=SCATTERED, sizes={"K": 4}),
     Case("parallel_linear", options=SCATTERED, sizes={"K": 1}),
     Case("parallel_linear", options=SCATTERED, sizes={"K": 1, "E": 1}),
+    Case("adapted_linear", options=SCATTERED),
+    Case("adapted_linear", "sentinels", parameters="view", bias=True, transposed=True, options=_layout(False, True)),
+    Case("adapted_linear", "empty experts", strided_inputs=True, bias=True, options=GROUPED),
+    Case("adapted_linear", "duplicates", parameters="strided", transposed=True, options=_layout(True, False)),
+    Case("adapted_linear", parameters="expanded", options=GROUPED),
+    Case("adapted_linear", "only sentinels", bias=True, options=SCATTERED),
+    Case("adapted_linear", options=GROUPED, sizes={"T": 0}),
+    Case("adapted_linear", options=_layout(False, True), sizes={"T": 1}),
+    Case("adapted_linear", options=_layout(False, True), sizes={"K": 1, "E": 1}),
+    Case("adapted_linear_forward", "sentinels", bias=True, options=SCATTERED),
+    Case("adapted_linear_grads", options=_layout(False, True)),
+    Case("adapted_linear_grads", "sentinels", transposed=True, options=SCATTERED),
+    Case("adapted_linear_grads", "empty experts", options=GROUPED | {"need_lhs": False}),
+    Case("adapted_linear_grads", strided_inputs=True, options=_layout(True, False) | {"need_rhs": False}),
+    Case("adapted_linear_grads", options=_layout(False, True), sizes={"T": 1}),
     Case("parallel_linear_weight_grad", options=SCATTERED),
     Case(
         "parallel_linear_weight_grad", "sentinels", transposed=True, strided_inputs=True, options=_layout(False, True)

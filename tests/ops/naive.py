@@ -24,6 +24,12 @@ def parallel_linear(x, weight, order, offsets, top_k, grouped_in, grouped_out, b
     return out
 
 
+def adapted_linear(x, weight, lhs, rhs, order, offsets, scale, top_k, grouped_in, grouped_out, bias, transposed=False):
+    """As peft adapts experts."""
+    adapted = torch.baddbmm(weight, lhs, rhs, alpha=scale)
+    return parallel_linear(x, [adapted], order, offsets, top_k, grouped_in, grouped_out, bias, transposed)
+
+
 def combine(y, topk_weights, order, offsets, top_k, grouped_in, out_dtype=None):
     out = y.new_zeros(order.numel() // top_k, y.shape[1])
     if not grouped_in:

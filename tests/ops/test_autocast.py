@@ -9,6 +9,7 @@ from tests.ops.cases import OPS, SCATTERED, SILU, Case, Sizes, differentiable_in
 
 SIZES = Sizes(T=33, K=3, E=6, D=20, F=12)
 LINEAR = Case("parallel_linear", bias=True, options=SCATTERED)
+ADAPTED = Case("adapted_linear", bias=True, options=SCATTERED)
 MLP = Case("mlp", parameters="list", bias=True, options=SILU)
 UNTOUCHED = (
     Case("dispatch"),
@@ -23,7 +24,7 @@ def autocast(request, device):
     return torch.autocast(device, dtype=request.param)
 
 
-@pytest.mark.parametrize("case", [LINEAR, MLP], ids=str)
+@pytest.mark.parametrize("case", [LINEAR, ADAPTED, MLP], ids=str)
 def test_linear_layers_are_cast(case, autocast, device):
     """As if the caller had cast x, weights and biases; gradients come back in the parameters' own dtype."""
     dtype, function = autocast.fast_dtype, getattr(OPS, case.op)

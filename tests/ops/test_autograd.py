@@ -7,13 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.numerics import assert_exact
-from tests.ops.cases import OPS, SILU, Case, Sizes, differentiable_inputs, map_tensors
+from tests.ops.cases import OPS, RANK, SILU, Case, Sizes, differentiable_inputs, map_tensors
 from tests.ops.test_table import results
 
 SIZES = Sizes(T=33, K=3, E=6, D=20, F=12)
 NUM_SLOTS = SIZES.T * SIZES.K
 MLP = Case("mlp", bias=True, options=SILU)
 LINEAR = Case("parallel_linear", bias=True, options={"grouped_in": False, "grouped_out": True})
+ADAPTED = Case("adapted_linear", bias=True, options={"grouped_in": False, "grouped_out": True})
 X, TOPK_WEIGHTS, GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS = 0, 1, 4, 6, 7, 9
 
 
@@ -101,6 +102,30 @@ def test_parallel_linear_keeps_and_computes_what_is_needed(trained, backward_ops
     assert sorted(name for name, _ in recorder.calls) == backward_ops
 
 
+FACTORS = {(SIZES.E, SIZES.F, RANK), (SIZES.E, RANK, SIZES.D)}
+
+
+@pytest.mark.parametrize(
+    ("trained", "backward_ops", "keeps"),
+    [
+        ([0], ["adapted_linear_forward", "combine"], {(SIZES.E, SIZES.F, SIZES.D), *FACTORS}),
+        ([1], ["parallel_linear_weight_grad"], {(SIZES.T, SIZES.D)}),
+        ([2], ["adapted_linear_grads"], {(SIZES.T, SIZES.D), *FACTORS}),
+        ([10], ["parallel_linear_bias_grad"], set()),
+    ],
+)
+def test_adapted_linear_keeps_and_computes_what_is_needed(trained, backward_ops, keeps):
+    arguments = frozen(ADAPTED.arguments(SIZES), trained)
+    routing = {(NUM_SLOTS,), (SIZES.E,)}
+    assert set(kept_shapes(lambda: OPS.adapted_linear(*arguments))) == keeps | routing
+    out = OPS.adapted_linear(*arguments)
+    with Recorder() as recorder:
+        torch.autograd.grad(out.sum(), differentiable_inputs(arguments))
+    assert sorted(name for name, _ in recorder.calls) == backward_ops
+    if trained == [2]:
+        assert recorder.calls[0][1][-2:] == (True, False)  # need_lhs, need_rhs
+
+
 def test_one_frozen_expert_of_a_list(device):
     arguments = Case("mlp", parameters="list", options=SILU).arguments(SIZES, device=device)
     expected = results(OPS.mlp, arguments)
@@ -139,7 +164,7 @@ def test_gradients_of_a_list_can_be_changed_in_place(device):
     )
 
 
-@pytest.mark.parametrize("case", [MLP, LINEAR, Case("combine", options={"grouped_in": True})], ids=str)
+@pytest.mark.parametrize("case", [MLP, LINEAR, ADAPTED, Case("combine", options={"grouped_in": True})], ids=str)
 @pytest.mark.parametrize("upstream", ["expanded", "transposed"])
 def test_upstream_gradients_of_any_strides(case, upstream, device):
     arguments = case.arguments(SIZES, device=device)

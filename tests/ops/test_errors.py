@@ -11,6 +11,10 @@ LINEAR, LIST = (
     Case("parallel_linear", bias=True, options=SCATTERED),
     Case("parallel_linear", parameters="list", options=GROUPED),
 )
+ADAPTED, ADAPTED_GRADS = (
+    Case("adapted_linear", bias=True, options=SCATTERED),
+    Case("adapted_linear_grads", options=SCATTERED),
+)
 COMBINE, EXPAND = Case("combine", options={"grouped_in": True}), Case("expand", parameters="list")
 MLP, ROUTE, DISPATCH = Case("mlp", bias=True, options=SILU), Case("route"), Case("dispatch")
 SEPARATE = Case("mlp", bias=True, options={"activation": "silu", "layout": "separate"})
@@ -54,6 +58,17 @@ MISTAKES = [
     (LIST, 1, lambda w: w[:-1], ValueError, "weight: got 3 experts, accepted is 4"),
     (LIST, 1, lambda w: [*w[:-1], w[-1][1:]], ValueError, r"weight\[3\]: got \(2, 5\)"),
     (LIST, 1, lambda w: [*w[:-1], w[-1].bfloat16()], ValueError, r"weight\[3\]: got \(3, 5\) torch.bfloat16"),
+    (ADAPTED, 0, lambda x: x[:, 1:], ValueError, "x: got 4 columns, accepted is 5"),
+    (ADAPTED, 1, lambda w: w[0], ValueError, r"weight: got shape \(3, 5\)"),
+    (ADAPTED, 2, lambda lhs: lhs[0], ValueError, r"lhs: got shape \(3, 2\)"),
+    (ADAPTED, 2, lambda lhs: lhs[1:], ValueError, "lhs: got 3 experts, accepted is 4"),
+    (ADAPTED, 2, lambda lhs: lhs[:, 1:], ValueError, "lhs: got 2 rows, accepted is 3"),
+    (ADAPTED, 2, lambda lhs: lhs.bfloat16(), TypeError, "lhs: got torch.bfloat16"),
+    (ADAPTED, 3, lambda rhs: rhs[:, 1:], ValueError, "rhs: got 1 rows, accepted is 2"),
+    (ADAPTED, 3, lambda rhs: rhs[..., 1:], ValueError, "rhs: got 4 columns, accepted is 5"),
+    (ADAPTED, 10, first(lambda b: b[:, 1:]), ValueError, "bias: got 2 columns, accepted is 3"),
+    (ADAPTED_GRADS, 1, lambda grad: grad[1:], ValueError, "grad: got 13 rows, accepted is 14"),
+    (ADAPTED_GRADS, 3, lambda rhs: rhs[..., 1:], ValueError, "rhs: got 4 columns, accepted is 5"),
     (COMBINE, 0, lambda y: y[1:], ValueError, "y: got 13 rows, accepted is 14"),
     (COMBINE, 1, lambda w: w.long(), TypeError, "topk_weights: got torch.int64"),
     (COMBINE, 1, lambda w: w.t(), ValueError, "topk_weights: got 7 columns, accepted is 2"),

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from registrations.adapted_linear import by_thin_products
 from tests.ops import naive
-from tests.ops.cases import CASES, OPS, SCATTERED, SILU, Case, Sizes, _expert, differentiable_inputs
+from tests.ops.cases import CASES, OPS, RANK, SCATTERED, SILU, Case, Sizes, _expert, differentiable_inputs
+from tests.ops.test_autograd import frozen
 
 SIZES = Sizes(T=33, K=3, E=6, D=20, F=12)
 LINEAR = Case("parallel_linear", parameters="list", bias=True, options=SCATTERED)
@@ -33,6 +35,16 @@ def test_equal_to_the_naive_loop(case, trained, device):
             tensor.requires_grad_(trained == "x" and tensor is arguments[0])
     inputs = differentiable_inputs(arguments)
     assert count(getattr(OPS, case.op), arguments, inputs) == count(getattr(naive, case.op), arguments, inputs) > 0
+
+
+@pytest.mark.parametrize("trained", [[], [0], [2, 3], [0, 1, 2, 3]], ids=str)
+def test_adapters_cost_what_thin_products_do(trained, device):
+    """But that what is thin is not kept: x R^T, and dY L where x is trained too, are computed again for the factors."""
+    arguments = frozen(Case("adapted_linear", bias=True, options=SCATTERED).arguments(SIZES, device=device), trained)
+    inputs = differentiable_inputs(arguments)
+    again = (SIZES.D if 2 in trained else 0) + (SIZES.F if 2 in trained and 0 in trained else 0)
+    expected = count(by_thin_products, arguments, inputs) + 2 * SIZES.T * SIZES.K * RANK * again
+    assert count(OPS.adapted_linear_forward, arguments, inputs) == expected > 0
 
 
 def test_upper_bound_with_sentinels(device):

@@ -14,6 +14,8 @@ CASES = (
     Case("parallel_linear", "skewed", bias=True, options=SCATTERED),
     Case("parallel_linear", "sentinels", parameters="list", transposed=True, options=_layout(False, True)),
     Case("parallel_linear", "empty experts", parameters="view", bias=True, options=GROUPED),
+    Case("adapted_linear", options=SCATTERED),
+    Case("adapted_linear", "skewed", transposed=True, options=_layout(False, True)),
     Case("combine", options={"grouped_in": True}),
     Case("combine", "duplicates", options={"grouped_in": False, "topk_dtype": torch.float32}),
     Case("expand", "skewed"),
@@ -31,6 +33,14 @@ CASES = (
 def test_low_precision(case: Case, dtype: torch.dtype, device: str):
     samples = [sample(case, dtype, device, seed) for seed in range(MIN_SEEDS)]
     assert_low_precision(samples, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_thin_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    for decision in ("_sums_take_less", "_whole_grads_take_less"):
+        monkeypatch.setattr(f"scatter_ops.cpu.adapted_linear.{decision}", lambda *sizes: False)
+    case = Case("adapted_linear", options=GROUPED)
+    assert_low_precision([sample(case, dtype, "cpu", seed) for seed in range(MIN_SEEDS)], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

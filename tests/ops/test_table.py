@@ -5,12 +5,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
+from registrations import adapted_linear, adapted_linear_grads
 from scatter_ops import reference
 from tests.numerics import assert_exact
 from tests.ops import naive
 from tests.ops.cases import CASES, OPS, Case, Sizes, differentiable_inputs, map_tensors
 
-BILINEAR = ("dispatch", "parallel_linear", "combine", "expand")
+BILINEAR = ("dispatch", "parallel_linear", "adapted_linear", "combine", "expand")
 LARGER = Sizes(T=33, K=3, E=6, D=20, F=12)
 EXACT = pytest.mark.parametrize(
     ("device", "dtype"),
@@ -73,6 +74,32 @@ def test_mlp_expert_by_expert(case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("scatter_ops.cpu.parts.BLOCK_ELEMENTS", 100)
     test = test_equals_the_naive_loop if case.op == "mlp" else test_equals_the_reference
     test(case, "cpu", torch.float64)
+
+
+@every(lambda case: case.op.startswith("adapted_linear"))
+@pytest.mark.parametrize("by_sums", [False, True])
+def test_adapted_linear_either_way(case: Case, by_sums: bool, monkeypatch: pytest.MonkeyPatch):
+    """With each expert's sum, and with thin products alone."""
+    for decision in ("_sums_take_less", "_whole_grads_take_less"):
+        monkeypatch.setattr(f"scatter_ops.cpu.adapted_linear.{decision}", lambda *sizes: by_sums)
+    test = test_equals_the_naive_loop if case.op == "adapted_linear" else test_equals_the_reference
+    test(case, "cpu", torch.float64)
+
+
+@every(lambda case: case.op == "adapted_linear")
+def test_adapted_linear_of_three_products(case: Case):
+    """As it runs on other devices than the CPU."""
+    arguments = case.arguments(LARGER)
+    expected = results(naive.adapted_linear, arguments)
+    assert_exact(results(adapted_linear.by_thin_products, arguments), expected, torch.float64)
+
+
+@every(lambda case: case.op == "adapted_linear_grads")
+def test_adapted_linear_grads_of_four_products(case: Case):
+    arguments = case.arguments(LARGER)
+    with torch.no_grad():
+        given, expected = adapted_linear_grads.by_thin_products(*arguments), reference.adapted_linear_grads(*arguments)
+    assert_exact(dict(enumerate(given)), dict(enumerate(expected)), torch.float64)
 
 
 @every(lambda case: case.op in ("mlp_backward", "parallel_linear_weight_grad", "expand_backward"))
