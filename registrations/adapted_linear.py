@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from registrations.library import LIBRARY, OPS, autocast, call, define
+from scatter_ops import checks
 
 define(
     "adapted_linear(Tensor x, Tensor weight, Tensor lhs, Tensor rhs, Tensor order, Tensor offsets, float scale, "
@@ -32,7 +33,10 @@ def adapted_linear(
     transposed: bool = False,
 ) -> Tensor:
     arguments = (x, weight, lhs, rhs, order, offsets, scale, top_k, grouped_in, grouped_out, bias, transposed)
-    return call("adapted_linear_forward", *arguments) if x.device.type == "cpu" else by_thin_products(*arguments)
+    if x.device.type == "cpu":
+        return call("adapted_linear_forward", *arguments)
+    checks.adapted_linear_forward(*arguments)
+    return by_thin_products(*arguments)
 
 
 LIBRARY.impl("adapted_linear", adapted_linear, "CompositeImplicitAutograd")
