@@ -28,11 +28,12 @@ def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None], p
     """
     check_once = once_per_signature(check, are_plain)
 
-    def call(*args):
+    def call(*args, unwatched=False):
         with torch._C._AutoDispatchBelowAutograd():
-            if _is_on_cpu(args[0]) and nobody_watches() and check_once(*args):
+            unwatched = unwatched or nobody_watches()
+            if unwatched and _is_on_cpu(args[0]) and check_once(*args):
                 return on_cpu(*args)
-            if plans is not None and args[0].is_cuda and nobody_watches():
+            if unwatched and plans is not None and args[0].is_cuda:
                 results = plans.again(*args)
                 if results is not None:
                     return results
@@ -85,13 +86,12 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _signature(values: Sequence[Any]) -> tuple:
     """Of each tensor, those in lists too, what a check may look at; anything else as it is."""
-    return tuple(
-        [
-            value
-            if type(value) in SCALARS
-            else _signature(value)
-            if isinstance(value, list)
-            else (type(value), value.shape, value.dtype, value.device, value.layout)
-            for value in values
-        ]
-    )
+    signature = []
+    for value in values:
+        if type(value) in SCALARS:
+            signature.append(value)
+        elif isinstance(value, list):
+            signature.append(_signature(value))
+        else:
+            signature += type(value), value.shape, value.dtype, value.device, value.layout
+    return tuple(signature)

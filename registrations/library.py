@@ -56,7 +56,11 @@ def kernels(
 
 def call(name: str, *args) -> Any:
     """The operator, with its derivative; where nobody watches, without a way through the dispatcher to it."""
-    return WITH_AUTOGRAD[name](*args, inside=True) if nobody_watches() else getattr(OPS, name).default(*args)
+    if not nobody_watches():
+        return getattr(OPS, name).default(*args)
+    if torch.is_grad_enabled():
+        return WITH_AUTOGRAD[name](*args, inside=True)
+    return BELOW_AUTOGRAD[name](*args, unwatched=True)
 
 
 def fake(name: str, check: Callable[..., None]) -> Callable[[Callable], Callable]:
@@ -87,7 +91,7 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
 
         @staticmethod
         def forward(ctx, arguments, places, inside, *differentiable):
-            output, ctx.inside = below(*arguments), inside
+            output, ctx.inside = below(*arguments, unwatched=inside), inside
             setup_context(ctx, output, *arguments)
             ctx.places = places
             return output
@@ -103,7 +107,7 @@ def autograd(name: str, setup_context: Callable[..., None], backward: Callable[.
             places = [i for i, value in enumerate(flat) if isinstance(value, Tensor) and value.requires_grad]
             if places:
                 return Derivative.apply(arguments, places, inside, *[flat[i] for i in places])
-        return below(*arguments)
+        return below(*arguments, unwatched=inside)
 
     LIBRARY.impl(name, kernel, "Autograd")
     WITH_AUTOGRAD[name] = kernel
