@@ -5,7 +5,8 @@ both weights. Ours and the rivals take turns in one process, each of several cal
 them. A ratio is a rival's time over ours within a round; of the medians over rounds the smallest is reported, that of
 the fastest rival. `implementation` is what ours calls in the end, called at once: the difference is PyTorch's way from
 Python to an operator and back, in a training step also autograd. In each row everyone's result is checked against the
-reference first: nothing is timed otherwise.
+reference first: nothing is timed otherwise. `floor` is the implementation after a call of two operators that do
+nothing, with the arguments of ours: nobody who registers such operators in Python takes less time without gradients.
 
 Times are the process' CPU time: with OMP_NUM_THREADS=1 it is the elapsed time of an idle machine, and other people's
 load changes it less. Compare ratios only.
@@ -30,9 +31,16 @@ import registrations  # noqa: F401  registers the operators
 from benchmarks import report
 from benchmarks.difference import relative_rms
 from benchmarks.shapes import Inputs, Shape, inputs
+from registrations.mlp import ARGUMENTS
 from scatter_ops import cpu, reference
 
 OPS = torch.ops.scatter_moe
+NOTHING = torch.library.Library("scatter_moe_nothing", "DEF")
+NOTHING.define("route(Tensor topk_ids, int num_experts) -> Tensor")
+NOTHING.define(f"mlp({ARGUMENTS}) -> Tensor")
+for name in ("route", "mlp"):
+    NOTHING.impl(name, lambda first, *rest: first, "CompositeImplicitAutograd")
+NOTHING_OPS = torch.ops.scatter_moe_nothing
 SHAPES = {
     "T512": Shape(T=512, D=256, F=512, E=8, K=2),
     "T4": Shape(T=4, D=256, F=512, E=8, K=2),
@@ -48,6 +56,14 @@ FEW_TOKENS = 8
 def ours(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     routing = OPS.route(topk_ids, down.shape[0])
     return OPS.mlp(x, topk_weights, *routing, [gate_up], [], [down], [], [], [], "silu", "concatenated")
+
+
+def floor(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    ids = NOTHING_OPS.route(topk_ids, down.shape[0])
+    weights = [gate_up], [], [down], [], [], []
+    NOTHING_OPS.mlp(x, topk_weights, ids, ids, *weights, "silu", "concatenated")
+    routing, options = cpu.route(topk_ids, down.shape[0]), ("silu", "concatenated", False, "output", 0.0, 0.0, None)
+    return cpu.mlp_forward(x, topk_weights, *routing, *weights, *options, False, False)[0]
 
 
 def naive_loop(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -100,7 +116,7 @@ def gated(h: Tensor) -> Tensor:
 
 
 def contestants(layer: Inputs, run: Callable[..., tuple[Tensor, ...]]) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Rivals by name, after ours and its implementation."""
+    """Rivals by name, after ours, its implementation and, without gradients, the floor."""
     few = len(layer.x) <= FEW_TOKENS
     functions = (
         *(ours, naive_loop, sorted_slices, grouped_mm),
@@ -111,6 +127,7 @@ def contestants(layer: Inputs, run: Callable[..., tuple[Tensor, ...]]) -> dict[s
     return {
         "ours": by_name.pop("ours"),
         "implementation": partial(composed, cpu, layer, run is step, overwrite_h=True),
+        **({"floor": partial(run, layer, floor)} if run is forward else {}),
         **by_name,
     }
 
@@ -173,7 +190,7 @@ def measure(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]
     def ratio(key: str, to: str) -> float:
         return statistics.median(theirs / mine for theirs, mine in zip(times[key], times[to], strict=True))
 
-    rivals = [key for key in everyone if key not in ("ours", "implementation")]
+    rivals = [key for key in everyone if key not in ("ours", "implementation", "floor")]
     ratios = {key: ratio(key, "ours") for key in rivals}
     return {
         "shape": name,
