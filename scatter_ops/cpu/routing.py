@@ -89,7 +89,7 @@ def combine_grouped(
         if num_valid < num_slots:
             y_ND, order_N = y_ND[:num_valid], order_N[:num_valid]
         if num_slots == top_k:
-            return _sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype)
+            return sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype)
         if topk_weights_TK is not None:
             y_ND = y_ND * slot_weights(topk_weights_TK, order_N).to(accumulation_dtype(y_ND.dtype))
         return _add_to_tokens(y_ND, order_N, num_slots // top_k, top_k, backwards).to(out_dtype)
@@ -99,7 +99,7 @@ def combine_grouped(
     return sum_slots(y_ND, topk_weights_TK, rows_N, num_valid, top_k, out_dtype)
 
 
-def _sum_of_one_token(y_ND: Tensor, topk_weights_1K: Tensor | None, order_N: Tensor, out_dtype: torch.dtype) -> Tensor:
+def sum_of_one_token(y_ND: Tensor, topk_weights_1K: Tensor | None, order_N: Tensor, out_dtype: torch.dtype) -> Tensor:
     dtype = accumulation_dtype(y_ND.dtype)
     if topk_weights_1K is None:
         return y_ND.sum(0, keepdim=True, dtype=dtype).to(out_dtype)

@@ -67,6 +67,18 @@ def test_equals_the_naive_loop(case: Case, device: str, dtype: torch.dtype):
     assert_exact(results(getattr(OPS, case.op), arguments), results(getattr(naive, case.op), wide), dtype)
 
 
+@every(lambda case: case.op == "mlp")
+@pytest.mark.parametrize("K", [1, 3, 6])
+@EXACT
+def test_mlp_of_one_token_without_gradients(case: Case, K: int, device: str, dtype: torch.dtype):
+    """As the CPU generates text, with experts that have no biases."""
+    with torch.no_grad():
+        arguments = case.arguments(Sizes(T=1, K=K, E=6, D=20, F=12), dtype, device)
+        arguments = (*arguments[:7], [], [], [], *arguments[10:])
+        wide = map_tensors(lambda t: t.double() if t.is_floating_point() else t, arguments)
+        assert_exact({"out": OPS.mlp(*arguments)}, {"out": naive.mlp(*wide)}, dtype)
+
+
 @every(lambda case: case.op in ("mlp", "mlp_forward", "mlp_backward"))
 def test_mlp_expert_by_expert(case: Case, monkeypatch: pytest.MonkeyPatch):
     """As the CPU takes many rows: one expert after the other, its activations in blocks of rows."""
