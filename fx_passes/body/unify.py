@@ -22,7 +22,7 @@ from fx_passes.body.view_steps import has_expert
 from fx_passes.facts import counts_behind, fact
 from fx_passes.facts.ids import is_single_choice
 from fx_passes.facts.statements import Fact, Mask, Rows
-from fx_passes.graph.aliasing import has_own_memory, writes_before_reads
+from fx_passes.graph.aliasing import has_own_memory, made_by, writes_before_reads
 from fx_passes.graph.markers import Expert, ask_for_number, expert_of, expert_parameter, select_expert
 from fx_passes.graph.ops import (
     OF_PARAMETERS,
@@ -123,7 +123,7 @@ class Unifier:
 
     def _written(self, nodes: tuple[fx.Node, ...], value: Value) -> Value:
         """`value` once each expert has written to it, where nobody else reads it before: `h *= a; h.relu_()`."""
-        writes = [writes_before_reads(node) if has_own_memory(node) else [] for node in nodes]
+        writes = [writes_before_reads(node) if has_own_memory(made_by(node)) else [] for node in nodes]
         if not writes[0] or any(len(own) != len(writes[0]) for own in writes):
             return value
         names = [(write.op, write.target, out_of_place(write)) for write in writes[0]]

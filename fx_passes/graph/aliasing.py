@@ -11,7 +11,10 @@ from torch.fx.node import map_arg
 
 from fx_passes.graph.ops import POINTWISE, arg, example, fake_tensor, is_inplace, op_name, written
 
-_ALLOCATES = (POINTWISE - {"contiguous", "to", "float", "half", "bfloat16", "double", "type_as"}) | frozenset(
+_MAY_CAST = frozenset("contiguous to float half bfloat16 double type_as".split())
+"""Their input itself where it is already as asked for, and else a copy."""
+
+_ALLOCATES = (POINTWISE - _MAY_CAST) | frozenset(
     """
     zeros zeros_like new_zeros ones ones_like empty empty_like new_empty full full_like new_full rand randn arange
     linear matmul mm bmm grouped_mm layer_norm rms_norm softmax log_softmax sum mean amax amin norm cumsum one_hot topk
@@ -47,6 +50,12 @@ def writes_before_reads(node: fx.Node) -> list[fx.Node]:
     return [] if early or any(_reads_beside(write, names) for write in writes) else sorted(writes)
 
 
+def written_before_it_is_read(node: fx.Node) -> list[fx.Node]:
+    """What makes a fresh tensor's final values, where nobody reads it before: `table = zeros(...)`, then `scatter_`."""
+    made = storage_of(node)
+    return writes_before_reads(made) if has_own_memory(made) else []
+
+
 def _reads_beside(write: fx.Node, names: list[fx.Node]) -> bool:
     """Whether `write` reads one of `names` in another place than that of what it writes to."""
     operands: list[fx.Node] = []
@@ -55,8 +64,8 @@ def _reads_beside(write: fx.Node, names: list[fx.Node]) -> bool:
 
 
 def made_by(node: fx.Node) -> fx.Node:
-    """What made the memory of which `node` is the only name in use: the zeros of `torch.zeros(...).view(...)`."""
-    while op_name(node) in _RESHAPES and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
+    """What made the entries of which `node` is the only name in use: the zeros of `torch.zeros(...).view(...)`."""
+    while op_name(node) in _RESHAPES | _MAY_CAST and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
         node = node.args[0]
     return node
 

@@ -46,8 +46,9 @@ TABLE = {
         parameters_biases parameters_addmm parameters_einsum views_halves views_halves_in_one_index views_chunks
         views_every_other views_halves_of_the_stack views_three_to_four views_thirds views_halves_of_biases
         views_unbound views_enumerated views_segments views_experts_last views_halves_of_modules
-        temporaries_weighted temporaries_activated temporaries_gated temporaries_residual segments_of_slots
-        segments_of_slots_inference segments_of_slots_index_add hit_identity_experts hit_item_more_classes
+        temporaries_weighted temporaries_cast temporaries_activated temporaries_gated temporaries_residual
+        segments_of_slots segments_of_slots_inference segments_of_slots_index_add
+        hit_identity_experts hit_item_more_classes
         merged_loop merged_normalised merged_stacked merged_of_hit
         picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped
         loads_after loads_first loads_bias starts_as_shared starts_as_input starts_as_zeros_read_later
@@ -153,8 +154,8 @@ TABLE = {
     ),
     "dense_modules": row(
         """
-        dense_sum stack_gather dense_modules_sum dense_modules_in_place dense_modules_beside_shared
-        dense_modules_masked dense_modules_einsum dense_modules_product dense_modules_matmul
+        dense_sum stack_gather dense_modules_filled_late dense_modules_sum dense_modules_in_place
+        dense_modules_beside_shared dense_modules_masked dense_modules_einsum dense_modules_product dense_modules_matmul
         dense_modules_gather dense_modules_index dense_modules_norm
         dense_modules_where dense_modules_kept_scores dense_modules_where_top_1
         merged_dense_modules dense_modules_one_hot dense_modules_one_hot_einsum dense_modules_scaled

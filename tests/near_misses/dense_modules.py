@@ -9,6 +9,7 @@ from tests.zoo.common import D, E, K, SwiGLU
 from tests.zoo.dense_modules import (
     AddedInPlace,
     Dense,
+    FilledLate,
     GatheredOutputs,
     MaskedWeights,
     StackedEinsum,
@@ -157,6 +158,43 @@ class WeightsWritten(MaskedWeights):
         return (out * weights.sum(dim=-1, keepdim=True)).view_as(hidden_states)
 
 
+class FilledThenLifted(FilledLate):
+    """Once the table is filled every expert gets a share."""
+
+    def fill(self, table, ids, weights, outputs):
+        return super().fill(table, ids, weights, outputs).add_(0.1)
+
+
+class FilledThenForgotten(FilledLate):
+    """The ids are others once the table is filled."""
+
+    def fill(self, table, ids, weights, outputs):
+        ids = ids.clone()
+        table = super().fill(table, ids, weights.detach(), outputs)
+        ids.zero_()
+        return table
+
+
+class FilledAfterReading(FilledLate):
+    """The outputs are scaled by the table while it is empty, too."""
+
+    def fill(self, table, ids, weights, outputs):
+        outputs += table.unsqueeze(-1)
+        early = outputs * (1 - table.unsqueeze(-1))
+        table = super().fill(table, ids, weights, outputs)
+        outputs += early
+        return table
+
+
+class FilledTwice(FilledLate):
+    """Halved when the first expert's share has been read."""
+
+    def fill(self, table, ids, weights, outputs):
+        table = super().fill(table, ids, weights, outputs)
+        outputs[..., 0, :] += table[..., :1]
+        return table.mul_(0.5)
+
+
 class WhereRepeated(Where):
     """Two choices may be the same expert, whose scores count once."""
 
@@ -280,6 +318,10 @@ MISSES = (
     NearMiss("dense_modules_where_repeated", "repeated_ids_are_counted", WhereRepeated),
     NearMiss("dense_modules_where_left_out", "every_expert_is_covered", WhereLeftOut),
     NearMiss("dense_modules_where_of_another", "every_expert_is_covered", WhereOfAnother),
+    NearMiss("dense_modules_filled_then_lifted", "weights_are_zero_outside_the_top_k", FilledThenLifted),
+    NearMiss("dense_modules_filled_then_forgotten", "weights_are_zero_outside_the_top_k", FilledThenForgotten),
+    NearMiss("dense_modules_filled_after_reading", "weights_are_zero_outside_the_top_k", FilledAfterReading),
+    NearMiss("dense_modules_filled_twice", "weights_are_zero_outside_the_top_k", FilledTwice),
     NearMiss("dense_modules_where_otherwise", None, WhereOtherwise),
     NearMiss("dense_modules_where_unchosen", None, WhereUnchosen),
     NearMiss("dense_modules_where_written", "nothing_is_written_inside", WhereWritten),

@@ -66,6 +66,15 @@ class FirstRowsWritten(Written):
         return h
 
 
+class CastReadBeside(Temporaries):
+    """Rows that are written by the name that a cast gave them are read by their own."""
+
+    def expert(self, e, x):
+        y = self.experts[e](x)
+        y.to(x.dtype).mul_(2)
+        return y
+
+
 class OneWrites(Written):
     """One expert alone."""
 
@@ -128,6 +137,7 @@ MISSES = (
     NearMiss("temporaries_read_themselves", ESCAPES, ReadsItself, may_rewrite=True),
     NearMiss("temporaries_half_written", ESCAPES, HalfWritten),
     NearMiss("temporaries_first_rows_written", ESCAPES, FirstRowsWritten),
+    NearMiss("temporaries_cast_read_beside", ESCAPES, CastReadBeside, may_rewrite=True),
     NearMiss("temporaries_one_writes", BODIES, OneWrites),
     NearMiss("temporaries_other_order", BODIES, OtherOrder),
     NearMiss("temporaries_without_grad", "grad_mode_is_constant", WithoutGrad),

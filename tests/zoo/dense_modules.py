@@ -41,6 +41,20 @@ class AddedInPlace(Dense):
         return out
 
 
+class FilledLate(Block):
+    """The table is made and filled in place when all experts have run."""
+
+    def forward(self, x):
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=-2)
+        logits = self.gate(x)
+        weights, ids = F.softmax(logits, dim=-1).topk(K, dim=-1)
+        table = self.fill(torch.zeros_like(logits), ids, weights, outputs)
+        return (outputs * table.unsqueeze(-1)).sum(dim=-2)
+
+    def fill(self, table, ids, weights, outputs):
+        return table.scatter_(-1, ids, weights)
+
+
 class BesideShared(Dense):
     """Added to what an expert of all tokens computes, from a transposed table, on flat tokens."""
 
@@ -190,6 +204,7 @@ class OneHotContracted(MaskLoop):
 CASES = (
     Case("dense_modules_sum", SumOfProducts),
     Case("dense_modules_in_place", AddedInPlace),
+    Case("dense_modules_filled_late", FilledLate),
     Case("dense_modules_beside_shared", BesideShared),
     Case("dense_modules_masked", MaskedWeights),
     Case("dense_modules_where", Where),
