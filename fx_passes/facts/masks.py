@@ -13,6 +13,7 @@ from torch import fx
 from fx_passes.facts.ids import ids_dims, is_single_choice, rows_as_ids
 from fx_passes.facts.statements import TOKENS_BY_BATCH, Fact, Kept, Listed, ListedMask, Mask, OneHot
 from fx_passes.graph.markers import Expert, expert_of, experts_of_each
+from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
     arg,
     fake_tensor,
@@ -26,6 +27,7 @@ from fx_passes.graph.ops import (
     start_of_one,
     varargs,
 )
+from fx_passes.graph.views import views_of
 
 
 def _one_hot(node: fx.Node, _inner: Fact | None) -> Fact | None:
@@ -119,10 +121,12 @@ def with_new_dims(mask: Mask, index: Any) -> Fact | None:
 
 
 def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
-    """`ids == e`, and `one_hot[...] == 1`."""
+    """`ids == e`, `ids.unsqueeze(-1) == torch.arange(E)`, and `one_hot[...] == 1`."""
     left, right = arg(node, 0, "input"), arg(node, 1, "other")
     if isinstance(inner, (OneHot, Mask)) and right == 1:
         return inner
+    if fake_tensor(right) is not None:
+        return _compared_with_all(left, right)
     expert = expert_of(right)
     if expert is None and type(right) is int:
         expert = right
@@ -138,6 +142,23 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
         return Mask(flat, expert, ("N",))
     dims = ids_dims(left)
     return Mask(left, expert, dims) if dims else None
+
+
+def _compared_with_all(left: Any, right: Any) -> Fact | None:
+    """`ids[..., None] == torch.arange(E)`, which may have dims of size one before its own."""
+    counted = next((view for view in views_of(right) if view.dims[-1:] == ((0,),) and not any(view.dims[:-1])), None)
+    classes = known_tensor(right).shape[-1]
+    if counted is None or type(classes) is not int or not numbers_rows(counted.start, classes):
+        return None
+    for view in views_of(left):
+        dims = ids_dims(view.start)
+        if dims is None or known_tensor(right).dim() > len(view.dims):
+            continue
+        if view.dims == (*((dim,) for dim in range(len(dims))), ()):
+            return OneHot(view.start, classes, (*dims, "E"))
+        if dims == ("T", "K") and view.dims == ((0, 1), ()):
+            return OneHot(view.start, classes, ("N", "E"))
+    return None
 
 
 def flat_ids(node: fx.Node) -> fx.Node | None:

@@ -50,12 +50,6 @@ def writes_before_reads(node: fx.Node) -> list[fx.Node]:
     return [] if early or any(_reads_beside(write, names) for write in writes) else sorted(writes)
 
 
-def written_before_it_is_read(node: fx.Node) -> list[fx.Node]:
-    """What makes a fresh tensor's final values, where nobody reads it before: `table = zeros(...)`, then `scatter_`."""
-    made = storage_of(node)
-    return writes_before_reads(made) if has_own_memory(made) else []
-
-
 def _reads_beside(write: fx.Node, names: list[fx.Node]) -> bool:
     """Whether `write` reads one of `names` in another place than that of what it writes to."""
     operands: list[fx.Node] = []

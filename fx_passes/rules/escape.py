@@ -17,8 +17,18 @@ from fx_passes.facts import fact, selected
 from fx_passes.facts.gate_slots import gate_slots
 from fx_passes.facts.ids import ids_are_distinct, num_tokens, sources_of_ids
 from fx_passes.facts.statements import Counts, Hit, Listed
-from fx_passes.graph.aliasing import storage_of, writers_of, written_before_it_is_read
-from fx_passes.graph.ops import arg, draws_random, example, fake_tensor, is_inplace, known_tensor, op_name, written
+from fx_passes.graph.aliasing import storage_of, writers_of, writes_before_reads
+from fx_passes.graph.ops import (
+    ZEROS,
+    arg,
+    draws_random,
+    example,
+    fake_tensor,
+    is_inplace,
+    known_tensor,
+    op_name,
+    written,
+)
 from fx_passes.region import LoopRegion, MoERegion, Rejected
 
 
@@ -139,9 +149,8 @@ def nothing_is_written_inside(region: MoERegion) -> None:
     """
     places, own = region.places(), region.writes
     first, last = min(places[node] for node in region.routing | _moved(region)), places[region.result]
-    inputs = set(_outer_inputs(region))
-    writers = {writer for node in inputs for writer in writers_of(node)}
-    writers -= {write for node in inputs for write in _makes(node, region)}
+    writers = {writer for node in _outer_inputs(region) for writer in writers_of(node)}
+    writers.difference_update(_fills(region))
     writers |= {user for node in region.inner for user in node.users if node in written(user)}
     for node in sorted(writers - own, key=places.__getitem__):
         if first < places[node] < last:
@@ -149,10 +158,13 @@ def nothing_is_written_inside(region: MoERegion) -> None:
             raise Rejected("nothing_is_written_inside", node, f"`{name}` writes to something that the experts read")
 
 
-def _makes(node: fx.Node, region: MoERegion) -> list[fx.Node]:
-    """Writes that come before all reads of `node`, where it isn't the region's own: nobody sees it without them."""
-    writes = written_before_it_is_read(node)
-    return [] if region.inner.union(region.writes, region.holders).intersection((storage_of(node), *writes)) else writes
+def _fills(region: MoERegion) -> Iterator[fx.Node]:
+    """The write of `table = zeros(...)`, `table.scatter_(...)` where nobody reads the table of weights before it."""
+    for weights in region.body.of(SlotGathered):
+        zeros = storage_of(weights.source)
+        writes = writes_before_reads(zeros) if weights.table and op_name(zeros) in ZEROS else []
+        if len(writes) == 1 and op_name(writes[0]) == "scatter_" and region.inner.isdisjoint((zeros, *writes)):
+            yield from writes
 
 
 def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:

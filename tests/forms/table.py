@@ -38,7 +38,8 @@ TABLE = {
         sum_guard len_guard plus_equals zip_masks hit_tolist weight_on_input unweighted fp32_accumulator
         closure_over_experts sigmoid_top expert_by_name expert_by_item dropped_one_hot dropped_one_hot_padding
         dropped_choice listed_all_at_once listed_all_nonzero listed_kept_dim listed_unbound any_mask_rows any_mask_where
-        any_mask_argmax any_mask_nonzero dense_gate_column multi_hot sequence_mask sequence_rows sequence_where
+        any_mask_argmax any_mask_nonzero any_mask_compared dense_gate_column multi_hot
+        sequence_mask sequence_rows sequence_where
         sequence_flat_output flat_to_tokens range_swiglu range_swiglu_fused range_geglu_bias range_gelu_bias
         range_gelu_tanh range_relu_squared range_three_layers range_layer_norm_first range_rms_norm_after
         range_lora range_residual range_clamped range_one_linear range_one_gate range_uneven_halves
@@ -113,7 +114,7 @@ TABLE = {
     ),
     "sorted_segments": row(
         """
-        deepseek_v2_infer granite_45x segments_split segments_sliced segments_skipped segments_array
+        deepseek_v2_infer granite_45x segments_split segments_compared segments_sliced segments_skipped segments_array
         segments_written segments_for_loop merged_segments picked_in_bins gate_lists
         gate_lists_noisy gate_lists_softmax_first
         gate_lists_log_space gate_lists_plain gate_lists_closed

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from tests.near_misses.common import Loop, NearMiss, hits
 from tests.zoo.common import D
+from tests.zoo.masks import ComparedWithAll
 
 
 class ShiftedMask(Loop):
@@ -17,6 +18,22 @@ class ShiftedMask(Loop):
             tokens, slots = torch.where(ids == e + 1)
             out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
         return out
+
+
+class ComparedWithOthers(ComparedWithAll):
+    """Expert e serves id e + 1."""
+
+    def numbers(self):
+        return torch.arange(1, self.num_experts + 1)
+
+
+class ComparedWithWritten(ComparedWithAll):
+    """Two experts serve one id."""
+
+    def numbers(self):
+        numbers = torch.arange(self.num_experts)
+        numbers[1] = 0
+        return numbers
 
 
 class MoreClasses(Loop):
@@ -255,6 +272,8 @@ class ExpertChoice(Loop):
 MISSES = (
     NearMiss("range_shifted_mask", "every_expert_is_covered", ShiftedMask, may_rewrite=True),
     NearMiss("range_more_classes", "every_expert_is_covered", MoreClasses, may_rewrite=True),
+    NearMiss("range_compared_with_others", "loop_has_a_known_form", ComparedWithOthers),
+    NearMiss("range_compared_with_written", "loop_has_a_known_form", ComparedWithWritten),
     NearMiss("range_threshold_mask", "loop_has_a_known_form", ThresholdMask),
     NearMiss("hit_threshold_mask", "loop_is_over_the_hit_experts", ThresholdMaskHit),
     NearMiss("range_wider_mask", "loop_has_a_known_form", WiderMask),

@@ -69,6 +69,23 @@ class AnyMaskNonzero(MaskLoop):
         return out
 
 
+class ComparedWithAll(MaskLoop):
+    """One comparison with the numbers of all experts; each reads its column."""
+
+    def numbers(self):
+        return torch.arange(self.num_experts, device=self.gate.weight.device)
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        chosen = ids.unsqueeze(-1) == self.numbers()
+        rows = chosen.any(dim=1)
+        gates = (weights.unsqueeze(-1) * chosen).sum(dim=1)
+        for e, expert in enumerate(self.experts):
+            tokens = rows[:, e].nonzero().flatten()
+            out[tokens] += gates[tokens, e, None] * expert(x[tokens])
+        return out
+
+
 class DenseGateColumn(MaskLoop):
     """Weights scattered to a [T, E] table; an expert reads its column where its mask is set."""
 
@@ -188,6 +205,7 @@ CASES = (
     Case("any_mask_where", AnyMaskWhere),
     Case("any_mask_argmax", AnyMaskArgmax),
     Case("any_mask_nonzero", AnyMaskNonzero),
+    Case("any_mask_compared", ComparedWithAll),
     Case("dense_gate_column", DenseGateColumn),
     Case("multi_hot", MultiHot),
     Case("slots_then_experts", SlotsThenExperts),

@@ -32,6 +32,13 @@ class SegmentBlock(Block):
         return self.combine(grouped, x, order, weights).view(hidden_states.shape)
 
 
+class ComparedBlock(SegmentBlock):
+    """Counts are sums of one comparison with the numbers of all experts."""
+
+    def counts(self, ids):
+        return (ids.view(-1, 1) == torch.arange(self.num_experts, device=ids.device)[None]).sum(dim=0).cpu()
+
+
 class SlicedBlock(SegmentBlock):
     """Starts and ends kept in Python; segments of experts without tokens are computed as well."""
 
@@ -183,6 +190,7 @@ class ForLoopExperts(nn.Module):
 
 CASES = (
     Case("segments_split", SegmentBlock),
+    Case("segments_compared", ComparedBlock),
     Case("segments_sliced", SlicedBlock),
     Case("segments_skipped", SkippingBlock),
     Case("segments_array", ArrayBlock),
