@@ -19,14 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 COPIED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml", "pyproject.toml", "docs", "examples", "tests")
 COPIED += ("benchmarks",)
-COMMAND = re.compile(r"^    (scatter-moe .*)$", re.MULTILINE)
+COMMAND = re.compile(r"^    (scatter-moe .*)$|`(scatter-moe [^A-Z`|]*)`", re.MULTILINE)  # capitals stand for something
 FACTORY = "from tests.cli.factories import rewritten as make\n"  # of the model that the documentation speaks of
 
 
 def commands() -> list[list[str]]:
-    """The command lines that the documentation shows."""
-    pages = sorted((ROOT / "docs").glob("*.md"))
-    return [shlex.split(line) for page in pages for line in COMMAND.findall(page.read_text())]
+    """The command lines that the documentation shows, each once."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = (own or inline for page in pages for own, inline in COMMAND.findall(page.read_text()))
+    return [shlex.split(line) for line in dict.fromkeys(found)]
 
 
 def install(folder: Path) -> Path:
@@ -71,7 +72,6 @@ def main() -> None:
             folder,
             environment,
         )
-        run([programs / "scatter-moe", "info"], folder, environment)
         for program, *arguments in commands():
             run([programs / program, *arguments], folder, environment)
         chosen = ["-k", f"(code_blocks or example) and ({options.only or 'test'})"]
