@@ -13,7 +13,7 @@ from fx_passes.capture import Guard, guards_of
 from fx_passes.facts import chosen
 from fx_passes.facts.ids import ids_are_distinct, is_single_choice
 from fx_passes.facts.statements import Mask
-from fx_passes.graph.aliasing import allocates, made_by
+from fx_passes.graph.aliasing import allocates, made_by, writers_of
 from fx_passes.graph.ops import EMPTY, ZEROS, fake_tensor, is_cast_alike, is_inplace, op_name, same_size, sizes_of
 from fx_passes.region import Accumulation, LoopRegion, Rejected
 
@@ -47,6 +47,8 @@ def accumulator_may_be_added_to(region: LoopRegion) -> None:
         raise Rejected("accumulator_may_be_added_to", start, "the output is a leaf that requires gradients")
     if not is_contiguous(fake_tensor(region.accumulator), _dims_of_output(region)):
         raise Rejected("accumulator_may_be_added_to", start, "the output is not contiguous, or has other dims")
+    if region.base is None and region.addend is None and _is_written_before(region):
+        raise Rejected("accumulator_may_be_added_to", start, "the output is written to before the loop adds to it")
     if region.base is not None and allocates(start):
         return
     if region.addend is not None and (not is_inplace(region.anchor) or _may_be_added_to(start)):
@@ -54,6 +56,11 @@ def accumulator_may_be_added_to(region: LoopRegion) -> None:
     allowed = ZEROS | EMPTY if all(found.assigns for found in region.accumulations) else ZEROS
     if op_name(start) not in allowed or is_inplace(start):
         raise Rejected("accumulator_may_be_added_to", start, "the loop adds to what others may read or write")
+
+
+def _is_written_before(region: LoopRegion) -> bool:
+    """By others than the loop, so that it is blank no longer."""
+    return any(writer < region.result for writer in set(writers_of(region.accumulator)) - region.writes)
 
 
 def _may_be_added_to(start: fx.Node) -> bool:

@@ -33,6 +33,26 @@ class StartWritten(Loop):
         return out + start.sin()
 
 
+class ZerosWritten(Loop):
+    """Additions that aren't in place start from zeros that were written to first."""
+
+    def write(self, out):
+        out[:, 0] = 1.0
+
+    def forward(self, hidden_states):
+        x, _, weights, mask, out = self.begin(hidden_states)
+        self.write(out)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out = out.index_add(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class ZerosScattered(ZerosWritten):
+    def write(self, out):
+        out.scatter_(1, torch.zeros(len(out), 1, dtype=torch.long), 1.0)
+
+
 class PartlyInPlace(Loop):
     """The first addition writes to the start, which is read after the loop; the others don't."""
 
@@ -318,6 +338,8 @@ class RestartsHalfWay(Loop):
 MISSES = (
     NearMiss("hit_start_has_two_names", "accumulator_is_not_read_inside", StartHasTwoNames),
     NearMiss("range_start_written", "nothing_is_written_inside", StartWritten),
+    NearMiss("range_zeros_written", "accumulator_may_be_added_to", ZerosWritten),
+    NearMiss("range_zeros_scattered", "accumulator_may_be_added_to", ZerosScattered),
     NearMiss("range_partly_in_place", "additions_follow_each_other", PartlyInPlace),
     NearMiss("range_aliases_input", "accumulator_is_not_read_inside", AliasesInput),
     NearMiss("hit_aliases_input", "accumulator_may_be_added_to", AliasesInputHit),
