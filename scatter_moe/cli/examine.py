@@ -10,6 +10,7 @@ from torch import nn
 
 from fx_passes.entry.backend import backend_for_report
 from fx_passes.report import collecting
+from scatter_moe.cli.errors import first_line
 from scatter_moe.cli.targets import OWN_CODE, Target, from_config, from_factory
 from scatter_moe.explain import Explanation
 from scatter_moe.transformers.own_path import notes_on
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace, announce: Callable[[str], None]) -> Outcome
     with collecting() as report:
         try:
             torch.compile(target.model, backend=backend_for_report())(*target.args, **target.kwargs)
-        except (RuntimeError, ValueError, TypeError) as error:  # of the model's own code, or Dynamo's word on it
-            stopped = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        except Exception as error:  # noqa: BLE001  of the model's own code, or Dynamo's word on it: part of the outcome
+            stopped = f"{type(error).__name__}: {first_line(error)}"
     notes = list(notes_on(target.model)) if isinstance(target.model, nn.Module) else []
     return Outcome(target, Explanation(report, notes), stopped)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scatter_moe.cli.errors import UsageError
+from scatter_moe.cli.errors import UsageError, first_line
 
 OWN_CODE = "own code"
 
@@ -66,8 +66,8 @@ def from_config(options: argparse.Namespace) -> Target:
         with torch.device(options.device):
             model = model_class.from_config(config, dtype=torch.bfloat16, **settings).eval()
             tokens = torch.zeros(1, options.tokens, dtype=torch.long)
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise UsageError(f"can't build {options.target}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a default configuration may lack what its model reads
+        raise UsageError(f"can't build {options.target}: {type(error).__name__}: {first_line(error)}") from error
     kwargs = {"input_ids": tokens, "use_cache": False}
     if getattr(config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = tokens
@@ -89,8 +89,7 @@ def _load_config(text: str) -> Any:
     try:
         return AutoConfig.for_model(text) if text in CONFIG_MAPPING else AutoConfig.from_pretrained(text)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"can't load a configuration from {text!r}: {reason}") from error
+        raise UsageError(f"can't load a configuration from {text!r}: {first_line(error)}") from error
 
 
 def _limit_layers(config: Any, most: int) -> str | None:

@@ -66,7 +66,8 @@ TABLE = {
         parameters_next_bias temporaries_input_written
         sequence_top_1_of_the_sequence sequence_top_1_twice gate_columns_next
         gate_columns_repeated_ids gate_columns_written
-        range_partly_in_place range_zeros_written range_zeros_scattered merged_dropped merged_other_scales merged_of_the_next merged_by_slot
+        range_partly_in_place range_zeros_written range_zeros_scattered
+        merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
         merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit loads_in_half loads_in_python
         dropped_choice_counted dropped_choice_and_next dropped_choices_in_order
