@@ -22,6 +22,8 @@ its own by `experts == e`. The mask may also hold where any slot of a token is t
     m = (ids == e).any(-1)
     out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]
 
+All experts may be compared at once, `ids.unsqueeze(-1) == torch.arange(E)`: that is `one_hot(ids, E)`.
+
 Of gates [T, E] that are zero outside the top-k, the mask may hold where they are not zero, or above a number:
 
     tokens = (gates[:, e] > 0).nonzero().squeeze(-1)
