@@ -6,7 +6,7 @@ them. A ratio is a rival's time over ours within a round; of the medians over ro
 the fastest rival. `implementation` is what ours calls in the end, called at once: the difference is PyTorch's way from
 Python to an operator and back, in a training step also autograd. In each row everyone's result is checked against the
 reference first: nothing is timed otherwise. `floor` is the implementation after a call of two operators that do
-nothing, with the arguments of ours: nobody who registers such operators in Python takes less time without gradients.
+nothing, with the arguments of ours: about what operators of these schemas take at least with these functions.
 
 Times are the process' CPU time: with OMP_NUM_THREADS=1 it is the elapsed time of an idle machine, and other people's
 load changes it less. Compare ratios only.
