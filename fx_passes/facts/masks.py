@@ -125,9 +125,9 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
     left, right = arg(node, 0, "input"), arg(node, 1, "other")
     if isinstance(inner, (OneHot, Mask)) and right == 1:
         return inner
-    if fake_tensor(right) is not None:
-        return _compared_with_all(left, right)
     expert = expert_of(right)
+    if expert is None and fake_tensor(right) is not None:
+        return _compared_with_all(left, right)
     if expert is None and type(right) is int:
         expert = right
     if not isinstance(left, fx.Node) or expert is None or op_name(left) == "one_hot":
@@ -147,8 +147,10 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
 def _compared_with_all(left: Any, right: Any) -> Fact | None:
     """`ids[..., None] == torch.arange(E)`, which may have dims of size one before its own."""
     counted = next((view for view in views_of(right) if view.dims[-1:] == ((0,),) and not any(view.dims[:-1])), None)
+    if counted is None:
+        return None
     classes = known_tensor(right).shape[-1]
-    if counted is None or type(classes) is not int or not numbers_rows(counted.start, classes):
+    if type(classes) is not int or not numbers_rows(counted.start, classes):
         return None
     for view in views_of(left):
         dims = ids_dims(view.start)

@@ -130,7 +130,7 @@ def _adapted(m: Maker) -> tuple:
     s, grouped_in = m.sizes, m.options["grouped_in"]
     x = m.rows(m.num_slots if grouped_in else s.T, s.D)
     (weight,) = m.weight(s.F, s.D)
-    scale = max(1, s.D) ** -0.25 / 2  # of each factor: they add about a third of the weights' size
+    scale = max(1, s.D) ** -0.25 / 3.5  # of each factor: they add about a tenth of the weights' size
     lhs, rhs = (m._parameter(*sizes, scale=scale)[0] for sizes in ((weight.shape[1], RANK), (RANK, weight.shape[2])))
     layout = (s.K, grouped_in, m.options["grouped_out"])
     return x, weight, lhs, rhs, *m.routing(), 1.5, *layout, m.bias(s.F), m.case.transposed
