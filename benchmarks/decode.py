@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.difference import relative_rms
-from benchmarks.rivals import OURS, Rival, available
+from benchmarks.rivals import OURS, Rival, add_rivals, available
 from benchmarks.shapes import Inputs, Shape, inputs
 from benchmarks.timing import median_ms, queued_ms
 from benchmarks.training_step import TOLERANCE, expected_step, inference
@@ -84,9 +84,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--rivals", action="store_true", help="time the rivals that are installed too")
+    add_rivals(parser)
     arguments = parser.parse_args()
-    implementations = {"scatter_moe": OURS, **(dict(available()) if arguments.rivals else {})}
+    implementations = {"scatter_moe": OURS, **dict(available(arguments.rivals))}
     rows = []
     for model in arguments.models:
         for num_tokens in arguments.tokens:

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
 from benchmarks.difference import relative_rms
-from benchmarks.rivals import OURS, Implementation, Rival, available, scatter_moe
+from benchmarks.rivals import OURS, Implementation, Rival, add_rivals, available, scatter_moe
 from benchmarks.shapes import SHAPES, Inputs, Shape, inputs, shape_names
 from benchmarks.timing import peak_gib, queued_ms
 from scatter_ops import reference
@@ -91,12 +91,12 @@ def memory(layer: Inputs, shape: Shape, implementation: Implementation) -> dict[
     return {"held": held / MIB, "least_held": least_held / MIB, "peak": peak, "least_peak": least_peak / MIB}
 
 
-def measure(name: str, rounds: int, zipf: float, with_rivals: bool) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int, zipf: float, rivals: list[str] | None) -> list[dict[str, Any]]:
     """One row an implementation: ours, then the rivals."""
     shape = SHAPES[name]
     layer = inputs(shape, torch.bfloat16, "cuda", zipf)
     expected = expected_step(layer)
-    implementations = {"scatter_moe": OURS, **(dict(available()) if with_rivals else {})}
+    implementations = {"scatter_moe": OURS, **dict(available(rivals))}
     rows, contestants = {}, {}
     for label, rival in implementations.items():
         own = differentiable(layer, rival)
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; B, C and D if none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--zipf", type=float, default=0.0)
-    parser.add_argument("--rivals", action="store_true", help="time the rivals that are installed too")
+    add_rivals(parser)
     arguments = parser.parse_args()
     rows, kernels = [], []
     for name in shape_names(parser, arguments.shapes):

@@ -5,7 +5,8 @@
 `available` yields those that can run here and says in one line why another can't.
 """
 
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,22 @@ RIVALS: dict[str, Callable[[], Rival]] = {
     "scattermoe": lambda: Rival(packages.scattermoe()),
     "sonicmoe": lambda: Rival(packages.sonicmoe(), interleaved),
     "moe_ops": lambda: Rival(packages.moe_ops()),
+    "triton_kernels": lambda: Rival(packages.triton_kernels(), interleaved),
 }
 
 
-def available() -> Iterator[tuple[str, Rival]]:
-    """Name and implementation of each rival that can run here."""
-    for name, make in RIVALS.items():
+def add_rivals(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rivals", nargs="*", choices=RIVALS, help="time these rivals too, or all that are installed if none is named"
+    )
+
+
+def available(names: Sequence[str] | None = ()) -> Iterator[tuple[str, Rival]]:
+    """Name and implementation of each rival of `names` that can run here; of all for (), of none for None."""
+    if names is None:
+        return
+    for name in names or RIVALS:
         try:
-            yield name, make()
+            yield name, RIVALS[name]()
         except ImportError as error:
             print(f"skipped: {name} ({error})")

@@ -25,20 +25,24 @@ def scattermoe() -> Callable[..., Tensor]:
 
 
 def sonicmoe() -> Callable[..., Tensor]:
-    """github.com/Dao-AILab/sonic-moe: its layer after the top-k, rows of gate and up in turns."""
+    """github.com/Dao-AILab/sonic-moe 0.1.2: its layer after the top-k, rows of gate and up in turns.
+
+    It tunes its products on first use, which takes minutes.
+    """
     from sonicmoe import functional  # pyright: ignore[reportMissingImports]
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
 
     def forward(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         (num_tokens, top_k), num_experts = topk_ids.shape, down.shape[0]
-        ids, stream = topk_ids.int(), torch.cuda.current_stream().cuda_stream
-        _, ends = functional.count_cumsum(ids.view(-1), num_experts, do_cumsum=True)
-        offsets, *indices = functional.TC_topk_router_metadata(ids, ends, top_k)
-        up = gate_up.permute(1, 2, 0), None, offsets, num_tokens * top_k, top_k, stream
-        options = False, ActivationType.SWIGLU
-        y1, z = functional._UpProjection.apply(x, *up, *indices, *options, not torch.is_grad_enabled())
-        routed = down.permute(1, 2, 0), None, topk_weights, offsets, num_tokens, top_k, stream
-        return functional._DownProjection.apply(y1, z, *routed, *indices, *options)
+        num_slots = num_tokens * top_k
+        sizes = (num_experts, num_experts + 1, num_slots, num_slots, num_slots)
+        counts, offsets, *rows = (torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes)
+        functional.TC_topk_router_metadata_triton(topk_ids.int(), num_experts, counts, offsets, *rows)
+        up = gate_up.permute(1, 2, 0), None, offsets, num_slots, top_k
+        same_experts = None, False, ActivationType.SWIGLU
+        y1, h = functional._UpProjection.apply(x, *up, *rows, *same_experts, not torch.is_grad_enabled())
+        routed = down.permute(1, 2, 0), None, topk_weights, offsets, num_tokens, top_k
+        return functional._DownProjection.apply(y1, h, *routed, *rows, *same_experts)
 
     return forward
 
@@ -55,3 +59,10 @@ def moe_ops() -> Callable[..., Tensor]:
         return moe_ops.unpermute(y, row_id_map, topk_weights, num_tokens, top_k)
 
     return forward
+
+
+def triton_kernels() -> Callable[..., Tensor]:
+    """The package beside Triton's sources; forward alone."""
+    from benchmarks.rivals import triton_kernels_mlp
+
+    return triton_kernels_mlp.forward
