@@ -19,12 +19,13 @@ from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 from fx_passes.capture.events import Event, Scope, tag
 from fx_passes.capture.variables import rank_of
 from fx_passes.facts import fact
+from fx_passes.facts.counts import ids_in_bins
 from fx_passes.facts.ids import gated_ids, ids_are_below, ids_are_distinct, listings_of_gates
 from fx_passes.facts.statements import Counts, Hit, Mask
 from fx_passes.facts.totals import total_of
 from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.markers import expert_count
-from fx_passes.graph.ops import known_tensor
+from fx_passes.graph.ops import arg, known_tensor, op_name
 
 _NODES_BACK = 64
 """How many nodes back to look for the counts that a number is made of."""
@@ -71,8 +72,20 @@ class Counted:
 def read(capture: Any, tx: Any, tensor: TensorVariable) -> VariableTracker | None:
     """`counts.tolist()`: the list of numbers that the items of `tensor` are, if it counts the slots of experts."""
     known = fact(tensor.as_proxy().node)
+    if known is None:
+        _reject_shared_bins(capture, tx, tensor.as_proxy().node)
     is_open = isinstance(known, Counts) and known.open_ended
     return None if is_open else _numbers(capture, tx, tensor)
+
+
+def _reject_shared_bins(capture: Any, tx: Any, node: fx.Node) -> None:
+    """Says so where `node` is a histogram of a layer's ids that isn't known to have a bin for each expert."""
+    while op_name(node) in ("to", "int", "long", "cpu"):
+        node = arg(node, 0, "input")
+    ids = ids_in_bins(node) if op_name(node) == "histc" else None
+    if ids is not None and known_tensor(ids).dim() == 2:
+        detail = "ids are counted in bins of which it isn't known that each has those of one expert"
+        capture.reject(tx, "ids_are_in_range", detail)
 
 
 def cumsum(

@@ -36,6 +36,8 @@ from fx_passes.graph.views import Dim, views_of
 ANY_SLOT = -1
 NO_EXPERT = -1
 """Whose column it is where a mask keeps other tokens than those whose weights these are."""
+NOT_ZERO = -2
+"""Whose it is where what a mask doesn't keep is not zero."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Those that have `expert` among their `ids`, or in one slot of these."""
+    """Those that have `expert`, or are NO_EXPERT's or NOT_ZERO elsewhere, among their `ids` or in one slot of these."""
 
     ids: fx.Node
     expert: int
@@ -68,9 +70,11 @@ class Column:
         if tokens.slot != ANY_SLOT:
             is_own = weights.ids is None and same_sizes(sizes_of(weights.source), sizes_of(ids))
             own = is_own and self.expert == tokens.slot
-            return Column(Weights(weights.source, ids, by_slot=True), tokens.expert if own else NO_EXPERT, tokens.slot)
+            weights = Weights(weights.source, ids, by_slot=True)
+            return Column(weights, tokens.expert if own or tokens.expert < 0 else NO_EXPERT, tokens.slot)
         own = (weights.ids or ids, self.expert) == (ids, tokens.expert)
-        return replace(self, weights=replace(weights, ids=ids), expert=tokens.expert if own else NO_EXPERT)
+        expert = tokens.expert if own or tokens.expert < 0 else NO_EXPERT
+        return replace(self, weights=replace(weights, ids=ids), expert=expert)
 
 
 def column_of(node: Any, dims: int) -> Column | None:
@@ -151,26 +155,26 @@ def _masked_sum(node: fx.Node, dims: int) -> Column | None:
     source = arg(node, 0, "input")
     if op_name(node) != "sum" or not is_last_dim(arg(node, 1, "dim"), source) or "dtype" in node.kwargs:
         return None
-    for weights, mask in masked(source):
+    for weights, mask, instead in masked(source):
         chosen = _chosen(mask)
         tensor = fake_tensor(weights)
         if chosen is not None and tensor is not None and tensor.dim() == dims + 1 and tensor.is_floating_point():
-            return Column(Weights(weights, chosen[0], by_slot=True), chosen[1])
+            return Column(Weights(weights, chosen[0], by_slot=True), instead or chosen[1])
     return None
 
 
 def _kept_column(node: fx.Node, dims: int) -> Column | None:
     """A column that a mask of the expert's tokens keeps."""
-    for weights, mask in masked(node):
-        keeps = tokens_of_expert(mask, dims)
+    for weights, mask, instead in masked(node):
+        keeps = tokens_of_expert(mask, dims, instead)
         column = column_of(weights, dims) if keeps is not None else None
         if column is not None and keeps is not None:
             return column.kept(keeps)
     return None
 
 
-def tokens_of_expert(mask: Any, dims: int) -> Tokens | None:
-    """The tokens for which `mask` is true; `dims` count tokens."""
+def tokens_of_expert(mask: Any, dims: int, instead: int | None) -> Tokens | None:
+    """The tokens for which `mask` is true; `dims` count tokens. `instead` is said of their expert by `masked`."""
     known, tensor = fact(mask), fake_tensor(mask)
     if not isinstance(known, Mask) or tensor is None or not isinstance(known.expert, int):
         return None
@@ -178,21 +182,35 @@ def tokens_of_expert(mask: Any, dims: int) -> Tokens | None:
     own = known.dims[:-1] if is_column else known.dims
     by_token = len(own) == dims and with_one_token_dim(own) == ("T",)
     slot = ANY_SLOT if known.slot is None else known.slot
-    return Tokens(known.ids, known.expert, slot) if by_token else None
+    return Tokens(known.ids, instead or known.expert, slot) if by_token else None
 
 
-def masked(node: Any) -> Iterator[tuple[Any, Any]]:
-    """(weights, mask) of a product or a choice."""
+def masked(node: Any) -> Iterator[tuple[Any, Any, int | None]]:
+    """(weights, mask, None) of a product or a choice that is zero but where `mask` is true.
+
+    NO_EXPERT takes the place of None where weights are kept that `mask` doesn't choose, NOT_ZERO where others stand
+    beside those that it does.
+    """
     if fake_tensor(node) is None:
         return
     name, operands = op_name(node), node.args
     if name in ("mul", "multiply") and len(operands) == 2:
-        yield operands[0], operands[1]
-        yield operands[1], operands[0]
-    elif name == "where" and len(operands) == 3 and _is_zero(operands[2]):
-        yield operands[1], operands[0]
-    elif name == "masked_fill" and arg(node, 2, "value") == 0:
-        yield operands[0], _negated(arg(node, 1, "mask"))
+        yield operands[0], operands[1], None
+        yield operands[1], operands[0], None
+    elif name == "where" and len(operands) == 3:
+        mask, kept, rest = operands
+        if _negated(mask) is not None:
+            mask, kept, rest = _negated(mask), rest, kept
+        if _is_zero(kept):
+            yield rest, mask, NO_EXPERT
+        else:
+            yield kept, mask, None if _is_zero(rest) else NOT_ZERO
+    elif name == "masked_fill":
+        mask, is_zero = arg(node, 1, "mask"), arg(node, 2, "value") == 0
+        if _negated(mask) is None:
+            yield operands[0], mask, NO_EXPERT
+        else:
+            yield operands[0], _negated(mask), None if is_zero else NOT_ZERO
 
 
 def _is_zero(value: Any) -> bool:
@@ -202,9 +220,11 @@ def _is_zero(value: Any) -> bool:
     return type(value) in (int, float) and value == 0
 
 
-def _negated(mask: Any) -> Any:
-    negates = isinstance(mask, fx.Node) and op_name(mask) in ("invert", "logical_not", "bitwise_not")
-    return arg(mask, 0, "input") if negates else None
+def _negated(mask: Any) -> fx.Node | None:
+    tensor = fake_tensor(mask)
+    if tensor is None or tensor.dtype != torch.bool:
+        return None
+    return arg(mask, 0, "input") if op_name(mask) in ("invert", "logical_not", "bitwise_not") else None
 
 
 def _chosen(mask: Any) -> tuple[fx.Node, int] | None:

@@ -17,9 +17,12 @@ from torch import fx
 
 from fx_passes.dense.columns import Weights
 from fx_passes.dense.sums import Mixture, is_product, stacked
+from fx_passes.facts.ids import num_columns
+from fx_passes.facts.sparsity import chosen_by
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import CASTS, arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size
 from fx_passes.graph.views import Dim, View, views_of
+from fx_passes.region import Rejected
 
 Labels = tuple[str, ...]
 """What each dim counts: "0", "1", ... tokens, "E" experts or those that were chosen, "D" features."""
@@ -36,7 +39,8 @@ class _State:
     ids: fx.Node | None = None
 
 
-def summed_stacks(graph: fx.Graph) -> Iterator[Mixture]:
+def summed_stacks(graph: fx.Graph) -> Iterator[Mixture | Rejected]:
+    """Stacks whose chosen rows are summed; and why one isn't known to be such, where tokens choose among its rows."""
     for node in graph.nodes:
         parts = stacked(node)
         if parts is None or not all(map(is_product, parts[0])):
@@ -49,6 +53,17 @@ def summed_stacks(graph: fx.Graph) -> Iterator[Mixture]:
         if total is not None and total.weights is not None:
             weights = Weights(total.weights, total.ids, by_slot=total.ids is not None)
             yield Mixture(outputs, tuple(range(len(outputs))), weights, total.nodes, total.node)
+        else:
+            yield from _left(node, len(outputs))
+
+
+def _left(stack: fx.Node, num_experts: int) -> Iterator[Rejected]:
+    """Where rows of `stack` meet what tokens chose of so many experts."""
+    for user in stack.users:
+        others = (view.start for source in user.all_input_nodes if source is not stack for view in views_of(source))
+        if any(num_columns(other) == num_experts or chosen_by(other) is not None for other in others):
+            detail = "of what the experts computed, the rows that a token chose are not summed as they are"
+            yield Rejected("slots_of_a_token_are_summed", user, detail)
 
 
 def _total(state: _State) -> _State | None:

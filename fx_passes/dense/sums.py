@@ -213,8 +213,8 @@ def _multiple(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 def _masked(node: Any, dims: int) -> Iterator[tuple[fx.Node, list[fx.Node], Tokens]]:
     """(product, zeros, tokens) where a mask of an expert's tokens keeps these of a product, and zeros like it else."""
-    for product, mask in masked(node):
-        tokens = tokens_of_expert(mask, dims)
+    for product, mask, instead in masked(node):
+        tokens = tokens_of_expert(mask, dims, instead)
         if tokens is not None:
             yield product, [source for source in node.all_input_nodes if source.all_input_nodes == [product]], tokens
 

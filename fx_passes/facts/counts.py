@@ -76,14 +76,20 @@ def _histc(node: fx.Node, _inner: Fact | None) -> Fact | None:
     With E bins from 0 to E it is [e, e + 1), and the last one has E, too, which then must not occur.
     """
     bins, low, high = arg(node, 1, "bins", 100), arg(node, 2, "min", 0), arg(node, 3, "max", 0)
+    ids = ids_in_bins(node)
+    if type(bins) is not int or bins < 2 or low != 0 or high not in (bins - 1, bins) or ids is None:
+        return None
+    if high == bins and (num_columns(ids) or bins + 1) > bins:
+        return None
+    return Counts(ids, bins)
+
+
+def ids_in_bins(node: fx.Node) -> fx.Node | None:
+    """The ids that `node`, a `histc`, counts, whether or not each has a bin of its own."""
     values = arg(node, 0, "input")
     if op_name(values) in ("float", "to", "double") and known_tensor(values).dtype.itemsize >= _EXACT_BYTES:
         values = values.args[0]
-    if type(bins) is not int or bins < 2 or low != 0 or high not in (bins - 1, bins) or ids_dims(values) is None:
-        return None
-    if high == bins and (num_columns(values) or bins + 1) > bins:
-        return None
-    return Counts(flat_ids(values) or values, bins)
+    return flat_ids(values) or values if ids_dims(values) is not None else None
 
 
 def _cumsum(node: fx.Node, inner: Fact | None) -> Fact | None:

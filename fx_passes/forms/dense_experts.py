@@ -169,15 +169,14 @@ def _inputs_of(nodes: frozenset[fx.Node]) -> set[fx.Node]:
     return {source for node in nodes for source in node.all_input_nodes} - nodes
 
 
-def _comes_of_chosen(node: Any) -> bool:
-    """Whether `node` is, or was lately made of, a table that is zero but for the top-k."""
-    for _ in range(_STEPS_FROM_TABLE):
-        if fake_tensor(node) is None:
-            return False
-        if any(chosen_by(node, experts) is not None for experts in (-1, -2)):
-            return True
-        node = arg(node, 0, "input")
-    return False
+def _comes_of_chosen(node: Any, steps: int = _STEPS_FROM_TABLE) -> bool:
+    """Whether `node` is, or was lately made of, a table that is zero but for the top-k; perhaps by a product."""
+    if fake_tensor(node) is None or not steps:
+        return False
+    if any(chosen_by(node, experts) is not None for experts in (-1, -2)):
+        return True
+    operands = node.args if op_name(node) in ("mul", "multiply") else (arg(node, 0, "input"),)
+    return any(_comes_of_chosen(operand, steps - 1) for operand in operands)
 
 
 def _chosen(found: Mixture) -> fx.Node:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fx_passes.dense.columns import ANY_SLOT, NO_EXPERT, Weights
+from fx_passes.dense.columns import ANY_SLOT, NO_EXPERT, NOT_ZERO, Weights
 from fx_passes.dense.stacks import summed_stacks
 from fx_passes.dense.sums import Mixture, weighted_sums
 from fx_passes.dense.token_body import token_body
@@ -37,12 +37,14 @@ from fx_passes.region import MoERegion, Rejected
 NAME = "dense_modules"
 
 
-def candidates(graph: fx.Graph) -> Iterator[Mixture]:
+def candidates(graph: fx.Graph) -> Iterator[Mixture | Rejected]:
     yield from weighted_sums(graph)
     yield from summed_stacks(graph)
 
 
-def match(found: Mixture) -> MoERegion:
+def match(found: Mixture | Rejected) -> MoERegion:
+    if isinstance(found, Rejected):
+        raise found
     order = _order(found)
     ids = _chosen(found)
     experts = tuple(found.experts[place] for place in order)
@@ -72,6 +74,9 @@ def _order(found: Mixture) -> list[int]:
     if NO_EXPERT in found.experts:
         detail = "a mask keeps other tokens than those of the expert, or of another slot"
         raise Rejected("every_expert_is_covered", found.result, detail)
+    if NOT_ZERO in found.experts:
+        detail = "tokens that did not choose an expert get something else than zero of it"
+        raise Rejected("weights_are_zero_outside_the_top_k", found.result, detail)
     weights, count = found.weights, len(set(found.experts))
     slots = (ANY_SLOT,) if pairs[0][1] == ANY_SLOT else range(num_choices(weights.ids or weights.source))
     width = known_tensor(weights.source).shape[-1] if not weights.by_slot else count

@@ -124,7 +124,7 @@ TABLE = {
         """
         segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last
         filtered_first_part filtered_twice filtered_looped_over filtered_in_dict filtered_of_another
-        gate_lists_other_expert gate_lists_other_tokens gate_lists_returned_rows
+        picked_bin_of_nobody gate_lists_other_expert gate_lists_other_tokens gate_lists_returned_rows
         """,
     ),
     "segments": row(
@@ -151,7 +151,7 @@ TABLE = {
         """,
         """
         dense_all_soft dense_all_threshold dense_all_repeated_ids dense_all_biased_inputs
-        dense_sequences_soft dense_sequences_mean_over_sequence dense_sequences_cut_as_it_lies
+        dense_all_numbers_written dense_sequences_soft dense_sequences_mean_over_sequence dense_sequences_cut_as_it_lies
         """,
     ),
     "dense_modules": row(
@@ -159,7 +159,7 @@ TABLE = {
         dense_sum stack_gather dense_modules_filled_late dense_modules_sum dense_modules_in_place
         dense_modules_beside_shared dense_modules_masked dense_modules_einsum dense_modules_product dense_modules_matmul
         dense_modules_gather dense_modules_index dense_modules_norm
-        dense_modules_where dense_modules_kept_scores dense_modules_where_top_1
+        dense_modules_where dense_modules_where_not dense_modules_kept_scores dense_modules_where_top_1
         merged_dense_modules dense_modules_one_hot dense_modules_one_hot_einsum dense_modules_scaled
         dense_slots dense_slots_experts_outside dense_slots_where dense_slots_sequences
         """,
@@ -168,6 +168,7 @@ TABLE = {
         dense_slots_pair_left_out dense_slots_pair_twice dense_slots_weight_of_another dense_slots_other_experts
         dense_slots_written
         dense_modules_where_repeated dense_modules_where_left_out dense_modules_where_of_another
+        dense_modules_where_otherwise dense_modules_where_unchosen dense_modules_first_features
         """,
     ),
     "fixed_capacity": row(

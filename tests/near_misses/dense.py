@@ -233,7 +233,7 @@ MISSES = (
     NearMiss("dense_all_added_to_part", "nothing_is_written_inside", transposed(AddedToPart)),
     NearMiss("dense_all_start_read", "nothing_is_written_inside", transposed(StartRead)),
     NearMiss("dense_all_start_depends", "body_is_row_wise", transposed(StartDepends)),
-    NearMiss("dense_all_numbers_written", None, transposed(NumbersWritten)),
+    NearMiss("dense_all_numbers_written", "body_is_row_wise", transposed(NumbersWritten)),
     NearMiss("dense_all_divided", "weights_are_zero_outside_the_top_k", DividedByTable, may_rewrite=True),
     NearMiss("dense_all_repeated_ids", "repeated_ids_are_counted", RepeatedIds),
     NearMiss("dense_all_biased_inputs", "weights_are_zero_outside_the_top_k", lambda: ScatteredSigmoid(BiasedInputs)),

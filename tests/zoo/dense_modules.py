@@ -97,6 +97,16 @@ class Where(Block):
         return out
 
 
+class WhereNot(Where):
+    """Zero where a token did not choose the expert."""
+
+    def add_up(self, x, scores, ids):
+        return sum(
+            torch.where(~(ids == e).any(dim=-1, keepdim=True), 0, expert(x) * scores[..., e : e + 1])
+            for e, expert in enumerate(self.experts)
+        )
+
+
 class KeptScores(Where):
     """The mask stands by the scores, of flat tokens."""
 
@@ -208,6 +218,7 @@ CASES = (
     Case("dense_modules_beside_shared", BesideShared),
     Case("dense_modules_masked", MaskedWeights),
     Case("dense_modules_where", Where),
+    Case("dense_modules_where_not", WhereNot),
     Case("dense_modules_kept_scores", KeptScores),
     Case("dense_modules_where_top_1", WhereTopOne, top_k=1),
     Case("dense_modules_einsum", StackedEinsum),
