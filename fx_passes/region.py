@@ -85,7 +85,8 @@ class MoERegion:
     tensor of the output's shape and dtype. `writes` are the nodes that write, all to tensors which the region itself
     made, and what belongs to these writes. Tokens are counted by the first `token_dims` dims. `addend` is what the sum
     of the experts is added to. `symbol` is there where one iteration over a symbolic expert stands for a loop.
-    Where it `counts_from_the_end`, id -1 is expert E - 1.
+    Where it `counts_from_the_end`, id -1 is expert E - 1. Where it is about one `slot` of the tokens alone, `ids_TK`
+    are that slot's, and router weights are still those of all.
     """
 
     form: str
@@ -104,6 +105,7 @@ class MoERegion:
     addend: fx.Node | None = None
     symbol: fx.Node | None = None
     counts_from_the_end: bool = False
+    slot: int | None = None
 
     @property
     def anchor(self) -> fx.Node:

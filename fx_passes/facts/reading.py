@@ -141,10 +141,16 @@ def selected(node: Any) -> Mask | None:
         return source.mask
     index, value = fact(node.args[1]), fake_tensor(node.args[1])
     if isinstance(node.args[1], tuple):
-        return chosen_tokens(node.args[1])
+        return chosen_tokens(node.args[1]) or _chosen_by_first(node.args[1])
     if isinstance(index, Mask):
         return index if value is not None and value.dtype == torch.bool else None
     return index.mask if isinstance(index, Rows) else None
+
+
+def _chosen_by_first(index: tuple[Any, ...]) -> Mask | None:
+    """`[tokens, k, None]`: what picks tokens, of whose entries other items take a part."""
+    takes_parts = all(item is None or type(item) is int or item == slice(None) for item in index[1:])
+    return chosen_tokens(index[0]) if index and takes_parts else None
 
 
 def chosen_tokens(index: Any) -> Mask | None:

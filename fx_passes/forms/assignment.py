@@ -9,15 +9,15 @@ positions. All tokens may be listed first, and all experts run before the first 
 outputs[e]`. What counts the listed tokens, `torch.tensor([len(t) for t in tokens])`, stays. `out` starts as zeros, as
 `empty_like(x)`, or as `x.clone()` or the like: tokens without an expert then keep that row.
 
-Where tokens have several experts, there may be one such output for each slot, to be weighted and summed afterwards.
-Each is rewritten on its own:
+Where tokens have several experts, there may be one such output for each slot, to be summed afterwards. Each is
+rewritten on its own, weighted inside or outside:
 
     for k in range(K):
         y = torch.zeros_like(x)
         for e, expert in enumerate(experts):
             m = ids[:, k] == e
             y[m] = expert(x[m])                          # or y.index_copy_(0, tokens, ...), y.index_put((tokens,), ...)
-        out = out + y * weights[:, k, None]
+        out = out + y * weights[:, k, None]              # or y[m] = expert(x[m]) * weights[m, k, None]
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,6 @@ from dataclasses import replace
 
 from torch import fx
 
-from fx_passes.body.values import SlotGathered
 from fx_passes.facts.ids import is_single_choice
 from fx_passes.facts.masks import column_of_ids
 from fx_passes.facts.statements import Mask
@@ -44,9 +43,7 @@ def match(loop: Loop) -> LoopRegion:
     masks = masks_of(loop)
     region = region_of(NAME, loop, masks, number_of_experts(loop, masks))
     column = None if is_single_choice(region.ids_TK) else _column(loop, masks)
-    if column is None or any(region.body.of(SlotGathered)):
-        return region
-    return replace(region, ids_TK=column, top_k=1)
+    return region if column is None else replace(region, ids_TK=column, top_k=1, slot=masks[0].slot)
 
 
 def _column(loop: Loop, masks: tuple[Mask, ...]) -> fx.Node | None:

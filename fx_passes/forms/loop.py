@@ -199,10 +199,10 @@ def _starts(known: Known, masks: tuple[Mask, ...], body: Body) -> set[fx.Node]:
             starts.update(user for user in node.users if _is_index(node, user) or _is_factor(user, body))
         if isinstance(said, Counts) and said.ids is ids:
             starts.update(user for user in node.users if user.target is expert_segment and user.args[1] is node)
-        if isinstance(said, Hit) and said.ids is ids and _is_read_in_python(node):
+        if _lists_hits(said, masks) and _is_read_in_python(node):
             starts.add(node)
         if any(user.target is current_expert for user in node.users):
-            starts.update(_hit_list(node, ids))
+            starts.update(_hit_list(node, masks))
     return starts
 
 
@@ -227,11 +227,16 @@ def _is_read_in_python(hit: fx.Node) -> bool:
     )
 
 
-def _hit_list(node: fx.Node, ids: fx.Node) -> set[fx.Node]:
-    """`node` and what it was sliced or squeezed from, as far as it lists the hit experts of `ids`."""
+def _lists_hits(said: Fact | None, masks: tuple[Mask, ...]) -> bool:
+    """Whether `said` is of a list of the experts that the ids of `masks` hit, in a slot of theirs or in any."""
+    return isinstance(said, Hit) and said.ids is masks[0].ids and said.slot in (None, *(mask.slot for mask in masks))
+
+
+def _hit_list(node: fx.Node, masks: tuple[Mask, ...]) -> set[fx.Node]:
+    """`node` and what it was sliced or squeezed from, as far as it lists the hit experts of `masks`."""
     nodes: set[fx.Node] = set()
     known = fact(node)
-    while isinstance(known, Hit) and known.ids is ids:
+    while _lists_hits(known, masks):
         nodes.add(node)
         node = node.all_input_nodes[0]
         known = fact(node)

@@ -216,6 +216,8 @@ class Emitter:
 
     def _slots(self, value: SlotGathered) -> fx.Node:
         """The [T, K] tensor of which `value` holds one entry a row."""
+        if not value.table and self.region.slot is not None:
+            return self._method("reshape", self._method("select", value.source, -1, self.region.slot), (-1, 1))
         if not value.table:
             return self._by_slot(value.source)
         ids = self._method("clamp", self.ids_TK, 0, self.region.num_experts - 1)

@@ -83,6 +83,8 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
         _require_sizes(value.source, sizes_of(value.source), tokens, (), value.node)
     for value in region.body.of(SlotGathered):
         columns, sizes = region.num_experts if value.table else choices, sizes_of(value.source)
+        if region.slot is not None and not value.table:
+            columns, sizes = 1, sizes[:-1]
         by_token = sizes[::-1] if value.experts_first else sizes
         _require_sizes(value.source, by_token, tokens, (columns,), value.node)
 

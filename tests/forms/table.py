@@ -86,6 +86,7 @@ TABLE = {
         switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
         switch_lists_copied dropped_sequences dropped_listed
         choices_assigned choices_skipped choices_copied choices_copied_anew choices_put_anew
+        choices_weighted_inside choices_weighted_of_hit
         sequence_top_1_assigned sequence_top_1_one_hot
         sequence_top_1_kept_dim sequence_top_1_own_probability
         """,
@@ -93,6 +94,7 @@ TABLE = {
         assigned_any_mask assigned_then_added assigned_to_view assigned_without_one copied_by_token
         switch_lists_assigned_twice switch_lists_outputs_returned list_by_place list_in_part list_extended
         choices_shared choices_other_choice choices_written_before choices_read_inside choices_left_out
+        choices_weight_of_another choices_weight_written choices_weight_of_all_rows choices_weight_used_again
         range_sequences_next_expert
         sequence_top_1_two_choices sequence_top_1_swapped sequence_top_1_next_probability sequence_top_1_written
         """,

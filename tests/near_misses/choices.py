@@ -3,7 +3,7 @@
 import torch
 
 from tests.near_misses.common import NearMiss
-from tests.zoo.choices import Choices
+from tests.zoo.choices import Choices, WeightedInside
 
 
 class Shared(Choices):
@@ -62,10 +62,65 @@ class LeftOut(Choices):
         return y
 
 
+class WeightOfAnother(WeightedInside):
+    """The weight that the expert has in another choice."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for k in range(self.top_k):
+            y = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                m = ids[:, k] == e
+                y[m] = expert(x[m]) * weights[m, 1 - k, None]
+            out += y
+        return out
+
+
+class WeightWritten(WeightedInside):
+    """The weights change between two experts."""
+
+    def one(self, x, chosen, w):
+        y = torch.zeros_like(x)
+        w = w.clone()
+        for e, expert in enumerate(self.experts):
+            m = chosen == e
+            y[m] = expert(x[m]) * w[m, None]
+            w.mul_(0.5)
+        return y
+
+
+class WeightOfAllRows(WeightedInside):
+    """Each row by the mean of the weights of all rows that the expert has."""
+
+    def one(self, x, chosen, w):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            m = chosen == e
+            if m.any():
+                y[m] = expert(x[m]) * w[m].mean()
+        return y
+
+
+class WeightReturned(WeightedInside):
+    """The last expert's weights are used once more."""
+
+    def one(self, x, chosen, w):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            m = chosen == e
+            own = w[m, None]
+            y[m] = expert(x[m]) * own
+        return y + own.sum()
+
+
 MISSES = (
     NearMiss("choices_shared", "every_expert_is_covered", Shared),
     NearMiss("choices_other_choice", "assignments_overwrite_nothing", OtherChoice),
     NearMiss("choices_written_before", "no_intermediate_escapes", WrittenBefore),
     NearMiss("choices_read_inside", "accumulator_is_not_read_inside", ReadInside),
     NearMiss("choices_left_out", "every_expert_is_covered", LeftOut),
+    NearMiss("choices_weight_of_another", "bodies_are_isomorphic", WeightOfAnother),
+    NearMiss("choices_weight_written", "nothing_is_written_inside", WeightWritten),
+    NearMiss("choices_weight_of_all_rows", "body_is_row_wise", WeightOfAllRows),
+    NearMiss("choices_weight_used_again", "no_intermediate_escapes", WeightReturned),
 )

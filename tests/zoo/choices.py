@@ -68,10 +68,42 @@ class PutAnew(Copied):
         return y.index_put((tokens,), expert(x[tokens]))
 
 
+class WeightedInside(MaskLoop):
+    """Rows are weighted as they are assigned, `w[m, None]` of `w = weights[:, k]`."""
+
+    def one(self, x, chosen, w):
+        """What the experts make of all tokens, each of which has one and one weight."""
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            m = chosen == e
+            y[m] = expert(x[m]) * w[m, None]
+        return y
+
+    def moe(self, x, ids, weights):
+        outputs = [self.one(x, ids[:, k], weights[:, k]) for k in range(self.top_k)]
+        return torch.stack(outputs).sum(dim=0)
+
+
+class WeightedOfHit(WeightedInside):
+    """The same over the experts that a choice has, with `weights[m, k]`; the activation is the experts' own."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for k in range(self.top_k):
+            y = torch.zeros_like(x)
+            for e in ids[:, k].unique():
+                m = ids[:, k] == e
+                y[m] = weights[m, k, None] * torch.tanh(self.experts[e](x[m]))
+            out += y
+        return out
+
+
 CASES = (
     Case("choices_assigned", Choices, top_k=1, regions=2),
     Case("choices_skipped", Skipped, top_k=1, regions=2),
     Case("choices_copied", Copied, top_k=1, regions=2),
     Case("choices_copied_anew", CopiedAnew, top_k=1, regions=2),
     Case("choices_put_anew", PutAnew, top_k=1, regions=2),
+    Case("choices_weighted_inside", WeightedInside, top_k=1, regions=2),
+    Case("choices_weighted_of_hit", WeightedOfHit, top_k=1, regions=2, op="parallel_linear", activation=None),
 )

@@ -196,3 +196,38 @@ v33 = scatter_moe.mlp(v32, v31, v29, v30, [experts_0_w1_weight, experts_1_w1_wei
 v34 = .unflatten(v33, 0, (2, 12))
 return (v34)""",
         )
+
+    def test_choices_weighted_inside(self):
+        self.assertExpectedInline(
+            self.golden("choices_weighted_inside"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = getitem(v19, (slice(None, None, None), 0))
+v24 = .view(v23, -1, 1)
+v25 = scatter_moe.route(v24, 4)
+v26 = getitem(v25, 0)
+v27 = getitem(v25, 1)
+v28 = .select(v22, -1, 0)
+v29 = .reshape(v28, (-1, 1))
+v30 = scatter_moe.mlp(v14, v29, v26, v27, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v31 = getitem(v19, (slice(None, None, None), 1))
+v32 = .view(v31, -1, 1)
+v33 = scatter_moe.route(v32, 4)
+v34 = getitem(v33, 0)
+v35 = getitem(v33, 1)
+v36 = .select(v22, -1, 1)
+v37 = .reshape(v36, (-1, 1))
+v38 = scatter_moe.mlp(v14, v37, v34, v35, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v39 = stack([v30, v38])
+v40 = .sum(v39, dim=0)
+v41 = .view_as(v40, hidden_states)
+return (v41)""",
+        )
