@@ -52,7 +52,7 @@ class Size:
 
 SIZES = {
     "cpu": Size(2, 192, 6, 16, 2, 96, batch=8, sequence=128, dtype=torch.float32),
-    "cuda": Size(4, 1024, 16, 64, 8, 512, batch=8, sequence=1024, dtype=torch.bfloat16),
+    "cuda": Size(4, 1024, 16, 32, 4, 1024, batch=8, sequence=1024, dtype=torch.bfloat16),
 }
 
 # The three ways to train: what is done to the model before the first step.
@@ -172,6 +172,8 @@ def train_all_ways(model: nn.Module, data: list[Tensor]) -> dict[str, Run]:
             model.load_state_dict(start)
             task = progress.add_task(name, total=len(data), loss=float("nan"))
             runs[name] = train(compile_model(model), model, data, partial(progress.update, task))
+            if not console.is_terminal:  # where no bars are drawn
+                console.print(f"{name}: {len(data)} steps in {sum(runs[name].seconds):.0f} s")
     return runs
 
 
