@@ -23,7 +23,7 @@ from fx_passes.facts import counts_behind, fact
 from fx_passes.facts.ids import is_single_choice
 from fx_passes.facts.statements import Fact, Mask, Rows
 from fx_passes.graph.aliasing import has_own_memory, made_by, writes_before_reads
-from fx_passes.graph.markers import Expert, ask_for_number, expert_of, expert_parameter, select_expert
+from fx_passes.graph.markers import Expert, ask_for_number, expert_of, expert_parameter, place_among_hits, select_expert
 from fx_passes.graph.ops import (
     OF_PARAMETERS,
     POINTWISE,
@@ -253,7 +253,11 @@ class Unifier:
         """Whether `node` depends on an expert or on its rows."""
         if node not in self._inner:
             self._inner[node] = False
-            by_expert = expert_of(node) is not None or node.target in (select_expert, expert_parameter)
+            by_expert = expert_of(node) is not None or node.target in (
+                select_expert,
+                expert_parameter,
+                place_among_hits,
+            )
             inner = by_expert or self._is_about_an_expert(fact(node))
             self._inner[node] = inner or any(self._is_inner(source) for source in node.all_input_nodes)
         return self._inner[node]

@@ -57,11 +57,13 @@ def _method(name: str, capture: Any, tx: Any, owner: VariableTracker, args: Any,
     return _METHODS[name](capture, tx, tensor, args, kwargs)
 
 
-def _enumerate(capture: Any, tx: Any, fn: Any, array: VariableTracker, kwargs: Any) -> VariableTracker | None:
-    """`for e, n in enumerate(counts.numpy()):`"""
+def _enumerate(capture: Any, tx: Any, fn: Any, listed: VariableTracker, kwargs: Any) -> VariableTracker | None:
+    """`for e, n in enumerate(counts.numpy()):`, `for i, e in enumerate(hit):`"""
     header = _header_of_loop_over_result(tx)
-    numbers = counts.iterate(capture, tx, array, header) if header is not None else None
-    return fn.call_function(tx, [numbers], kwargs) if numbers is not None else None
+    if header is None or kwargs:
+        return None
+    numbers = counts.iterate(capture, tx, listed, header)
+    return fn.call_function(tx, [numbers], {}) if numbers is not None else loops.enumerated(capture, tx, listed, header)
 
 
 def _header_of_loop_over_result(tx: Any) -> Any | None:

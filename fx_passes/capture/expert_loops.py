@@ -13,13 +13,13 @@ from typing import Any
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import ListVariable, RangeVariable, TupleVariable
-from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
-from torch.fx.experimental.symbolic_shapes import constrain_range
+from torch._dynamo.variables.tensor import TensorVariable
 
 from fx_passes.capture.events import Scope
+from fx_passes.capture.index_list import IndexListVariable
 from fx_passes.capture.python_state import shows_all
 from fx_passes.capture.stand_in import is_module_list, length_of, stand_in_for
-from fx_passes.capture.variables import call_in_graph, unbound
+from fx_passes.capture.variables import call_in_graph, open_number, unbound
 from fx_passes.graph.markers import each_expert, mark_expert, select_expert
 
 _FEWEST = 2
@@ -107,6 +107,8 @@ def _length(iterable: Iterable) -> int | None:
             item.as_python_constant() if item.is_python_constant() else None for item in iterable.items
         )
         return stop if (first, step) == (0, 1) else None
+    if isinstance(iterable, IndexListVariable):
+        return None
     if isinstance(iterable, TensorVariable):
         value = iterable.as_proxy().node.meta["example_value"]
         return value.shape[0] if value.dim() and type(value.shape[0]) is int else None
@@ -128,15 +130,11 @@ def _element(tx: Any, iterable: Iterable, number: VariableTracker, modules: list
 
 
 def _number(capture: Any, tx: Any, length: int) -> VariableTracker:
-    """A number without a value from 0 to `length` - 1."""
-    shape_env = capture.output.shape_env
-    with shape_env.ignore_fresh_unbacked_symbols():
-        value = shape_env.create_unbacked_symint()
-    constrain_range(value, min=0, max=length - 1)
-    capture.forget_new_symbols()
-    proxy = capture.output.create_proxy("call_function", each_expert, (length,), {})
-    mark_expert(proxy.node, proxy.node)
-    return SymNodeVariable.create(tx, proxy, value)
+    """The number of the expert that stands for `length` of them."""
+    number = open_number(capture, tx, length, each_expert, length)
+    node = number.as_proxy().node
+    mark_expert(node, node)
+    return number
 
 
 def _after_iter(tx: Any) -> Any | None:

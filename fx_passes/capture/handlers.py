@@ -20,7 +20,7 @@ Handler = Callable[[Any, Any, Any], bool]
 
 
 def _subscript(capture: Any, tx: Any, instruction: Any) -> bool:
-    return any(known.subscript(capture, tx, instruction) for known in (segments, counts, indexing))
+    return any(known.subscript(capture, tx, instruction) for known in (segments, counts, loops, indexing))
 
 
 def _store_subscript(capture: Any, tx: Any, _instruction: Any) -> bool:

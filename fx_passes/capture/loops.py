@@ -6,8 +6,8 @@ from torch import fx
 from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.lists import ListVariable
-from torch._dynamo.variables.tensor import TensorVariable
+from torch._dynamo.variables.lists import ListVariable, TupleVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
 from fx_passes.capture import counts, expert_loops
 from fx_passes.capture.events import Scope, events_of
@@ -15,12 +15,12 @@ from fx_passes.capture.index_list import IndexListVariable
 from fx_passes.capture.parts import vanishes
 from fx_passes.capture.python_state import Snapshot, difference, snapshot
 from fx_passes.capture.stand_in import replace_parameters
-from fx_passes.capture.variables import expert_of_variable, has_open_length, rank_of
+from fx_passes.capture.variables import expert_of_variable, has_open_length, open_number, rank_of
 from fx_passes.facts import fact
 from fx_passes.facts.ids import classes_that_occur
 from fx_passes.facts.statements import Hit
 from fx_passes.facts.totals import total_of
-from fx_passes.graph.markers import current_expert, mark_expert
+from fx_passes.graph.markers import current_expert, mark_expert, place_among_hits
 from fx_passes.graph.ops import fake_tensor
 
 
@@ -35,26 +35,63 @@ def get_iter(capture: Any, tx: Any, _instruction: Any) -> bool:
     tx.push(numbers or hit)
     if numbers is not None or not isinstance(hit, TensorVariable) or not has_open_length(hit):
         return False
+    tx.stack[-1] = _experts(capture, tx, hit, header, len(tx.stack) - 1) or hit
+    return False
+
+
+def _experts(capture: Any, tx: Any, hit: TensorVariable, header: Any, stack_size: int) -> ListVariable | None:
+    """What a loop over `hit` runs over: one symbolic expert, or all experts; None where it is Dynamo's to say."""
     classes = fact(hit.as_proxy().node)
     if not isinstance(classes, Hit) or classes.as_tuple or header.opname != "FOR_ITER":
         detail = "the loop runs over a tensor that is not known to list the experts with a token"
         capture.reject(tx, "loop_is_over_the_hit_experts", detail)
-        return False
+        return None
     if not capture.shows_all(tx):
-        return False
+        return None
     event = capture.event(tx, "hit loop")
     if capture.is_denied(event):
-        return False
+        return None
     is_unrolled = event.place in capture.memory.unrolled
     experts = range(classes_that_occur(classes.ids, classes.num_classes)) if is_unrolled else (None,)
     items = [_iteration_expert(capture, tx, hit, expert) for expert in experts]
     event.symbol = None if is_unrolled else items[0].as_proxy().node
-    tx.stack[-1] = ListVariable(items, mutation_type=ValueMutationNew())
-    capture.scopes.append(Scope(event, tx, header, len(tx.stack) - 1, None, loop_over=classes))
+    capture.scopes.append(Scope(event, tx, header, stack_size, None, loop_over=classes))
+    return ListVariable(items, mutation_type=ValueMutationNew())
+
+
+def enumerated(capture: Any, tx: Any, listed: VariableTracker, header: Any) -> VariableTracker | None:
+    """`for i, e in enumerate(hit):`, or over such a list, with the loop header `header`.
+
+    Experts without tokens are not counted, so `i` has no value.
+    """
+    listed = listed.realize()
+    if isinstance(listed, IndexListVariable):
+        hit, experts = listed.tensor, iterate(capture, tx, listed.tensor, header)
+    elif isinstance(listed, TensorVariable) and has_open_length(listed):
+        hit, experts = listed, _experts(capture, tx, listed, header, len(tx.stack))
+    else:
+        return None
+    if experts is None:
+        return None
+    known = fact(hit.as_proxy().node)
+    assert isinstance(known, Hit)
+    pairs = [
+        TupleVariable([open_number(capture, tx, known.num_classes, place_among_hits, hit.as_proxy()), expert])
+        for expert in experts.items
+    ]
+    return ListVariable(pairs, mutation_type=ValueMutationNew())
+
+
+def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
+    """`experts[i]` with such a number, which Dynamo cannot do."""
+    index = tx.stack[-1].realize()
+    if isinstance(index, SymNodeVariable) and index.as_proxy().node.target is place_among_hits:
+        detail = "an expert's place among those with a token is taken for the number of an expert"
+        capture.reject(tx, "loop_is_over_the_hit_experts", detail)
     return False
 
 
-def iterate(capture: Any, tx: Any, hit: TensorVariable, header: Any) -> VariableTracker | None:
+def iterate(capture: Any, tx: Any, hit: TensorVariable, header: Any) -> ListVariable | None:
     """`for e in hit.tolist():`, or over such a list, with the loop header `header`: the numbers of all experts.
 
     Iterations may be missing: they belong to experts without tokens.
@@ -104,7 +141,8 @@ def _next_iteration(capture: Any, scope: Scope) -> None:
     if iterator.index >= len(iterator.items):
         _end(capture, scope)
     elif scope.loop_over is not None:
-        expert = expert_of_variable(iterator.items[iterator.index])
+        item = iterator.items[iterator.index]
+        expert = expert_of_variable(item.items[1] if isinstance(item, TupleVariable) else item)
         assert expert is not None
         scope.begin_iteration(expert)
 

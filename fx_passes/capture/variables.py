@@ -8,7 +8,7 @@ from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import ListVariable, SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import constrain_range, free_unbacked_symbols
 
 from fx_passes.graph.markers import Expert, expert_of
 from fx_passes.graph.ops import arg, example, op_name
@@ -41,6 +41,16 @@ def is_open(number: Any) -> bool:
 def call_in_graph(tx: Any, target: Any, *args: Any) -> VariableTracker:
     """The result of a new node that calls `target`."""
     return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", target, args, {}))
+
+
+def open_number(capture: Any, tx: Any, count: int, target: Any, *args: Any) -> VariableTracker:
+    """A number without a value from 0 to `count` - 1: the result of a new node that calls `target`."""
+    shape_env = capture.output.shape_env
+    with shape_env.ignore_fresh_unbacked_symbols():
+        value = shape_env.create_unbacked_symint()
+    constrain_range(value, min=0, max=count - 1)
+    capture.forget_new_symbols()
+    return SymNodeVariable.create(tx, capture.output.create_proxy("call_function", target, args, {}), value)
 
 
 def unbound(variable: Any) -> tuple[fx.Proxy, int] | None:

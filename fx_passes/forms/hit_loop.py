@@ -8,7 +8,8 @@
         out.index_add_(0, tokens, expert(x[tokens], up[e], down[e]) * weights[tokens, slots, None])
 
 It is captured as one iteration over a symbolic expert, whatever the number of experts. The experts may be listed in
-other ways, `for (e,) in hit`, `torch.where(counts > 0)[0]`, `ids.unique()`. As numbers, `hit.flatten().tolist()`,
+other ways, `for (e,) in hit`, `for i, e in enumerate(hit)` where `i` is not read, `torch.where(counts > 0)[0]`,
+`ids.unique()`. As numbers, `hit.flatten().tolist()`,
 `ids.unique().tolist()`, `set(ids.flatten().tolist())`, they have an iteration each, and the loop is one of the form
 "range_loop"; so is one where experts compute weights of their parameters, `W[e] + scale * B[e] @ A[e]`.
 """

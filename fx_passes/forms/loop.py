@@ -16,7 +16,7 @@ from fx_passes.facts.slot_sum import SlotSum
 from fx_passes.facts.statements import Counts, Fact, Hit, Listed, Mask, Occupied, Selection
 from fx_passes.forms.accumulation import accumulations, closure
 from fx_passes.graph.aliasing import made_by
-from fx_passes.graph.markers import current_expert, expert_segment
+from fx_passes.graph.markers import current_expert, expert_segment, place_among_hits
 from fx_passes.graph.ops import EMPTY, ZEROS, fake_tensor, known_tensor, op_name
 from fx_passes.region import Accumulation, LoopRegion, Rejected, mismatches_rejected
 from fx_passes.report import GRADIENTS, RANGE, UNWRITTEN
@@ -222,7 +222,8 @@ def _is_factor(user: fx.Node, body: Body) -> bool:
 def _is_read_in_python(hit: fx.Node) -> bool:
     """Whether nothing in the graph but its length is made of a list of hit experts, as of one that became numbers."""
     return all(
-        user.target is torch.ops.aten.sym_size.int or (isinstance(fact(user), Hit) and _is_read_in_python(user))
+        user.target in (torch.ops.aten.sym_size.int, place_among_hits)
+        or (isinstance(fact(user), Hit) and _is_read_in_python(user))
         for user in hit.users
     )
 

@@ -24,6 +24,11 @@ def current_expert(hit: torch.Tensor) -> torch.Tensor:
     return hit.new_zeros(hit.shape[1:])
 
 
+def place_among_hits(_hit: torch.Tensor) -> int:
+    """Where the expert of an iteration stands in the list of those with a token, as a number of unknown value."""
+    return 0
+
+
 def each_expert(num_experts: int) -> int:
     """A number of unknown value, from 0 to `num_experts` - 1."""
     return num_experts - 1

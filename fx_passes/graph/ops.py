@@ -26,6 +26,7 @@ from fx_passes.graph.markers import (
     experts_hit,
     index_list,
     index_with_expert,
+    place_among_hits,
     select_expert,
 )
 
@@ -102,6 +103,7 @@ _HARMLESS = frozenset(
         expert_places,
         expert_segment,
         experts_hit,
+        place_among_hits,
         torch._C._set_grad_enabled,
     )
 )

@@ -21,13 +21,14 @@ TABLE = {
         """
         mixtral_451 mixtral_457 qwen2_moe_457 qwen3_moe_451 stacked_sentinel stacked_unnormalized stacked_top_1
         stacked_top_all stacked_no_sentinel stacked_relu2 gpt_oss_5 granite_5 hit_flatten hit_unpacked
-        hit_column hit_where unique_ids hit_flat_weights hit_swiglu hit_swiglu_fused hit_geglu_bias
+        hit_column hit_where unique_ids hit_enumerated hit_flat_weights hit_swiglu hit_swiglu_fused hit_geglu_bias
         hit_gelu_bias hit_gelu_tanh hit_relu_squared hit_three_layers hit_layer_norm_first hit_rms_norm_after
         hit_lora hit_residual hit_clamped hit_one_linear hit_one_gate hit_uneven_halves hit_sigmoid_glu
         views_hit_halves hit_shared_norm stacked_of_one starts_as_copy
         """,
         """
-        hit_without_first hit_twice hit_busy_experts hit_hits_of_other_ids hit_previous_rows hit_stack_mean_over_rows
+        hit_without_first hit_twice hit_busy_experts hit_hits_of_other_ids hit_previous_rows
+        hit_enumerated_by_place hit_enumerated_scaled_by_place hit_enumerated_last_place hit_stack_mean_over_rows
         hit_stack_rows_reversed hit_stack_beside_other_rows
         """,
     ),
@@ -55,6 +56,7 @@ TABLE = {
         loads_after loads_first loads_bias starts_as_shared starts_as_input starts_as_zeros_read_later
         starts_as_product_read_later
         hit_list hit_list_on_host hit_list_set_sorted hit_list_set hit_list_items hit_list_stacked
+        hit_enumerated_numbers
         loads_counted_inside loads_counted_of_hit loads_assigned_inside
         sequence_top_1_added sequence_top_1_flattened
         gate_columns_positions gate_columns_guarded gate_columns_closed gate_columns_threshold gate_columns_one_hot
@@ -69,6 +71,7 @@ TABLE = {
         range_partly_in_place range_zeros_written range_zeros_scattered
         merged_dropped merged_other_scales merged_of_the_next merged_by_slot
         hit_list_without_first hit_list_discarded hit_list_of_one_token hit_list_left_early hit_list_last_number
+        hit_enumerated_without_first
         merged_of_the_next_hit merged_of_the_sum_of_hits merged_dropped_of_hit loads_in_half loads_in_python
         dropped_choice_counted dropped_choice_and_next dropped_choices_in_order
         """,

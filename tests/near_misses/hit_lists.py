@@ -4,7 +4,7 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import E
-from tests.zoo.hit_lists import BySlot, Listed
+from tests.zoo.hit_lists import BySlot, Enumerated, EnumeratedNumbers, Listed
 
 
 class WithoutFirst(Listed):
@@ -98,6 +98,52 @@ class OtherSlot(BySlot):
         return out
 
 
+class ExpertByPlace(Enumerated):
+    """The first expert with a token is taken for expert 0, and so on."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for i, e in enumerate(self.hit(ids)):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[i](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class ScaledByPlace(Enumerated):
+    """Each expert with a token counts more than the one before it."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for i, e in enumerate(self.hit(ids)):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * (weights[tokens, slots, None] * (i + 1)))
+        return out
+
+
+class FirstPlaceSkipped(EnumeratedNumbers):
+    """The first expert with a token is skipped."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for i, e in enumerate(self.hit(ids)):
+            if i == 0:
+                continue
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class LastPlace(Enumerated):
+    """How many experts have a token scales the output."""
+
+    def moe(self, x, ids, weights):
+        out, i = torch.zeros_like(x), 0
+        for i, e in enumerate(self.hit(ids)):  # noqa: B007
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out * (i + 1)
+
+
 OVER_HITS = "loop_is_over_the_hit_experts"
 MISSES = (
     NearMiss("hit_list_without_first", OVER_HITS, WithoutFirst),
@@ -110,4 +156,8 @@ MISSES = (
     NearMiss("hit_list_counted", "no_intermediate_escapes", Counted),
     NearMiss("hit_list_last_number", "loop_changes_no_python_state", LastNumber),
     NearMiss("hit_list_other_slot", "guards_are_of_the_same_expert", OtherSlot),
+    NearMiss("hit_enumerated_by_place", OVER_HITS, ExpertByPlace),
+    NearMiss("hit_enumerated_scaled_by_place", "operations_are_known", ScaledByPlace),
+    NearMiss("hit_enumerated_without_first", "guards_only_skip_empty_experts", FirstPlaceSkipped),
+    NearMiss("hit_enumerated_last_place", "loop_changes_no_python_state", LastPlace),
 )

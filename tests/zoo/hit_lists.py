@@ -56,6 +56,27 @@ class Items(Listed):
         return out
 
 
+class Enumerated(MaskLoop):
+    """`for i, e in enumerate(ids.unique())`, and `i` is not read."""
+
+    def hit(self, ids):
+        return ids.unique()
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for _, e in enumerate(self.hit(ids)):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+class EnumeratedNumbers(Enumerated):
+    """The same over a list of numbers."""
+
+    def hit(self, ids):
+        return ids.unique().tolist()
+
+
 class BySlot(Listed):
     """In each slot the experts that were hit in it."""
 
@@ -101,6 +122,8 @@ CASES = (
     Case("hit_list_set_sorted", InSet),
     Case("hit_list_set", InPlainSet),
     Case("hit_list_items", Items),
+    Case("hit_enumerated", Enumerated),
+    Case("hit_enumerated_numbers", EnumeratedNumbers),
     Case("hit_list_by_slot", BySlot),
     Case("hit_list_by_slot_once", BySlotOnce, top_k=1),
     Case("hit_list_stacked", Stacked),

@@ -150,3 +150,24 @@ v26 = scatter_moe.mlp(v4, v25, v21, v22, [experts_gate_up_proj], [], [experts_do
 v27 = .reshape(v26, (2, 12, 16))
 return (v27)""",
         )
+
+    def test_hit_experts_enumerated(self):
+        self.assertExpectedInline(
+            self.golden("hit_enumerated"),
+            """\
+v14 = .reshape(hidden_states, -1, 16)
+v15 = linear(v14, gate_weight, None)
+v16 = softmax(v15, dim=1, dtype=torch.float32)
+v17 = topk(v16, 2, dim=-1)
+v18 = getitem(v17, 0)
+v19 = getitem(v17, 1)
+v20 = .sum(v18, dim=-1, keepdim=True)
+v21 = itruediv(v18, v20)
+v22 = .to(v21, torch.float32)
+v23 = scatter_moe.route(v19, 4)
+v24 = getitem(v23, 0)
+v25 = getitem(v23, 1)
+v26 = scatter_moe.mlp(v14, v22, v24, v25, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v27 = .view_as(v26, hidden_states)
+return (v27)""",
+        )
