@@ -106,6 +106,7 @@ def performance_page() -> Page:
     text = between_markers(text, "shapes", measured.layers_table())
     text = between_markers(text, "compile_time", compile_time.tables())
     text = between_markers(text, "layouts", measured.layouts_table())
+    text = between_markers(text, "decode", measured.decode_table())
     return Page(path, between_markers(text, "mixture_of_attention", measured.attention_table()))
 
 

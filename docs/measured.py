@@ -36,6 +36,14 @@ LAYOUT_COLUMNS = {
     "step_ratio": "step, of stacked",
     "step_host_ms": "host of a step, ms",
 }
+DECODE_COLUMNS = {
+    "model": "experts of",
+    "T": "tokens",
+    "experts": "experts that are read",
+    "implementation": "implementation",
+    "us": "us",
+    "GB/s": "GB/s",
+}
 MODELS_COLUMNS = {
     "model": "model",
     "experts": "experts and compiler",
@@ -75,6 +83,13 @@ def layouts_table() -> str:
     """The last run of `benchmarks/layouts.py`."""
     record = pictures.records("layouts")[-1]
     return f"{measured_table(LAYOUT_COLUMNS, record['rows'])}\n\n{caption(record)}"
+
+
+def decode_table() -> str:
+    """The last run of `benchmarks/decode.py`."""
+    record = pictures.records("decode")[-1]
+    copy = f"A copy, read and written, reaches {record['settings']['copy_gb_per_s']:,.0f} GB/s in the same run."
+    return f"{measured_table(DECODE_COLUMNS, record['rows'])}\n\n{copy} {caption(record)}"
 
 
 def attention_table() -> str:

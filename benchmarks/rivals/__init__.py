@@ -46,6 +46,7 @@ RIVALS: dict[str, Callable[[], Rival]] = {
     "transformers": lambda: Rival(plain.transformers()),
     "scattermoe": lambda: Rival(packages.scattermoe()),
     "sonicmoe": lambda: Rival(packages.sonicmoe(), interleaved),
+    "sonicmoe, tuned in part": lambda: Rival(packages.sonicmoe_tuned_in_part(), interleaved),
     "moe_ops": lambda: Rival(packages.moe_ops()),
     "triton_kernels": lambda: Rival(packages.triton_kernels(), interleaved),
 }
