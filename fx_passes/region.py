@@ -60,7 +60,7 @@ class Accumulation:
     """One `acc.index_add_(0, tokens, value)` or `acc[tokens] += value`; `acc[tokens] = value` where it `assigns`.
 
     `tokens` in two dims, a batch of sequences, may be a pair. `nodes` are all nodes that belong to it, `result` the
-    last.
+    last. `place` is there where it is `acc[e, tokens]` or `acc[tokens, e]`: the dim that has several outputs, and e.
     """
 
     accumulator: fx.Node
@@ -70,6 +70,7 @@ class Accumulation:
     result: fx.Node
     counts_duplicates: bool
     assigns: bool = False
+    place: tuple[int, int] | None = None
 
     @property
     def token_nodes(self) -> tuple[fx.Node, ...]:
@@ -146,7 +147,7 @@ class LoopRegion(MoERegion):
 
     `writes` are the additions. `base` is what tokens without an expert keep, where that isn't zero. The loop runs over
     experts from `first_expert` on; `earlier` are its additions for experts before that, which belong to another region:
-    their sum is the `addend`.
+    their sum is the `addend`. Where it `is_part`, its output is one of several that are summed.
     """
 
     accumulator: fx.Node
@@ -155,6 +156,7 @@ class LoopRegion(MoERegion):
     base: fx.Node | None
     first_expert: int
     earlier: frozenset[fx.Node] = frozenset()
+    is_part: bool = False
 
     @property
     def anchor(self) -> fx.Node:
@@ -168,3 +170,16 @@ class LoopRegion(MoERegion):
     @property
     def holders(self) -> tuple[fx.Node, ...]:
         return self.outputs if is_inplace(self.anchor) else self.outputs[1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummedRegion(MoERegion):
+    """Outputs for some experts or choices each, that are summed: what is said of all is said here, what each is of its
+    own in `parts`. All of these have the body, the inner nodes and the writes of the whole.
+    """
+
+    parts: tuple[LoopRegion, ...]
+
+    @property
+    def anchor(self) -> fx.Node:
+        return self.parts[0].anchor

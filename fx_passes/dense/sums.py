@@ -125,14 +125,14 @@ def _begun(node: fx.Node) -> _Chain | None:
     first, second = (_term(operand) for operand in operands)
     if first is not None and second is not None and not is_inplace(node):
         return _Chain(None, (first, second), (node,)) if first.goes_with(second) else None
-    if second is not None and _may_start(operands[0], node):
+    if second is not None and may_start(operands[0], node):
         return _Chain(operands[0], (second,), (node,))
-    if first is not None and not is_inplace(node) and _may_start(operands[1], node):
+    if first is not None and not is_inplace(node) and may_start(operands[1], node):
         return _Chain(operands[1], (first,), (node,))
     return None
 
 
-def _may_start(start: Any, node: fx.Node) -> bool:
+def may_start(start: Any, node: fx.Node) -> bool:
     """Zero, fresh zeros, or any tensor of the output's shape, which is written only if nobody else reads it."""
     if not isinstance(start, fx.Node):
         return start == 0

@@ -17,9 +17,11 @@ from fx_passes.forms import (
     slot_loop,
     sorted_segments,
     sorted_slots,
+    summed_outputs,
 )
 
 FORMS = (
+    summed_outputs,
     hit_loop,
     range_loop,
     slot_loop,

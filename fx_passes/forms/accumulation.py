@@ -20,17 +20,23 @@ from fx_passes.graph.ops import arg, op_name
 from fx_passes.graph.row_index import have_one_width, repeated
 from fx_passes.region import Accumulation, Rejected
 
+Place = tuple[int, int]
+"""A dim of a tensor that holds several outputs, and the number of one of them."""
 
-def accumulations(graph: fx.Graph) -> dict[fx.Node, list[Accumulation]]:
-    """All accumulations of expert rows, by the accumulator they start from, in graph order."""
-    groups: dict[fx.Node, list[Accumulation]] = {}
+
+def accumulations(graph: fx.Graph) -> dict[tuple[fx.Node, Place | None], list[Accumulation]]:
+    """All accumulations of expert rows, by the output they belong to, in graph order.
+
+    An output is the accumulator that they start from, or what that has at a place.
+    """
+    groups: dict[tuple[fx.Node, Place | None], list[Accumulation]] = {}
     base: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         found = _accumulation(node)
         if found is not None:
             start = base.get(found.accumulator, found.accumulator)
             base[found.result] = start
-            groups.setdefault(start, []).append(found)
+            groups.setdefault((start, found.place), []).append(found)
     return groups
 
 
@@ -93,14 +99,15 @@ def _scatter_add(node: fx.Node) -> Accumulation | None:
 
 
 def _add_by_index(node: fx.Node) -> Accumulation | None:
-    accumulator, index, total = node.args
-    index = without_rest(index)
+    accumulator, whole, total = node.args
+    whole = without_rest(whole)
+    place, index = _placed(whole)
     if chosen(index) is None or not isinstance(total, fx.Node):
         return None
     operands = total.args if op_name(total) in ("add", "iadd", "add_") and not total.kwargs else ()
-    reads = [operand for operand in operands[:2] if _reads(operand, accumulator, index)]
-    if not any(_reads(operand, accumulator, index) for operand in total.all_input_nodes):
-        return Accumulation(accumulator, index, total, (node,), node, counts_duplicates=False, assigns=True)
+    reads = [operand for operand in operands[:2] if _reads(operand, accumulator, whole)]
+    if not any(_reads(operand, accumulator, whole) for operand in total.all_input_nodes):
+        return Accumulation(accumulator, index, total, (node,), node, False, assigns=True, place=place)
     if len(reads) != 1 or len(operands) != 2:
         raise Rejected(
             "accumulation_is_a_plain_sum",
@@ -108,7 +115,16 @@ def _add_by_index(node: fx.Node) -> Accumulation | None:
             "`out[tokens] = ...` assigns something other than `out[tokens] + value`",
         )
     value = operands[1] if operands[0] is reads[0] else operands[0]
-    return Accumulation(accumulator, index, value, (reads[0], total, node), node, counts_duplicates=False)
+    return Accumulation(accumulator, index, value, (reads[0], total, node), node, False, place=place)
+
+
+def _placed(index: Any) -> tuple[Place | None, Any]:
+    """(place, tokens) of an index like `e, tokens` or `tokens, e`, and else the index as it is."""
+    first, last = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
+    for dim, number, rows in ((0, first, last), (1, last, first)):
+        if type(number) is int and number >= 0 and chosen_tokens(rows) is not None:
+            return (dim, number), rows
+    return None, index
 
 
 def _reads(operand: Any, accumulator: fx.Node, index: fx.Node) -> bool:

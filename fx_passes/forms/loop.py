@@ -64,8 +64,9 @@ class Loop:
 
 
 def loops(graph: fx.Graph) -> Iterator[Loop]:
-    for accumulator, found in accumulations(graph).items():
-        yield Loop(accumulator, tuple(found))
+    for (accumulator, place), found in accumulations(graph).items():
+        if place is None:
+            yield Loop(accumulator, tuple(found))
 
 
 def mask_of(accumulation: Accumulation) -> Mask:

@@ -19,9 +19,12 @@ from fx_passes.region import Accumulation, LoopRegion, Rejected
 
 
 def assignments_overwrite_nothing(region: LoopRegion) -> None:
-    """`out[tokens] = v` keeps the last expert's rows: fine only where a token has one expert, or a row for each."""
+    """`out[tokens] = v` keeps the last expert's rows: fine only where a token has one expert, or a row for each.
+
+    Of several outputs that are summed, each may have the rows of one expert alone, or of one slot.
+    """
     assigning = [accumulation for accumulation in region.accumulations if accumulation.assigns]
-    if not assigning or _is_flat(region):
+    if not assigning or _is_flat(region) or (region.is_part and _are_of_other_tokens(region.masks)):
         return
     if len(assigning) != len(region.accumulations) or not is_single_choice(region.ids_TK):
         raise Rejected(
@@ -29,6 +32,12 @@ def assignments_overwrite_nothing(region: LoopRegion) -> None:
             assigning[0].result,
             "rows are assigned to tokens that have several experts",
         )
+
+
+def _are_of_other_tokens(masks: tuple[Mask, ...]) -> bool:
+    """Whether no token is chosen by two of these masks of different experts or slots."""
+    slots = {mask.slot for mask in masks}
+    return len(masks) == 1 or (len(slots) == 1 and None not in slots)
 
 
 def _is_flat(region: LoopRegion) -> bool:
@@ -45,7 +54,7 @@ def accumulator_may_be_added_to(region: LoopRegion) -> None:
     start = made_by(region.accumulator)
     if start.kwargs.get("requires_grad", False):
         raise Rejected("accumulator_may_be_added_to", start, "the output is a leaf that requires gradients")
-    if not is_contiguous(fake_tensor(region.accumulator), _dims_of_output(region)):
+    if not region.is_part and not is_contiguous(fake_tensor(region.accumulator), _dims_of_output(region)):
         raise Rejected("accumulator_may_be_added_to", start, "the output is not contiguous, or has other dims")
     if region.base is None and region.addend is None and _is_written_before(region):
         raise Rejected("accumulator_may_be_added_to", start, "the output is written to before the loop adds to it")

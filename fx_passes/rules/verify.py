@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fx_passes.body.values import Gathered, PerExpert, SlotGathered, has_rows
 from fx_passes.facts.ids import has_slots
 from fx_passes.graph.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
-from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected
+from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected, SummedRegion
 from fx_passes.rules.escape import (
     gathered_tensors_stay_as_they_are,
     no_intermediate_escapes,
@@ -38,8 +38,10 @@ Size = int | torch.SymInt
 
 def verify(region: MoERegion) -> None:
     """All rules on `region`, for a loop also those of loops; raises Rejected at the first that doesn't hold."""
-    for rule in LOOP_RULES if isinstance(region, LoopRegion) else ():
-        rule(region)
+    loops = region.parts if isinstance(region, SummedRegion) else (region,)
+    for loop in loops:
+        for rule in LOOP_RULES if isinstance(loop, LoopRegion) else ():
+            rule(loop)
     for rule in RULES:
         rule(region)
 

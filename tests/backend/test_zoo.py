@@ -27,7 +27,8 @@ QUICK = frozenset(
     dropped_one_hot hit_unpacked views_halves_in_one_index views_unbound temporaries_gated
     switch_lists flat_paired dense_sequences_einsum dense_sequences_cut dense_modules_where
     merged_loop merged_stacked hit_list_set
-    filtered_comprehension choices_assigned loads_counted_of_hit gate_lists gate_lists_closed""".split()
+    filtered_comprehension choices_assigned loads_counted_of_hit gate_lists gate_lists_closed
+    summed_stacked summed_one_buffer""".split()
 )
 
 

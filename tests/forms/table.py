@@ -17,6 +17,16 @@ def row(programs: str, near_misses: str) -> Row:
 
 
 TABLE = {
+    "summed_outputs": row(
+        """
+        summed_stacked summed_listed summed_in_loop summed_put_anew summed_one_buffer summed_buffer_behind_tokens
+        summed_buffer_of_choices choices_weighted_of_hit
+        """,
+        """
+        summed_left_out summed_twice summed_scaled summed_read summed_repeated_ids summed_before_written
+        summed_onto_its_own summed_guard_of_another summed_shared_places summed_in_part summed_mean_weight
+        """,
+    ),
     "hit_loop": row(
         """
         mixtral_451 mixtral_457 qwen2_moe_457 qwen3_moe_451 stacked_sentinel stacked_unnormalized stacked_top_1
@@ -89,7 +99,7 @@ TABLE = {
         switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
         switch_lists_copied dropped_sequences dropped_listed
         choices_assigned choices_skipped choices_copied choices_copied_anew choices_put_anew
-        choices_weighted_inside choices_weighted_of_hit
+        choices_weighted_inside
         sequence_top_1_assigned sequence_top_1_one_hot
         sequence_top_1_kept_dim sequence_top_1_own_probability
         """,

@@ -105,5 +105,5 @@ CASES = (
     Case("choices_copied_anew", CopiedAnew, top_k=1, regions=2),
     Case("choices_put_anew", PutAnew, top_k=1, regions=2),
     Case("choices_weighted_inside", WeightedInside, top_k=1, regions=2),
-    Case("choices_weighted_of_hit", WeightedOfHit, top_k=1, regions=2, op="parallel_linear", activation=None),
+    Case("choices_weighted_of_hit", WeightedOfHit, op="parallel_linear", activation=None),
 )
