@@ -10,8 +10,8 @@ from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
-from fx_passes.capture import counts, expert_numbers, index_list, leaves, loops, modules_to, segments
-from fx_passes.capture.variables import has_open_length, is_open
+from fx_passes.capture import bounds, counts, expert_numbers, index_list, leaves, loops, modules_to, segments
+from fx_passes.capture.variables import expert_of_variable, has_open_length, is_open
 from fx_passes.facts import fact
 from fx_passes.graph.ops import op_name
 
@@ -94,7 +94,11 @@ def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: An
 def _integer(capture: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker | None:
     if len(args) != 1 or kwargs:
         return None
-    return expert_numbers.number(capture, args[0].realize()) or counts.item(capture, tx, args[0])
+    value = args[0].realize()
+    found = expert_numbers.number(capture, value) or bounds.item(capture, tx, value)
+    if found is None and isinstance(value, TensorVariable) and expert_of_variable(value) is None:
+        counts.reject_other_numbers(capture, tx, value.as_proxy().node)
+    return found
 
 
 def _item(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:

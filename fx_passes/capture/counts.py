@@ -2,8 +2,10 @@
 
 Dynamo cannot know them. They become numbers without a value, one an expert. Comparing one with zero asks whether the
 expert has a token; what is cut from the end of one expert to that of the next are the expert's rows (segments.py).
+Tensors that say one of them are in bounds.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,18 +19,17 @@ from torch._dynamo.variables.tensor import NumpyNdarrayVariable, SymNodeVariable
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
 from fx_passes.capture.events import Event, Scope, tag
-from fx_passes.capture.variables import rank_of
-from fx_passes.facts import fact
-from fx_passes.facts.counts import ids_in_bins
+from fx_passes.facts import fact, is_made_of_counts
 from fx_passes.facts.ids import gated_ids, ids_are_below, ids_are_distinct, listings_of_gates
 from fx_passes.facts.statements import Counts, Hit, Mask
+from fx_passes.facts.tallies import fills_of
 from fx_passes.facts.totals import total_of
 from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.markers import expert_count
-from fx_passes.graph.ops import arg, known_tensor, op_name
+from fx_passes.graph.ops import known_tensor
 
-_NODES_BACK = 64
-"""How many nodes back to look for the counts that a number is made of."""
+_MATRIX = 2
+"""Dims of a tensor that is no list of numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +74,22 @@ def read(capture: Any, tx: Any, tensor: TensorVariable) -> VariableTracker | Non
     """`counts.tolist()`: the list of numbers that the items of `tensor` are, if it counts the slots of experts."""
     known = fact(tensor.as_proxy().node)
     if known is None:
-        _reject_shared_bins(capture, tx, tensor.as_proxy().node)
+        reject_other_numbers(capture, tx, tensor.as_proxy().node)
     is_open = isinstance(known, Counts) and known.open_ended
     return None if is_open else _numbers(capture, tx, tensor)
 
 
-def _reject_shared_bins(capture: Any, tx: Any, node: fx.Node) -> None:
-    """Says so where `node` is a histogram of a layer's ids that isn't known to have a bin for each expert."""
-    while op_name(node) in ("to", "int", "long", "cpu"):
-        node = arg(node, 0, "input")
-    ids = ids_in_bins(node) if op_name(node) == "histc" else None
-    if ids is not None and known_tensor(ids).dim() == 2:
-        detail = "ids are counted in bins of which it isn't known that each has those of one expert"
-        capture.reject(tx, "ids_are_in_range", detail)
+def reject_other_numbers(capture: Any, tx: Any, node: fx.Node) -> None:
+    """Says so where `node`, which Python reads, is made of experts' numbers of slots and isn't known to be these.
+
+    Where numbers were left to Dynamo, it has been said why.
+    """
+    tensor = known_tensor(node)
+    if capture.uncounted:
+        return
+    if tensor.dtype in (torch.int32, torch.int64) and tensor.dim() < _MATRIX and is_made_of_counts(node):
+        detail = "numbers are read that are not known to be how many slots each expert has"
+        capture.reject(tx, "segments_are_those_of_an_expert", detail)
 
 
 def cumsum(
@@ -143,7 +147,7 @@ def _numbers(capture: Any, tx: Any, tensor: TensorVariable) -> ListVariable | No
     known = fact(node)
     if not isinstance(known, Counts) or known.positive:
         return None
-    if any(writers_of(node)):
+    if set(writers_of(node)) - fills_of(node):
         capture.reject(tx, "nothing_is_written_inside", "the experts' numbers of slots change once they were counted")
         return None
     if node not in capture.numbers:
@@ -151,59 +155,19 @@ def _numbers(capture: Any, tx: Any, tensor: TensorVariable) -> ListVariable | No
         if counted is None:
             return None
         ranges = [(0 if known.cumulative else e, e + 1) for e in range(known.num_classes)]
-        capture.numbers[node] = [_as_variable(capture, tx, counted, *experts) for experts in ranges]
+        capture.numbers[node] = [as_variable(capture, tx, counted, *experts) for experts in ranges]
     return ListVariable(list(capture.numbers[node]), mutation_type=ValueMutationNew())
-
-
-def item(capture: Any, tx: Any, tensor: Any) -> VariableTracker | None:
-    """`tensor.item()`, if that is how many slots some experts have."""
-    tensor = tensor.realize()
-    known = total_of(tensor.as_proxy().node) if _is_scalar(tensor) else None
-    counted = counted_by(capture, tx, known.node) if known is not None else None
-    if known is None or counted is None:
-        return None
-    return _as_variable(capture, tx, counted, known.first, known.stop)
-
-
-def build_slice(capture: Any, tx: Any, instruction: Any) -> bool:
-    """`start:end`, where tensors say how many slots some experts have: they become numbers."""
-    tx.stack[-instruction.arg :] = [as_bound(capture, tx, bound) for bound in tx.stack[-instruction.arg :]]
-    return False
-
-
-def as_bound(capture: Any, tx: Any, bound: VariableTracker) -> VariableTracker:
-    """`bound` of a slice, as a number where it is a tensor of which one is known.
-
-    An iteration that stands for all experts has none: each expert's rows begin somewhere else.
-    """
-    number = item(capture, tx, bound)
-    if number is None and _is_scalar(bound.realize()):
-        loops = [scope.event for scope in capture.scopes if scope.event.can_be_unrolled]
-        if loops:
-            capture.trace_again_unrolled(loops)
-        if _is_made_of_counts(bound.as_proxy().node):
-            detail = "rows are cut where it isn't known that the slots of an expert begin or end"
-            capture.reject(tx, "segments_are_those_of_an_expert", detail)
-    return number or bound
-
-
-def _is_made_of_counts(node: fx.Node) -> bool:
-    """Whether `node` is computed from how many slots experts have."""
-    seen, stack = {node}, [node]
-    while stack and len(seen) < _NODES_BACK:
-        node = stack.pop()
-        if isinstance(fact(node), Counts):
-            return True
-        new = set(node.all_input_nodes) - seen
-        seen |= new
-        stack.extend(new)
-    return False
 
 
 def counted_by(capture: Any, tx: Any, node: fx.Node) -> Counted | None:
     """The numbers that `node` counts, where these are all slots of the experts."""
     known = fact(node)
     assert isinstance(known, Counts)
+    return counted_as(capture, tx, known, lambda _event: node)
+
+
+def counted_as(capture: Any, tx: Any, known: Counts, make: Callable[[Event], fx.Node]) -> Counted | None:
+    """The numbers that are `known`; where these are the first such, `make` gives the tensor that has them."""
     for counted in capture.counted:
         if (counted.counts.ids, counted.counts.num_classes) == (known.ids, known.num_classes):
             return counted
@@ -217,7 +181,7 @@ def counted_by(capture: Any, tx: Any, node: fx.Node) -> Counted | None:
     if capture.is_denied(event):
         capture.uncounted.add(known.ids)
         return None
-    return _count(capture, event, node, known)
+    return _count(capture, event, make(event), known)
 
 
 def is_of_experts(counts: Counts) -> bool:
@@ -245,15 +209,12 @@ def _count(capture: Any, event: Event, node: fx.Node, known: Counts) -> Counted:
     return counted
 
 
-def _as_variable(capture: Any, tx: Any, counted: Counted, first: int, stop: int) -> VariableTracker:
+def as_variable(capture: Any, tx: Any, counted: Counted, first: int, stop: int) -> VariableTracker:
+    """How many slots the experts from `first` to before `stop` have, as a number."""
     arguments = (capture.proxy(counted.node), first, stop)
     proxy = capture.output.create_proxy("call_function", expert_count, arguments, {})
     tag(proxy.node, (counted.event.number,), ())
     return SymNodeVariable.create(tx, proxy, counted.between(first, stop))
-
-
-def _is_scalar(variable: Any) -> bool:
-    return isinstance(variable, TensorVariable) and isinstance(variable.proxy, fx.Proxy) and rank_of(variable) == 0
 
 
 def counted_expression(capture: Any, node: fx.Node) -> Any:

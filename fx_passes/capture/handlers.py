@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fx_passes.capture import (
+    bounds,
     branches,
     counts,
     expert_loops,
@@ -35,7 +36,7 @@ _HANDLERS: dict[str, Handler] = {
     "CALL": expert_loops.call,
     "BINARY_SUBSCR": _subscript,
     "BINARY_SLICE": segments.binary_slice,
-    "BUILD_SLICE": counts.build_slice,
+    "BUILD_SLICE": bounds.build_slice,
     "STORE_SUBSCR": _store_subscript,
     "STORE_SLICE": segments.store_slice,
     "UNPACK_SEQUENCE": indexing.unpack,

@@ -14,7 +14,8 @@ from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 
-from fx_passes.capture.counts import Counted, as_bound, expression
+from fx_passes.capture.bounds import as_bound
+from fx_passes.capture.counts import Counted, expression
 from fx_passes.capture.events import tag
 from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.variables import rank_of

@@ -6,6 +6,24 @@ that algebra back and answers with a statement (`fx_passes.facts.statements`), o
 Each file has the rules of one kind of operation; a rule gets a node and what is known of its first operand.
 """
 
-from fx_passes.facts.reading import chosen, chosen_tokens, counts_behind, fact, selected, without_rest
+from fx_passes.facts.reading import (
+    chosen,
+    chosen_tokens,
+    counts_behind,
+    fact,
+    is_made_of_counts,
+    selected,
+    summed_mask,
+    without_rest,
+)
 
-__all__ = ["chosen", "chosen_tokens", "counts_behind", "fact", "selected", "without_rest"]
+__all__ = [
+    "chosen",
+    "chosen_tokens",
+    "counts_behind",
+    "fact",
+    "is_made_of_counts",
+    "selected",
+    "summed_mask",
+    "without_rest",
+]

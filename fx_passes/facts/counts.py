@@ -14,8 +14,8 @@ from fx_passes.facts.gate_slots import ids_that_are_counted
 from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import flat_ids
 from fx_passes.facts.statements import Counts, Fact, Hit, Kept, Mask, Occupied, OneHot
-from fx_passes.graph.aliasing import writers_of
-from fx_passes.graph.ops import ZEROS, arg, fake_tensor, known_tensor, op_name, same_size
+from fx_passes.facts.tallies import NAMES, tallied, tallied_table
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
 
 _EXACT_BYTES = 4
 """Numbers of this size hold every count."""
@@ -42,12 +42,12 @@ def _reduce(node: fx.Node, inner: Fact | None) -> Fact | None:
     if not node.kwargs.keys() <= {"input", "dim", "keepdim"}:
         return None
     dims = _reduced_dims(node)
-    counted = (_counted_table(node) or _counted_gates(node)) if op_name(node) == "sum" else None
+    keepdim = arg(node, 2, "keepdim", False)
+    counted = _counted_rows(node) if op_name(node) == "sum" and dims in ((0,), (-2,)) and not keepdim else None
     if counted is not None:
         return counted
     if isinstance(inner, Mask) and dims is None:
         return Occupied(inner)
-    keepdim = arg(node, 2, "keepdim", False)
     if not isinstance(inner, (OneHot, Mask)) or dims is None:
         return None
     kept = tuple(label for at, label in enumerate(inner.dims) if at not in dims and at - len(inner.dims) not in dims)
@@ -98,34 +98,16 @@ def _cumsum(node: fx.Node, inner: Fact | None) -> Fact | None:
     return replace(inner, cumulative=True) if known_tensor(node).dtype in (torch.int32, torch.int64) else None
 
 
-def _counted_table(total: fx.Node) -> Counts | None:
-    """`table.sum(0)` of `table = zeros(T, E).scatter(1, ids, 1)`, or of zeros that were filled so in place."""
-    table = arg(total, 0, "input")
-    while op_name(table) in ("to", "long", "int") and len(table.args) > 0:
-        table = table.args[0]
-    if not isinstance(table, fx.Node) or _reduced_dims(total) not in ((0,), (-2,)):
-        return None
-    writers = [writer for writer in writers_of(table) if writer < total]
-    marked = writers[0] if op_name(table) in ZEROS and len(writers) == 1 else table
-    if op_name(marked) not in ("scatter", "scatter_") or (marked is table and writers):
-        return None
-    zeros, dim, ids, one = (arg(marked, at, name) for at, name in enumerate(("input", "dim", "index", "value")))
-    size = known_tensor(zeros).shape
-    if any(writer < marked for writer in writers_of(zeros)):
-        return None
-    is_table = op_name(zeros) in ZEROS and len(size) == 2 and type(size[1]) is int and ids_dims(ids) == ("T", "K")
-    if not is_table or dim not in (1, -1) or one != 1 or "reduce" in marked.kwargs or len(marked.args) > 4:
-        return None
-    return Counts(ids, size[1], reduced=True) if same_size(size[0], known_tensor(ids).shape[0]) else None
-
-
-def _counted_gates(total: fx.Node) -> Counts | None:
-    """`(gates > 0).sum(0)`."""
+def _counted_rows(total: fx.Node) -> Counts | None:
+    """The sum over tokens of a table [T, E] of zeros and ones, or of `gates > 0`."""
+    tallied = tallied_table(total)
+    if tallied is not None:
+        return tallied
     entries = arg(total, 0, "input")
     while op_name(entries) in ("to", "long", "int"):
         entries = arg(entries, 0, "input")
-    ids = ids_that_are_counted(entries) if _reduced_dims(total) in ((0,), (-2,)) else None
-    if ids is None or arg(total, 2, "keepdim", False):
+    ids = ids_that_are_counted(entries)
+    if ids is None:
         return None
     return Counts(ids, known_tensor(entries).shape[1], reduced=True)
 
@@ -154,11 +136,16 @@ def _view_as(node: fx.Node, inner: Fact | None) -> Fact | None:
     return inner if isinstance(inner, Counts) and node.args[0] is node.args[1] else None
 
 
+def _tallied(node: fx.Node, _inner: Fact | None) -> Fact | None:
+    return tallied(node)
+
+
 RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
     **dict.fromkeys(("to", "bool", "int", "long", "float", "cpu"), _cast),
     **dict.fromkeys(("sum", "any", "count_nonzero"), _reduce),
     **dict.fromkeys(("gt", "greater", "ne"), _greater),
     **dict.fromkeys(("ge", "greater_equal"), _at_least),
+    **dict.fromkeys(NAMES, _tallied),
     "bincount": _bincount,
     "histc": _histc,
     "cumsum": _cumsum,

@@ -35,7 +35,8 @@ def _one_hot(node: fx.Node, _inner: Fact | None) -> Fact | None:
     dims = ids_dims(ids) if isinstance(ids, fx.Node) else None
     if dims is None or not isinstance(classes, int) or classes <= 0:
         return None
-    return OneHot(ids, classes, (*dims, "E"))
+    flat = flat_ids(ids)
+    return OneHot(flat, classes, ("N", "E")) if flat is not None else OneHot(ids, classes, (*dims, "E"))
 
 
 def _same(_node: fx.Node, inner: Fact | None) -> Fact | None:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts import counts, masks, positions
+from fx_passes.facts import counts, masks, positions, tallies
+from fx_passes.facts.ids import has_slots
 from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
@@ -15,14 +16,29 @@ from fx_passes.facts.statements import (
     Kept,
     Listed,
     Mask,
+    Occupied,
     OneHot,
     Rows,
     Selection,
     SlotOf,
     with_one_token_dim,
 )
-from fx_passes.graph.markers import expert_count, expert_of, expert_segment, experts_hit, index_list, select_expert
+from fx_passes.graph.aliasing import writers_of
+from fx_passes.graph.markers import (
+    expert_count,
+    expert_counts,
+    expert_of,
+    expert_segment,
+    experts_hit,
+    index_list,
+    select_expert,
+)
 from fx_passes.graph.ops import arg, fake_tensor, op_name
+
+_NODES_BACK = 64
+"""How many nodes back to look for the counts that a number is made of."""
+
+_CHOICES = frozenset("topk sort argsort argmax max".split())
 
 _RULES = {**masks.RULES, **counts.RULES, **positions.RULES}
 
@@ -44,10 +60,14 @@ def _derive(node: fx.Node) -> Fact | None:
         return masks.select(fact(node.args[0]), node.args[2], expert_of(node.args[1]), keepdim=node.args[3])
     if node.target is index_list:
         return fact(node.args[0])
+    if node.target is expert_counts:
+        return Counts(*node.args)
     if name == "getitem":
         return _getitem(node)
     if name in ("mul", "multiply"):
         return _product(node)
+    if name == "stack":
+        return _stack(node)
     rule = _RULES.get(name)
     return rule(node, fact(arg(node, 0, "condition" if name == "where" else "input"))) if rule else None
 
@@ -79,6 +99,16 @@ def _getitem(node: fx.Node) -> Fact | None:
         rows = chosen_tokens(index)
         return Rows(rows, "K") if rows is not None and inner.mask.key == rows.key and rows.reduced else None
     return positions.index_hits(inner, index) if isinstance(inner, Hit) else None
+
+
+def _stack(node: fx.Node) -> Fact | None:
+    """`torch.stack([(ids == e).sum() for e in range(E)])`"""
+    parts = arg(node, 0, "tensors")
+    masks = [summed_mask(part) for part in parts] if isinstance(parts, (list, tuple)) else []
+    first = masks[0] if masks else None
+    if first is None or [mask and mask.key for mask in masks] != [(first.ids, e, None) for e in range(len(masks))]:
+        return None
+    return Counts(first.ids, len(masks), reduced=any(mask.reduced for mask in masks if mask is not None))
 
 
 def _product(node: fx.Node) -> Fact | None:
@@ -157,6 +187,39 @@ def chosen_tokens(index: Any) -> Mask | None:
     """The mask behind an index that picks the tokens of one expert."""
     found = chosen(index)
     return found[0] if found is not None and found[1] == "T" else None
+
+
+def summed_mask(total: Any) -> Mask | None:
+    """The mask of whose true entries `total` is the number: `(ids == e).sum()`."""
+    known, tensor = fact(total), fake_tensor(total)
+    is_number = tensor is not None and tensor.dtype in (torch.int32, torch.int64)
+    if not isinstance(known, Occupied) or not is_number or op_name(total) not in ("sum", "count_nonzero"):
+        return None
+    node = total
+    while isinstance(fact(node), (Mask, Occupied)):
+        if any(writers_of(node)):
+            return None
+        node = arg(node, 0, "input")
+    return known.mask
+
+
+def is_made_of_counts(node: fx.Node) -> bool:
+    """Whether `node` is computed from numbers that experts have, of slots or of anything else, and not by a router."""
+    seen, stack = {node}, [node]
+    while stack and len(seen) < _NODES_BACK:
+        node = stack.pop()
+        if isinstance(fact(node), (Counts, Occupied)) or _ids_counted_by(node) is not None:
+            return True
+        new = set(node.all_input_nodes) - seen if op_name(node) not in _CHOICES else set()
+        seen |= new
+        stack.extend(new)
+    return False
+
+
+def _ids_counted_by(node: fx.Node) -> fx.Node | None:
+    """The ids of several slots a token that are counted in some bins, or by which anything is added up."""
+    ids = counts.ids_in_bins(node) if op_name(node) == "histc" else tallies.ids_added_by(node)
+    return ids if ids is not None and has_slots(ids) else None
 
 
 def counts_behind(node: fx.Node) -> Counts | None:

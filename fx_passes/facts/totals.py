@@ -13,6 +13,7 @@ from torch import fx
 
 from fx_passes.facts import fact
 from fx_passes.facts.statements import Counts
+from fx_passes.facts.tallies import fills_of
 from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.ops import ZEROS, arg, fake_tensor, op_name
 
@@ -77,7 +78,7 @@ def _known(node: Any, addition: fx.Node | None = None) -> Total | Totals | None:
     if "scatter_moe_total" not in node.meta:
         node.meta["scatter_moe_total"] = _derive(node)
     known = node.meta["scatter_moe_total"]
-    if known is None or set(writers_of(node)) - {addition} - _own_additions(node):
+    if known is None or set(writers_of(node)) - {addition} - _own_additions(node) - fills_of(node):
         return None
     return known
 
@@ -104,7 +105,7 @@ def _derive(node: fx.Node) -> Total | Totals | None:
 def _all(node: fx.Node, counts: Counts) -> Totals | None:
     source: Any = node
     while isinstance(fact(source), Counts):
-        if any(writers_of(source)):
+        if set(writers_of(source)) - fills_of(source):
             return None
         source = arg(source, 0, "input")
     if counts.positive or counts.open_ended:

@@ -5,9 +5,10 @@
     parts = [expert(segment) for ... if len(segment)]    # the same: a segment without rows adds none
     out = torch.cat(parts)                               # or: out[start:end] = expert(rows[start:end]), out fresh
 
-The counts, and where segments begin and end, may be numbers or tensors. How the rows came to lie so, and what becomes
-of them, is not looked at: row i of `out` is the work of the expert to whose segment row i of `rows` belongs. An expert
-may be a single linear layer.
+The counts, and where segments begin and end, may be numbers or tensors. They may be added up in other ways,
+`torch.zeros(E).scatter_add_(0, ids.flatten(), ones)`, `[int((ids == e).sum()) for e in range(E)]`. How the rows came to
+lie so, and what becomes of them, is not looked at: row i of `out` is the work of the expert to whose segment row i of
+`rows` belongs. An expert may be a single linear layer.
 
     rows, slots = x[order // K], zeros.index_add(0, order, out)                        # `order` is a sort of the ids
 

@@ -85,6 +85,11 @@ def index_list(indices: torch.Tensor) -> torch.Tensor:
     return indices.clone()
 
 
+def expert_counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many slots each expert has."""
+    return torch.bincount(ids.flatten(), minlength=num_experts)
+
+
 def expert_count(counts: torch.Tensor, first: int, stop: int) -> int:
     """How many slots the experts from `first` to before `stop` have, as a number of unknown value."""
     return int(counts[first:stop].sum())

@@ -17,6 +17,7 @@ from fx_passes.facts import fact, selected
 from fx_passes.facts.gate_slots import gate_slots
 from fx_passes.facts.ids import ids_are_distinct, num_tokens, sources_of_ids
 from fx_passes.facts.statements import Counts, Hit, Listed
+from fx_passes.facts.tallies import fills_of
 from fx_passes.graph.aliasing import storage_of, writers_of, writes_before_reads
 from fx_passes.graph.ops import (
     ZEROS,
@@ -159,7 +160,12 @@ def nothing_is_written_inside(region: MoERegion) -> None:
 
 
 def _fills(region: MoERegion) -> Iterator[fx.Node]:
-    """The write of `table = zeros(...)`, `table.scatter_(...)` where nobody reads the table of weights before it."""
+    """The write of `table = zeros(...)`, `table.scatter_(...)` where nobody reads the table of weights before it.
+
+    So for zeros that count the ids: rewritten code doesn't read them.
+    """
+    for node in region.routing:
+        yield from fills_of(node) if isinstance(fact(node), Counts) else ()
     for weights in region.body.of(SlotGathered):
         zeros = storage_of(weights.source)
         writes = writes_before_reads(zeros) if weights.table and op_name(zeros) in ZEROS else []

@@ -28,7 +28,8 @@ QUICK = frozenset(
     switch_lists flat_paired dense_sequences_einsum dense_sequences_cut dense_modules_where
     merged_loop merged_stacked hit_list_set
     filtered_comprehension choices_assigned loads_counted_of_hit gate_lists gate_lists_closed
-    summed_stacked summed_one_buffer""".split()
+    summed_stacked summed_one_buffer
+    tallies_scatter_added tallies_listed_sums""".split()
 )
 
 

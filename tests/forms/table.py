@@ -135,10 +135,15 @@ TABLE = {
         gate_lists_noisy gate_lists_softmax_first
         gate_lists_log_space gate_lists_plain gate_lists_closed
         filtered_comprehension filtered_compared filtered_appended
+        tallies_scatter_added tallies_index_added_later tallies_added_anew tallies_table_added tallies_table_filled
+        tallies_one_hot_of_slots tallies_listed_sums tallies_sums_on_the_way tallies_stacked_sums
         """,
         """
         segments_tied segments_with_mixed_rows segments_skip_singles segments_read_last
         filtered_first_part filtered_twice filtered_looped_over filtered_in_dict filtered_of_another
+        tallies_of_even_tokens tallies_ones_written tallies_changed_afterwards tallies_added_twice
+        tallies_read_while_empty tallies_repeated_in_table tallies_sums_of_first_choice tallies_sums_of_changed_masks
+        tallies_stacked_backwards
         picked_bin_of_nobody gate_lists_other_expert gate_lists_other_tokens gate_lists_returned_rows
         """,
     ),

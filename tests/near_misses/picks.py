@@ -89,5 +89,5 @@ MISSES = (
     NearMiss("picked_put_without_adding", "assignments_overwrite_nothing", PutWithoutAdding),
     NearMiss("picked_positions_turned", "loop_has_a_known_form", PositionsTurned),
     NearMiss("picked_compared_with_others", "body_is_row_wise", ComparedWithOthers),
-    NearMiss("picked_bin_of_nobody", "ids_are_in_range", BinOfNobody),
+    NearMiss("picked_bin_of_nobody", "segments_are_those_of_an_expert", BinOfNobody),
 )
