@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -17,6 +18,9 @@ from fx_passes.graph.markers import Expert, expert_of, experts_of_each
 from fx_passes.graph.ops import arg, op_name
 
 _STRAIGHT = frozenset(("NOP", "CACHE", "EXTENDED_ARG", "NOT_TAKEN"))
+_LONGEST_BRANCH = 24
+"""Instructions of `elif self.training:`, with those that only cache."""
+_LOAD_ATTRIBUTE_JUMP = 3
 _STRAIGHT_JUMPS = frozenset(("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE"))
 
 
@@ -102,5 +106,36 @@ def _skips_to_header(tx: Any, instruction: Any, truth: bool) -> Any | None:
         elif current.opname in _STRAIGHT:
             index += 1
         else:
-            return None
+            known = _after_known_branch(tx, index)
+            if known is None:
+                return None
+            index = known
     return None
+
+
+def _after_known_branch(tx: Any, index: int) -> int | None:
+    """Where `elif self.training:` goes on, which asks a module for a flag; None where anything else stands there."""
+    following = tx.instructions[index : index + _LONGEST_BRANCH]
+    own = [one for one in following if one.opname not in _STRAIGHT | {"TO_BOOL"}]
+    if len(own) < _LOAD_ATTRIBUTE_JUMP or own[1].opname != "LOAD_ATTR":
+        return None
+    load, attribute, branch = own[:_LOAD_ATTRIBUTE_JUMP]
+    if not load.opname.startswith("LOAD_FAST"):
+        return None
+    if not branch.opname.startswith("POP_JUMP") or not branch.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return None
+    truth = _flag(tx, load.argval, attribute.argval)
+    if truth is None:
+        return None
+    jumps = truth == branch.opname.endswith("IF_TRUE")
+    return tx.indexof[branch.target] if jumps else tx.indexof[branch] + 1
+
+
+def _flag(tx: Any, name: Any, attribute: Any) -> bool | None:
+    """The flag `attribute` of the module that the local `name` is, which is guarded from now on."""
+    variable = tx.symbolic_locals.get(name) if isinstance(name, str) else None
+    module = variable.realize() if variable is not None else None
+    if not isinstance(module, UnspecializedNNModuleVariable) or type(vars(module.value).get(attribute)) is not bool:
+        return None
+    flag = module.var_getattr(tx, attribute)
+    return flag.as_python_constant() if flag.is_python_constant() else None

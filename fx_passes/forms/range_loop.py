@@ -10,7 +10,8 @@ It is captured as one iteration over a symbolic expert where it runs over all ex
 otherwise. A loop over the experts that were hit becomes the same where the experts are modules that are not alike. It
 may run over `range(first, last)`: the slots of other experts give zeros. Guards that skip an expert without tokens are
 seen through: `if mask.any():`, `if tokens.numel() == 0: continue`, `if counts[e] == 0: continue` with
-`counts = ids.flatten().bincount(minlength=E).tolist()`.
+`counts = ids.flatten().bincount(minlength=E).tolist()`. Another side, `elif self.training:`, must be off by a flag of
+the module.
 
 What counts tokens may stand beside the experts: `usage[e] += len(tokens)` of a buffer, `load.append(tokens.numel())`
 for a `torch.tensor(load)`. It is computed from the ids then.

@@ -46,6 +46,7 @@ TABLE = {
         """
         mixtral_436 mixtral_445 qwen2_moe_445 olmoe_445 deepseek_v3_457 deepseek_v3_enumerate deepseek_reference
         deepseek_local stacked_range phimoe_445_eval phimoe_445_train jamba_445 any_guard any_guard_continue
+        otherwise_touched_in_training otherwise_touched_on_demand
         sum_guard len_guard plus_equals zip_masks hit_tolist weight_on_input unweighted fp32_accumulator
         closure_over_experts sigmoid_top expert_by_name expert_by_item dropped_one_hot dropped_one_hot_padding
         dropped_choice listed_all_at_once listed_all_nonzero listed_kept_dim listed_unbound any_mask_rows any_mask_where
@@ -74,6 +75,7 @@ TABLE = {
         """,
         """
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
+        otherwise_in_training otherwise_on_demand otherwise_set_in_forward
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         parameters_next_bias temporaries_input_written
         sequence_top_1_of_the_sequence sequence_top_1_twice gate_columns_next
