@@ -13,6 +13,7 @@ from torch import fx
 
 from fx_passes.capture import events_of, without_events
 from fx_passes.forms import FORMS
+from fx_passes.graph.aliasing import note_inputs_in_one_memory
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewriting.leaves import changes_nothing, is_leaf
@@ -50,6 +51,7 @@ def run(gm: fx.GraphModule) -> Outcome:
 
 def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     found_before = len(outcome.regions)
+    note_inputs_in_one_memory(gm.graph)
     counted = fix_lengths(gm.graph)
     changed = sum_masks(gm.graph) or bool(counted)
     for rows in written_by_segment(gm.graph):

@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fx_passes.body.linear_body import binary
 from fx_passes.body.values import Op, Scaled, SlotGathered, Value, rank
-from fx_passes.graph.ops import CASTS, fake_tensor, same_sizes
-
-_FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+from fx_passes.graph.ops import CASTS, FLOATS, fake_tensor, same_sizes
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def _uncast(value: Value) -> Value:
 def _is_float_cast(op: Op) -> bool:
     """Whether `op` casts between dtypes in which combining in fp32 may as well be done without it."""
     before, after = fake_tensor(op.args[0].node), fake_tensor(op.node)
-    return before is not None and after is not None and {before.dtype, after.dtype} <= _FLOATS
+    return before is not None and after is not None and {before.dtype, after.dtype} <= FLOATS
 
 
 def _uncast_exact(value: Value) -> Value:

@@ -21,6 +21,7 @@ from fx_passes.graph.ops import (
     CASTS,
     ZEROS,
     arg,
+    casts_floats,
     example,
     fake_tensor,
     is_last_dim,
@@ -81,7 +82,7 @@ def column_of(node: Any, dims: int) -> Column | None:
     """The expert's weights that `node` is, [T, 1], or [T] before a dim is added; `dims` count tokens."""
     if fake_tensor(node) is None:
         return None
-    if op_name(node) in CASTS:
+    if casts_floats(node):
         return column_of(arg(node, 0, "input"), dims)
     picked = _picked(node)
     if picked is not None:
@@ -189,8 +190,15 @@ def masked(node: Any) -> Iterator[tuple[Any, Any, int | None]]:
     """(weights, mask, None) of a product or a choice that is zero but where `mask` is true.
 
     NO_EXPERT takes the place of None where weights are kept that `mask` doesn't choose, NOT_ZERO where others stand
-    beside those that it does.
+    beside those that it does. The mask has the dims of the weights, so that its tokens are theirs.
     """
+    for weights, mask, instead in _beside_masks(node):
+        sizes = sizes_of(node)
+        if len(sizes_of(mask)) == len(sizes) and same_sizes(sizes_of(weights), sizes):
+            yield weights, mask, instead
+
+
+def _beside_masks(node: Any) -> Iterator[tuple[Any, Any, int | None]]:
     if fake_tensor(node) is None:
         return
     name, operands = op_name(node), node.args

@@ -16,9 +16,9 @@ from fx_passes.dense.token_body import Scaling
 from fx_passes.facts.ids import is_single_choice
 from fx_passes.graph.aliasing import allocates
 from fx_passes.graph.ops import (
-    CASTS,
     ZEROS,
     arg,
+    casts_floats,
     fake_tensor,
     is_inplace,
     known_tensor,
@@ -190,7 +190,7 @@ def _term(node: Any) -> Term | None:
     """`weights_e * expert(x)`, casts of it, a multiple of it, or what a mask keeps of it."""
     if fake_tensor(node) is None:
         return None
-    if op_name(node) in CASTS:
+    if casts_floats(node):
         return _followed(_term(arg(node, 0, "input")), node)
     multiple = _multiple(node)
     if multiple is not None:

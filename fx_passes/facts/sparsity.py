@@ -24,6 +24,7 @@ from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.ops import (
     ZEROS,
     arg,
+    casts_floats,
     fake_tensor,
     is_dim,
     is_inplace,
@@ -116,7 +117,7 @@ def _left_by(node: Any, experts: int) -> fx.Node | None:
     name, source = op_name(node), arg(node, 0, "input")
     if name in ("scatter", "scatter_"):
         return _filled(node, -math.inf) if experts == -1 else None
-    if name in ("to", "float", "double", "contiguous", "clone"):
+    if casts_floats(node) or name in ("contiguous", "clone"):
         return _left_by(source, experts)
     if is_transposed(node):
         return _left_by(source, -3 - experts)

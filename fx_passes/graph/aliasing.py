@@ -4,8 +4,11 @@ Whatever isn't known to allocate its result may return a view of its first input
 do anything, of any input.
 """
 
+import math
 from collections.abc import Iterator
+from itertools import takewhile
 
+import torch
 from torch import fx
 from torch.fx.node import map_arg
 
@@ -23,6 +26,31 @@ _ALLOCATES = (POINTWISE - _MAY_CAST) | frozenset(
     """.split()
 )
 _RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten"))
+_SAME_MEMORY = "scatter_moe_same_memory"
+
+
+def note_inputs_in_one_memory(graph: fx.Graph) -> None:
+    """Notes with each input of `graph` which others may lie where it lies: a view that is passed beside its base."""
+    by_storage: dict[int, list[tuple[float, float, fx.Node]]] = {}
+    for node in (*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr")):
+        tensor = fake_tensor(node)
+        if tensor is not None and torch._C._has_storage(tensor):
+            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append((*_extent(tensor), node))
+    for found in by_storage.values():
+        found.sort()
+        for at, (_, stop, node) in enumerate(found):
+            for _, _, other in takewhile(lambda later: later[0] < stop, found[at + 1 :]):  # noqa: B023
+                node.meta.setdefault(_SAME_MEMORY, []).append(other)
+                other.meta.setdefault(_SAME_MEMORY, []).append(node)
+
+
+def _extent(tensor: torch.Tensor) -> tuple[float, float]:
+    """From where to where `tensor` may lie in its storage, in bytes."""
+    first = tensor.storage_offset()
+    if not all(type(number) is int for number in (first, *tensor.shape, *tensor.stride())):
+        return 0, math.inf
+    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(first * tensor.itemsize), int((last + 1) * tensor.itemsize)
 
 
 def allocates(node: fx.Node) -> bool:
@@ -77,7 +105,8 @@ def writers_of(node: fx.Node) -> Iterator[fx.Node]:
     while stack:
         name = stack.pop()
         yield from (user for user in name.users if name in written(user))
-        others = {*_aliased(name), *(user for user in name.users if name in _aliased(user))} - names
+        others = {*_aliased(name), *(user for user in name.users if name in _aliased(user))}
+        others = others.union(name.meta.get(_SAME_MEMORY, ())) - names
         names |= others
         stack.extend(others)
 
@@ -98,7 +127,7 @@ def _aliased(node: fx.Node) -> tuple[fx.Node, ...]:
     inputs = node.all_input_nodes
     if allocates(node) or _is_part_of_result(node):
         return ()
-    may_be_any = isinstance(example(node), (tuple, list)) or len(written(node)) > 1
+    may_be_any = isinstance(example(node), (tuple, list)) or len(written(node)) > 1 or op_name(node) == "set_"
     return tuple(inputs if may_be_any else inputs[:1])
 
 

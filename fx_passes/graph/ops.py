@@ -76,6 +76,8 @@ OF_PARAMETERS = POINTWISE | frozenset(
 """What may be computed of parameters alone: it has no effect and draws nothing at random."""
 
 CASTS = frozenset("to type float half bfloat16 double type_as".split())
+FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+"""Dtypes in which sums may be made in a wider one instead."""
 
 _WRITES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 _EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
@@ -210,6 +212,14 @@ def casts_nothing(node: fx.Node) -> bool:
     """Whether `node`, a `to`, keeps dtype and device."""
     before, after = fake_tensor(node.args[0]), fake_tensor(node)
     return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def casts_floats(node: fx.Node) -> bool:
+    """Whether `node` casts from one of FLOATS to one, which rounds and does no more."""
+    before, after = fake_tensor(arg(node, 0, "input")), fake_tensor(node)
+    if op_name(node) not in CASTS or before is None or after is None:
+        return False
+    return {before.dtype, after.dtype} <= FLOATS
 
 
 def is_cast_alike(node: fx.Node) -> bool:

@@ -48,6 +48,7 @@ def repeated(index: Any, is_base: Callable[[fx.Node], bool]) -> fx.Node | None:
 
 
 def _repeats_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """[R] or [R, 1] to [R, 1] or [R, D]."""
-    is_column = before.dim() == 1 or (before.dim() == 2 and same_size(before.shape[1], 1))
-    return is_column and after.dim() == 2 and same_size(before.shape[0], after.shape[0])
+    """[R] to [R, 1], or that to [R, D]. What makes [R, R] of [R] repeats it along the rows."""
+    if after.dim() != 2 or not same_size(before.shape[0], after.shape[0]):
+        return False
+    return same_size((after if before.dim() == 1 else before).shape[1], 1) and before.dim() in (1, 2)

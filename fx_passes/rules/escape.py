@@ -149,7 +149,7 @@ def nothing_is_written_inside(region: MoERegion) -> None:
     Nor is a rearranged copy of it that the code reads in its place: the rewritten code has none.
     """
     places, own = region.places(), region.writes
-    first, last = min(places[node] for node in region.routing | _moved(region)), places[region.result]
+    first, last = min(places[node] for node in region.routing | moved(region)), places[region.result]
     writers = {writer for node in _outer_inputs(region) for writer in writers_of(node)}
     writers.difference_update(_fills(region))
     writers |= {user for node in region.inner for user in node.users if node in written(user)}
@@ -187,17 +187,17 @@ def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
                 )
 
 
-def _moved(region: MoERegion) -> frozenset[fx.Node]:
+def moved(region: MoERegion) -> frozenset[fx.Node]:
     """Views and rearranged copies of the ids, of what is gathered and of parameters, which the region reads."""
     parameters = (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)
     sources = {region.ids_TK, *_gathered(region), *parameters}
-    moved: set[fx.Node] = set()
+    steps: set[fx.Node] = set()
     for reader in region.inner | region.routing | region.body.nodes:
         for node in reader.all_input_nodes:
             chain = list(takewhile(lambda step: step not in sources, _moves(node)))
             if chain and arg(chain[-1], 0, "input") in sources:
-                moved.update(chain)
-    return frozenset(moved)
+                steps.update(chain)
+    return frozenset(steps)
 
 
 def _gathered(region: MoERegion) -> Iterator[fx.Node]:
@@ -229,7 +229,7 @@ def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield from sources_of_ids(region.ids_TK)
     yield from _gathered(region)
     yield from _starts(region)
-    yield from _moved(region)
+    yield from moved(region)
     yield from region.routing
     yield from (source for node in region.routing for source in node.all_input_nodes)
     yield from (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)

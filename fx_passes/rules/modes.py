@@ -1,11 +1,15 @@
 """Modes that must not change within a region, and where they hold: grad mode, autocast, transforms of torch.func."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
+from torch.autograd import grad_mode
 
 from fx_passes.graph import autocast
 from fx_passes.graph.ops import fake_tensor
 from fx_passes.region import MoERegion, Rejected
+from fx_passes.rules.escape import moved
 
 
 def no_function_transform(region: MoERegion) -> None:
@@ -21,19 +25,32 @@ def no_function_transform(region: MoERegion) -> None:
 def grad_mode_is_constant(region: MoERegion) -> None:
     """All that is differentiable in the region, its result too, is recorded for backward, or none of it.
 
-    If none is, what it takes from outside may have been recorded.
+    If none is, what it takes from outside may have been recorded. The views and sums that bring the router's weights to
+    where they stand count as well: rewritten code reads the weights themselves.
     """
-    enabled = torch.is_grad_enabled()
+    own = region.inner | region.body.nodes
+    brought = {node for node in region.routing | moved(region) if _reads_what_requires_grad(node)}
     modes: dict[tuple[bool, bool], fx.Node] = {}
-    for node in region.graph.nodes:
-        if switches_grad_mode(node):
-            enabled = bool(node.args[0])
-        elif (node in region.inner or node in region.body.nodes) and _is_differentiable(node):
+    for node, enabled in _grad_modes(region.graph):
+        if (node in own or node in brought) and _is_differentiable(node):
             modes.setdefault((node in region.inner, enabled), node)
     recorded, inside = {mode for _, mode in modes}, {mode for is_inner, mode in modes if is_inner}
     if len(recorded) > 1 and inside != {False}:
         node = max(modes.values())
         raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
+
+
+def _grad_modes(graph: fx.Graph) -> Iterator[tuple[fx.Node, bool]]:
+    """Each node, and whether what it computes is recorded for backward."""
+    enabled, inference = torch.is_grad_enabled(), dict[fx.Node, bool]()
+    for node in graph.nodes:
+        if switches_grad_mode(node):
+            enabled = bool(node.args[0])
+        elif node.target is grad_mode._enter_inference_mode:
+            inference[node] = bool(node.args[0])
+        elif node.target is grad_mode._exit_inference_mode:
+            inference.pop(node.args[0])
+        yield node, enabled and not next(reversed(inference.values()), False)
 
 
 def autocast_is_constant(region: MoERegion) -> None:
@@ -55,6 +72,11 @@ def products_keep_their_dtype(region: MoERegion) -> None:
 def _is_differentiable(node: fx.Node) -> bool:
     tensor = fake_tensor(node)
     return tensor is not None and tensor.is_floating_point()
+
+
+def _reads_what_requires_grad(node: fx.Node) -> bool:
+    operands = map(fake_tensor, node.all_input_nodes)
+    return any(operand is not None and operand.requires_grad for operand in operands)
 
 
 def switches_grad_mode(node: fx.Node) -> bool:

@@ -132,6 +132,8 @@ def _check_norm(op: Op) -> None:
     shape = op.arg(1, "normalized_shape")
     if not _is_row_tensor(op.args[0]) or not isinstance(shape, (tuple, list)) or len(shape) >= (rank(op.args[0]) or 0):
         raise _refused(op, f"`{op.name}` normalises over the rows")
+    if any(isinstance(value, PerExpert) and value.transposed for value in nested_values((op.args, op.kwargs))):
+        raise _refused(op, f"`{op.name}` has a scale whose dims are swapped")
 
 
 def _check_dims(op: Op) -> None:

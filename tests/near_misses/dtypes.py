@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tests.near_misses.common import NearMiss, RangeLoop
+from tests.near_misses.flat import FlatLoop
 from tests.zoo.common import D, E
 
 
@@ -83,6 +84,13 @@ class Overflowing(RangeLoop):
         return out
 
 
+class AskedForItsDtype(FlatLoop):
+    """The sum serves another tensor's cast alone, which is no cast of the sum."""
+
+    def moe(self, x, ids, weights):
+        return (x * 2).type_as(super().moe(x, ids, weights))
+
+
 LAYER, ROWS = "dtypes_are_those_of_a_layer", "body_is_row_wise"
 
 MISSES = (
@@ -97,5 +105,6 @@ MISSES = (
     NearMiss("range_seen_as_int", ROWS, lambda: Cast(lambda y: y.view(torch.int32).float() * 1e-9)),
     NearMiss("range_wider_bias", ROWS, WiderBias, may_rewrite=True),
     NearMiss("range_scale_of_expert", ROWS, ScaleOfExpert),
+    NearMiss("flat_asked_for_its_dtype", None, AskedForItsDtype, may_rewrite=True),
     NearMiss("hit_overflowing_counts", "loop_is_over_the_hit_experts", Overflowing),
 )

@@ -258,7 +258,7 @@ PER_EXPERT = (
     ("other_dtype", "bodies_are_isomorphic", with_other_dtype, False),
     ("one_bias", "bodies_are_isomorphic", with_one_bias, False),
     ("one_parametrization", "bodies_are_isomorphic", with_one_parametrization, False),
-    ("one_identity", "bodies_are_isomorphic", with_identity, False),
+    ("one_identity", "bodies_are_isomorphic", with_identity, True),
     ("swapped_roles", "bodies_are_isomorphic", with_swapped_roles, True),
     ("other_layout", "experts_have_their_own_parameters", with_transposed_layout, True),
     ("weight_subclass", "experts_have_their_own_parameters", with_subclass, False),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.near_misses.common import NearMiss
+from tests.near_misses.common import NearMiss, RangeLoop
 from tests.zoo import bodies
 from tests.zoo.common import FF, D, E
 from tests.zoo.parameters import Biases
@@ -151,6 +151,18 @@ class TwoStacks(Enumerated):
         return out
 
 
+class TurnedScale(RangeLoop):
+    """A norm over two dims, of which the scale has them the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(E, 2, D // 2))
+
+    def value(self, x, weights, tokens, slots, e):
+        y = self.expert(x[tokens], e).reshape(-1, D // 2, 2)
+        return F.layer_norm(y, (D // 2, 2), self.scale[e].t()).reshape(-1, D) * weights[tokens, slots, None]
+
+
 MISSES = (
     NearMiss("parameters_half_of_the_bias", "body_is_row_wise", HalfOfTheBias),
     NearMiss("parameters_summed_over_tokens", "body_is_row_wise", SummedOverTokens),
@@ -166,5 +178,6 @@ MISSES = (
     NearMiss("parameters_short_segments", "every_expert_is_covered", ShortSegments, may_rewrite=True),
     NearMiss("parameters_unbound_in_reverse", "bodies_are_isomorphic", UnboundInReverse, may_rewrite=True),
     NearMiss("parameters_one_bias", "body_is_row_wise", partial(bodies.RangeLoop, OneBias), may_rewrite=True),
+    NearMiss("parameters_turned_scale", "body_is_row_wise", TurnedScale, may_rewrite=True),
     NearMiss("parameters_of_two_stacks", "body_is_row_wise", TwoStacks, may_rewrite=True),
 )
