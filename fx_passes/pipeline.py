@@ -57,8 +57,7 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     for rows in written_by_segment(gm.graph):
         changed |= _put_together(rows, outcome)
     for form in FORMS:
-        for candidate in _candidates(form, gm.graph, outcome):
-            changed |= _rewrite_candidate(form, candidate, outcome)
+        changed |= _rewrite_all(form, gm.graph, outcome)
     changed |= put_products_in_place(gm.graph)
     outcome.erased_events |= counted if outcome.regions else set()
     for node in gm.graph.nodes if len(outcome.regions) > found_before else ():
@@ -87,6 +86,16 @@ def _candidates(form: ModuleType, graph: fx.Graph, outcome: Outcome) -> list[Any
     except Rejected as reason:
         outcome.rejections.append(rejection(reason))
         return []
+
+
+def _rewrite_all(form: ModuleType, graph: fx.Graph, outcome: Outcome) -> bool:
+    """The last candidate first: what one reads, perhaps the result of an earlier one, is then what was found."""
+    changed, regions, rejections = False, len(outcome.regions), len(outcome.rejections)
+    for candidate in reversed(_candidates(form, graph, outcome)):
+        changed |= _rewrite_candidate(form, candidate, outcome)
+    outcome.regions[regions:] = reversed(outcome.regions[regions:])
+    outcome.rejections[rejections:] = reversed(outcome.rejections[rejections:])
+    return changed
 
 
 def _rewrite_candidate(form: ModuleType, candidate: Any, outcome: Outcome) -> bool:

@@ -20,8 +20,6 @@ Tokens may be counted by several dims,
 [B, S, D]. A mixture in which every expert counts is left as it is.
 """
 
-from collections.abc import Iterator
-
 from torch import fx
 
 from fx_passes.dense.columns import ANY_SLOT, NO_EXPERT, NOT_ZERO, Weights
@@ -37,9 +35,15 @@ from fx_passes.region import MoERegion, Rejected
 NAME = "dense_modules"
 
 
-def candidates(graph: fx.Graph) -> Iterator[Mixture | Rejected]:
-    yield from weighted_sums(graph)
-    yield from summed_stacks(graph)
+def candidates(graph: fx.Graph) -> list[Mixture | Rejected]:
+    """In the order of the graph."""
+    return sorted((*weighted_sums(graph), *summed_stacks(graph)), key=_end)
+
+
+def _end(found: Mixture | Rejected) -> fx.Node:
+    node = found.result if isinstance(found, Mixture) else found.node
+    assert node is not None
+    return node
 
 
 def match(found: Mixture | Rejected) -> MoERegion:

@@ -73,15 +73,15 @@ def candidates(graph: fx.Graph) -> Iterator[Loop]:
 def _parts(loop: Loop) -> Iterator[Loop]:
     """Experts at the end of a loop that have no parameters are a loop of their own, which goes on from the others' sum.
 
-    That one comes first: once it is rewritten the loop over the others still stands as it was.
+    That one comes last, which is rewritten first: then the loop over the others still stands as it was.
     """
     number = len(loop.found)
     while number > 0 and _adds_in_place(loop) and _has_no_parameters(loop.found[number - 1]):
         number -= 1
     with_parameters, without = loop.found[:number], loop.found[number:]
     if with_parameters and without:
-        yield Loop(loop.accumulator, without, earlier=with_parameters)
         yield Loop(loop.accumulator, with_parameters)
+        yield Loop(loop.accumulator, without, earlier=with_parameters)
     else:
         yield loop
 
