@@ -13,8 +13,10 @@ from fx_passes.facts.gate_masks import compared, open_gates
 from fx_passes.facts.gate_slots import ids_that_are_counted
 from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import flat_ids
+from fx_passes.facts.slots import Experts, slot_fact
 from fx_passes.facts.statements import Counts, Fact, Hit, Kept, Mask, Occupied, OneHot
 from fx_passes.facts.tallies import NAMES, tallied, tallied_table
+from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
 
 _EXACT_BYTES = 4
@@ -92,6 +94,18 @@ def ids_in_bins(node: fx.Node) -> fx.Node | None:
     return flat_ids(values) or values if ids_dims(values) is not None else None
 
 
+def _searchsorted(node: fx.Node, _inner: Fact | None) -> Fact | None:
+    """`searchsorted(sorted_ids, arange(E), right=True)`: how many slots have this class or one before it."""
+    experts, classes = slot_fact(arg(node, 0, "sorted_sequence")), arg(node, 1, "input")
+    sizes = known_tensor(classes).shape if fake_tensor(classes) is not None else ()
+    is_right = node.kwargs.get("right", False) is True or node.kwargs.get("side") == "right"
+    if not isinstance(experts, Experts) or not is_right or node.kwargs.get("sorter") is not None:
+        return None
+    if len(sizes) != 1 or type(sizes[0]) is not int or not numbers_rows(classes, sizes[0]):
+        return None
+    return Counts(experts.order.ids, sizes[0], cumulative=True)
+
+
 def _cumsum(node: fx.Node, inner: Fact | None) -> Fact | None:
     if not isinstance(inner, Counts) or inner.positive or inner.cumulative or arg(node, 1, "dim") not in (0, -1):
         return None
@@ -149,5 +163,6 @@ RULES: dict[str, Callable[[fx.Node, Fact | None], Fact | None]] = {
     "bincount": _bincount,
     "histc": _histc,
     "cumsum": _cumsum,
+    "searchsorted": _searchsorted,
     "view_as": _view_as,
 }

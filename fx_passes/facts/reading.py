@@ -7,7 +7,7 @@ from torch import fx
 
 from fx_passes.facts import counts, masks, positions, tallies
 from fx_passes.facts.ids import has_slots
-from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
+from fx_passes.facts.slots import Experts, Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
     Counts,
@@ -208,12 +208,20 @@ def is_made_of_counts(node: fx.Node) -> bool:
     seen, stack = {node}, [node]
     while stack and len(seen) < _NODES_BACK:
         node = stack.pop()
-        if isinstance(fact(node), (Counts, Occupied)) or _ids_counted_by(node) is not None:
+        if isinstance(fact(node), (Counts, Occupied)) or _ids_counted_by(node) is not None or _searches(node):
             return True
         new = set(node.all_input_nodes) - seen if op_name(node) not in _CHOICES else set()
         seen |= new
         stack.extend(new)
     return False
+
+
+def _searches(node: fx.Node) -> bool:
+    """Whether `node` says where sorted ids change, or what was computed of these at once."""
+    if op_name(node) not in ("searchsorted", "unique_consecutive"):
+        return False
+    values = node.all_input_nodes[0]
+    return any(isinstance(slot_fact(source), Experts) for source in (values, *values.all_input_nodes))
 
 
 def _ids_counted_by(node: fx.Node) -> fx.Node | None:

@@ -45,6 +45,8 @@ Or the sorted slots, of which each expert has a segment:
         own = tokens[start : start + n]                  # or out.scatter_add_(0, own[:, None].expand(-1, D), ...)
         out.index_add_(0, own, expert(x[own]) * weights.view(-1)[order[start : start + n], None])
         start += n
+
+Where they end may be searched for: `torch.searchsorted(ids.flatten().sort().values, torch.arange(E), right=True)`.
 """
 
 from collections.abc import Iterator

@@ -19,6 +19,19 @@ class AnyMaskOfClampedIds(MaskLoop):
         return out
 
 
+class MaskSelected(MaskLoop):
+    """`masked_select` takes the rows' entries one by one."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            chosen = ids == e
+            rows = chosen.any(dim=-1)
+            own = x.masked_select(rows[:, None]).view(-1, x.shape[1])
+            out[rows] += self.experts[e](own) * (weights * chosen).sum(-1)[rows].unsqueeze(-1)
+        return out
+
+
 class AnyMaskTransposed(MaskLoop):
     """The transpose of one dim is what it was."""
 
@@ -302,6 +315,7 @@ MISSES = (
     NearMiss("any_mask_transposed", None, AnyMaskTransposed, may_rewrite=True),
     NearMiss("any_mask_modulo_ids", REPEATED, AnyMaskOfModuloIds),
     NearMiss("any_mask_hashed_ids", REPEATED, AnyMaskOfHashedIds),
+    NearMiss("any_mask_rows_selected", BODIES, MaskSelected),
     NearMiss("any_mask_of_all", "loop_has_a_known_form", AllMask),
     NearMiss("any_mask_weight_of_another", BODIES, WeightOfAnotherExpert),
     NearMiss("any_mask_column_of_another", BODIES, ColumnOfAnotherExpert),

@@ -5,7 +5,7 @@ import torch
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import E
 from tests.zoo.segments import SlicedBlock, TensorBlock, WrittenBlock
-from tests.zoo.segments_of_slots import IndexBlock
+from tests.zoo.segments_of_slots import IndexBlock, SearchedBlock
 
 
 class TensorsShifted(TensorBlock):
@@ -225,6 +225,42 @@ class Searched(SlicedBlock):
         return [self.experts[e](rows[starts[e] : ends[e]]) for e in range(self.num_experts)]
 
 
+class SearchedFromLeft(SearchedBlock):
+    """Where an expert's slots begin is taken for where they end."""
+
+    def search(self, sorted_ids):
+        return torch.searchsorted(sorted_ids, torch.arange(self.num_experts)).tolist()
+
+
+class SearchedNext(SearchedBlock):
+    """The next expert is searched for."""
+
+    def search(self, sorted_ids):
+        return torch.searchsorted(sorted_ids, torch.arange(1, self.num_experts + 1), right=True).tolist()
+
+
+class SearchedAmongOthers(SearchedBlock):
+    """The ids that are searched are those of half the experts."""
+
+    def search(self, sorted_ids):
+        return super().search(sorted_ids // 2)
+
+
+class OfUniqueIds(SearchedBlock):
+    """How many slots the experts with a token have, of which there may be fewer."""
+
+    def moe(self, x, ids, weights):
+        out, start = torch.zeros_like(x), 0
+        sorted_ids, order = ids.sort()
+        experts, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        for e, n in zip(experts.tolist(), counts.tolist(), strict=True):
+            own = order[start : start + n]
+            tokens = own // self.top_k
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[own])
+            start += n
+        return out
+
+
 MISSES = (
     NearMiss("bounds_tensors_shifted", BOUNDS, TensorsShifted),
     NearMiss("bounds_tensors_changed", GUARDS, TensorsChanged),
@@ -245,6 +281,10 @@ MISSES = (
     NearMiss("bounds_one_without_gradient", WRITES, OneWithoutGradient),
     NearMiss("bounds_seen_before", WRITES, SeenBefore),
     NearMiss("bounds_searched", BOUNDS, Searched),
+    NearMiss("bounds_of_unique_ids", BOUNDS, OfUniqueIds),
+    NearMiss("bounds_searched_from_left", BOUNDS, SearchedFromLeft),
+    NearMiss("bounds_searched_next", BOUNDS, SearchedNext),
+    NearMiss("bounds_searched_among_others", BOUNDS, SearchedAmongOthers),
     NearMiss("bounds_put_back_reversed", None, PutBackReversed, may_rewrite=True),
     NearMiss("bounds_put_back_by_another_sort", None, PutBackByAnotherSort, may_rewrite=True),
 )

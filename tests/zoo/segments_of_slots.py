@@ -71,8 +71,26 @@ class IndexAddBlock(IndexBlock):
         return out
 
 
+class SearchedBlock(IndexBlock):
+    """Where an expert's slots end is searched for among the sorted ids."""
+
+    def search(self, sorted_ids):
+        return torch.searchsorted(sorted_ids, torch.arange(self.num_experts), right=True).tolist()
+
+    def moe(self, x, ids, weights):
+        out, start = torch.zeros_like(x), 0
+        sorted_ids, order = ids.sort()
+        for e, end in enumerate(self.search(sorted_ids)):
+            own = order[start:end]
+            tokens = own // self.top_k
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[own])
+            start = end
+        return out
+
+
 CASES = (
     Case("segments_of_slots", IndexBlock),
     Case("segments_of_slots_inference", InferenceBlock, differentiable=False),
     Case("segments_of_slots_index_add", IndexAddBlock),
+    Case("segments_of_slots_searched", SearchedBlock),
 )
