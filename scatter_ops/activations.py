@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+CLAMP_PASSES_AT_ITS_LIMITS = torch.__version__ < "2.14"
+"""Whether gradients pass a clamp of PyTorch's whose input is one of its limits."""
 LAYOUTS = ("plain", "concatenated", "interleaved", "separate")
 GATED_ONLY = ("clamped_swiglu",)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", *GATED_ONLY)
@@ -53,10 +55,15 @@ def activate_backward(
         assert up is not None
         g = gate.clamp(max=limit)
         sigmoid = torch.sigmoid(alpha * g)
-        slope = sigmoid * (1 + alpha * g * (1 - sigmoid)) * (gate <= limit)
-        return grad * (up.clamp(-limit, limit) + 1) * slope, grad * g * sigmoid * (up.abs() <= limit)
+        slope = sigmoid * (1 + alpha * g * (1 - sigmoid)) * within(gate, limit)
+        return grad * (up.clamp(-limit, limit) + 1) * slope, grad * g * sigmoid * within(up.abs(), limit)
     value, slope = _value_and_slope(gate, activation)
     return (grad * slope, None) if up is None else (grad * up * slope, grad * value)
+
+
+def within(x: Tensor, limit: float) -> Tensor:
+    """Where gradients pass a clamp of x to at most this limit."""
+    return x <= limit if CLAMP_PASSES_AT_ITS_LIMITS else x < limit
 
 
 def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:

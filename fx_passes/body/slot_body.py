@@ -40,6 +40,7 @@ from fx_passes.graph.markers import expert_cat
 from fx_passes.graph.ops import (
     POINTWISE,
     arg,
+    attribute,
     casts_nothing,
     fake_tensor,
     is_inplace,
@@ -307,7 +308,7 @@ def _swaps_last_dims(node: fx.Node) -> bool:
         return {normalized_dim(dim, 3) for dim in varargs(node, 1, "dims")} == {1, 2}
     if name == "permute":
         return tuple(normalized_dim(dim, 3) for dim in varargs(node, 1, "dims")) == (0, 2, 1)
-    return name == "getattr" and node.args[1] == "mT"
+    return attribute(node) == "mT"
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from fx_passes.capture.emptiness import nonempty_question
 from fx_passes.capture.events import Guard, Scope
 from fx_passes.capture.parts import PartsVariable
 from fx_passes.capture.python_state import snapshot
-from fx_passes.capture.variables import is_open
+from fx_passes.capture.variables import is_open, read_attribute
 from fx_passes.graph.markers import Expert, expert_of, experts_of_each
 from fx_passes.graph.ops import arg, op_name
 
@@ -137,5 +137,5 @@ def _flag(tx: Any, name: Any, attribute: Any) -> bool | None:
     module = variable.realize() if variable is not None else None
     if not isinstance(module, UnspecializedNNModuleVariable) or type(vars(module.value).get(attribute)) is not bool:
         return None
-    flag = module.var_getattr(tx, attribute)
+    flag = read_attribute(tx, module, attribute)
     return flag.as_python_constant() if flag.is_python_constant() else None

@@ -11,7 +11,7 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 from fx_passes.capture import bounds, counts, expert_numbers, index_list, leaves, loops, modules_to, segments
-from fx_passes.capture.variables import expert_of_variable, has_open_length, is_open
+from fx_passes.capture.variables import expert_of_variable, has_open_length, is_open, read_attribute
 from fx_passes.facts import fact
 from fx_passes.graph.ops import op_name
 
@@ -113,7 +113,7 @@ def _new_tensor(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs
     """`x.new_tensor([len(tokens), ...])` as `torch.tensor`, which takes such numbers in PyTorch before 2.13, too."""
     if len(args) != 1 or not kwargs.keys() <= {"dtype", "device"} or not _holds_open_numbers(args[0]):
         return None
-    given = {name: tensor.var_getattr(tx, name) for name in ("dtype", "device")} | kwargs
+    given = {name: read_attribute(tx, tensor, name) for name in ("dtype", "device")} | kwargs
     return TorchInGraphFunctionVariable(torch.tensor).call_function(tx, args, given)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import ListVariable, SliceVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import constrain_range, free_unbacked_symbols
@@ -51,6 +52,11 @@ def open_number(capture: Any, tx: Any, count: int, target: Any, *args: Any) -> V
     constrain_range(value, min=0, max=count - 1)
     capture.forget_new_symbols()
     return SymNodeVariable.create(tx, capture.output.create_proxy("call_function", target, args, {}), value)
+
+
+def read_attribute(tx: Any, variable: VariableTracker, name: str) -> VariableTracker:
+    """`variable.name`, guarded as Dynamo guards it; what its variables call this differs between versions."""
+    return VariableTracker.build(tx, getattr).call_function(tx, [variable, ConstantVariable.create(name)], {})
 
 
 def unbound(variable: Any) -> tuple[fx.Proxy, int] | None:

@@ -16,6 +16,7 @@ from fx_passes.graph.markers import Expert, expert_of, experts_of_each
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
     arg,
+    attribute,
     fake_tensor,
     keeps_last_dim,
     known_tensor,
@@ -52,7 +53,9 @@ def permute(node: fx.Node, inner: Fact | None) -> Fact | None:
 
 def transpose(node: fx.Node, inner: Fact | None) -> Fact | None:
     name = op_name(node)
-    if not isinstance(inner, (OneHot, Mask)) or (name == "getattr" and (node.args[1] != "T" or len(inner.dims) != 2)):
+    if not isinstance(inner, (OneHot, Mask)) or (
+        name == "getattr" and (attribute(node) != "T" or len(inner.dims) != 2)
+    ):
         return None
     dims = list(inner.dims)
     if len(dims) < 2:

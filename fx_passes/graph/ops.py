@@ -55,8 +55,10 @@ _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
 )
 _FUNCTION_NAMES = _public_functions()
-_OPERATOR_NAMES = {"transformers::grouped_mm_fallback": "grouped_mm"}
-"""Custom operators with the meaning and the arguments (without options) of a torch function."""
+_ATTRIBUTES = {"aten::numpy_T": "T", "aten::mT": "mT"}
+"""Operators as which PyTorch from 2.14 on traces attributes of a tensor; `op_name` says "getattr" in any case."""
+_OPERATOR_NAMES = {"transformers::grouped_mm_fallback": "grouped_mm", **dict.fromkeys(_ATTRIBUTES, "getattr")}
+"""Operators with the meaning and the arguments (without options) of a torch function."""
 
 ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 EMPTY = frozenset(("empty", "empty_like", "new_empty"))
@@ -128,6 +130,13 @@ def op_name(node: fx.Node) -> str | None:
         except TypeError:
             return None
     return None
+
+
+def attribute(node: fx.Node) -> str | None:
+    """The name of the attribute that `node` reads: "T", "mT", "shape", ..."""
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return _ATTRIBUTES.get(node.target._qualified_op_name)
+    return str(node.args[1]) if node.target is getattr else None
 
 
 def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

@@ -23,6 +23,7 @@ from torch import fx
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
     arg,
+    attribute,
     casts_nothing,
     fake_tensor,
     is_inplace,
@@ -132,7 +133,7 @@ def _transpose(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 
 def _getattr(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
-    swaps = node.args[1] == "mT" or (node.args[1] == "T" and len(inner.dims) == 2)
+    swaps = attribute(node) == "mT" or (attribute(node) == "T" and len(inner.dims) == 2)
     return (*inner.dims[:-2], inner.dims[-1], inner.dims[-2]) if swaps else None
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scatter_ops.activations import split
+from scatter_ops.activations import split, within
 from scatter_ops.cpu.parts import blocks
 from scatter_ops.grouping import accumulation_dtype
 
@@ -91,9 +91,9 @@ def activate_backward(
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
         sigmoid = torch.sigmoid(alpha * g)
         value = g * sigmoid
-        slope = sigmoid.add_(alpha * value * (1 - sigmoid)).mul_(gate <= limit)
+        slope = sigmoid.add_(alpha * value * (1 - sigmoid)).mul_(within(gate, limit))
         torch.mul(grad * u, slope, out=out_gate)
-        torch.mul(grad * value, up.abs() <= limit, out=out_up)
+        torch.mul(grad * value, within(up.abs(), limit), out=out_up)
         return value.mul_(u)
     value, backward = _ACTIVATE[activation](gate), _ACTIVATE_BACKWARD[activation]
     if up is None:

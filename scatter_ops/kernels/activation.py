@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from scatter_ops.activations import CLAMP_PASSES_AT_ITS_LIMITS
+
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # which knows no assembly
+_PASSES_AT_LIMITS = tl.constexpr(CLAMP_PASSES_AT_ITS_LIMITS)
 
 
 @triton.jit
@@ -57,6 +60,16 @@ def _scalar_activation(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _stops(x, limit):
+    """Whether a clamp of x to at most this limit passes no gradient."""
+    if _PASSES_AT_LIMITS:
+        result = x > limit
+    else:
+        result = x >= limit
+    return result
+
+
+@triton.jit
 def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     if ACTIVATION == "clamped_swiglu":
         g = tl.where(gate > limit, limit, gate)
@@ -77,8 +90,8 @@ def activate_backward(gate, up, grad, alpha, limit, ACTIVATION: tl.constexpr, GA
         u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         s = _sigmoid(alpha * g)
         result = (u + 1.0) * g * s
-        grad_gate = tl.where(gate > limit, 0.0, grad * (u + 1.0) * s * (1.0 + alpha * g * (1.0 - s)))
-        grad_up = tl.where((up > limit) | (up < -limit), 0.0, grad * g * s)
+        grad_gate = tl.where(_stops(gate, limit), 0.0, grad * (u + 1.0) * s * (1.0 + alpha * g * (1.0 - s)))
+        grad_up = tl.where(_stops(up, limit) | _stops(-up, limit), 0.0, grad * g * s)
     else:
         value, slope = _scalar_activation(gate, ACTIVATION)
         if GATED:
