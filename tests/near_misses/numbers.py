@@ -162,7 +162,7 @@ MISSES = (
     NearMiss("list_in_part", "loop_is_over_the_hit_experts", ListedInPart),
     NearMiss("list_counted", "no_intermediate_escapes", ListCounted),
     NearMiss("list_extended", "loop_is_over_the_hit_experts", ListExtended),
-    NearMiss("list_enumerated", "loop_is_over_the_hit_experts", ListEnumerated),
+    NearMiss("list_enumerated", "operations_are_known", ListEnumerated),
     NearMiss("range_sequences_counted", "loop_has_a_known_form", CountedSequences),
     NearMiss("range_sequences_next_expert", "bodies_are_isomorphic", MaskOfNextExpert),
     NearMiss("hit_number_kept", "loop_changes_no_python_state", NumberKept),
