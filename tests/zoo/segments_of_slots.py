@@ -75,7 +75,9 @@ class SearchedBlock(IndexBlock):
     """Where an expert's slots end is searched for among the sorted ids."""
 
     def search(self, sorted_ids):
-        return torch.searchsorted(sorted_ids, torch.arange(self.num_experts), right=True).tolist()
+        return torch.searchsorted(
+            sorted_ids, torch.arange(self.num_experts, device=sorted_ids.device), right=True
+        ).tolist()
 
     def moe(self, x, ids, weights):
         out, start = torch.zeros_like(x), 0
