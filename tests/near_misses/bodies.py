@@ -273,7 +273,7 @@ BODIES = (
     ("checkpoint", "operations_are_known", Checkpointed, False),
     ("autocast", "autocast_is_constant", Autocast, False),
     ("item_in_body", "loop_can_be_traced", ItemInBody, False),
-    ("counting_buffer", "no_intermediate_escapes", Counting, False),
+    ("counting_buffer", "no_intermediate_escapes", Counting, True),
     ("remembered_output", "no_intermediate_escapes", Remembering, False),
     ("top_tokens", "no_intermediate_escapes", TopTokens, False),
 )
