@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -110,4 +111,4 @@ def _command() -> str:
     program = f"-m {spec.name}" if spec is not None else sys.argv[0]
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-    return " ".join([launcher, program, *sys.argv[1:]])
+    return " ".join([launcher, program, *map(shlex.quote, sys.argv[1:])])

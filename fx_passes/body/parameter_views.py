@@ -10,7 +10,16 @@ from torch import fx
 
 from fx_passes.body.view_steps import Cut, Index, Item, Permute, Reshape, Step
 from fx_passes.graph.markers import expert_of, index_with_expert, select_expert
-from fx_passes.graph.ops import arg, attribute, example, fake_tensor, known_tensor, normalized_dim, op_name, varargs
+from fx_passes.graph.ops import (
+    arg,
+    example,
+    fake_tensor,
+    known_tensor,
+    normalized_dim,
+    op_name,
+    swaps_last_dims,
+    varargs,
+)
 
 
 class Viewed(NamedTuple):
@@ -125,9 +134,7 @@ def _permute(node: fx.Node, sizes: tuple[int, ...]) -> Permute | None:
 
 def _transpose(node: fx.Node, sizes: tuple[int, ...]) -> Permute | None:
     name, rank = op_name(node), len(sizes)
-    if rank < 2 or (
-        name == "getattr" and (attribute(node) not in ("T", "mT") or (attribute(node) == "T" and rank != 2))
-    ):
+    if rank < 2 or (name == "getattr" and not swaps_last_dims(node, rank)):
         return None
     given = varargs(node, 1, "dims") if name not in ("t", "getattr") else (-2, -1)
     first, second = (normalized_dim(dim, rank) for dim in given)

@@ -15,12 +15,9 @@ from fx_passes.facts.ids import ids_dims, num_columns
 from fx_passes.facts.masks import flat_ids
 from fx_passes.facts.slots import Experts, slot_fact
 from fx_passes.facts.statements import Counts, Fact, Hit, Kept, Mask, Occupied, OneHot
-from fx_passes.facts.tallies import NAMES, tallied, tallied_table
+from fx_passes.facts.tallies import EXACT_BYTES, NAMES, tallied, tallied_table
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
-
-_EXACT_BYTES = 4
-"""Numbers of this size hold every count."""
 
 
 def _cast(node: fx.Node, inner: Fact | None) -> Fact | None:
@@ -29,7 +26,7 @@ def _cast(node: fx.Node, inner: Fact | None) -> Fact | None:
     if isinstance(inner, Hit) and not inner.as_tuple and value is not None:
         return inner if value.dtype in (torch.int32, torch.int64) else None
     if isinstance(inner, Counts) and not inner.positive and value is not None:
-        exact = known_tensor(arg(node, 0, "input")).dtype.itemsize >= _EXACT_BYTES
+        exact = known_tensor(arg(node, 0, "input")).dtype.itemsize >= EXACT_BYTES
         return inner if exact and value.dtype in (torch.int32, torch.int64) else None
     if inner is None and value is not None and value.dtype == torch.bool:
         return open_gates(arg(node, 0, "input"))
@@ -89,7 +86,7 @@ def _histc(node: fx.Node, _inner: Fact | None) -> Fact | None:
 def ids_in_bins(node: fx.Node) -> fx.Node | None:
     """The ids that `node`, a `histc`, counts, whether or not each has a bin of its own."""
     values = arg(node, 0, "input")
-    if op_name(values) in ("float", "to", "double") and known_tensor(values).dtype.itemsize >= _EXACT_BYTES:
+    if op_name(values) in ("float", "to", "double") and known_tensor(values).dtype.itemsize >= EXACT_BYTES:
         values = values.args[0]
     return flat_ids(values) or values if ids_dims(values) is not None else None
 
@@ -114,12 +111,12 @@ def _cumsum(node: fx.Node, inner: Fact | None) -> Fact | None:
 
 def _counted_rows(total: fx.Node) -> Counts | None:
     """The sum over tokens of a table [T, E] of zeros and ones, or of `gates > 0`."""
-    tallied = tallied_table(total)
-    if tallied is not None:
-        return tallied
     entries = arg(total, 0, "input")
     while op_name(entries) in ("to", "long", "int"):
         entries = arg(entries, 0, "input")
+    tallied = tallied_table(entries, total)
+    if tallied is not None:
+        return tallied
     ids = ids_that_are_counted(entries)
     if ids is None:
         return None

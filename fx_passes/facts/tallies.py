@@ -16,7 +16,7 @@ from fx_passes.facts.statements import Counts
 from fx_passes.graph.aliasing import inplace_users, is_read_before, storage_of, writers_of
 from fx_passes.graph.ops import ZEROS, arg, fake_tensor, is_inplace, op_name, same_size, same_sizes, sizes_of
 
-_EXACT_BYTES = 4
+EXACT_BYTES = 4
 """Numbers of this size hold every count."""
 
 _ADDITIONS = frozenset("scatter_add scatter_add_ index_add index_add_".split())
@@ -36,7 +36,7 @@ def tallied(node: fx.Node) -> Counts | None:
         or tensor is None
         or tensor.dim() != 1
         or type(tensor.shape[0]) is not int
-        or tensor.dtype.itemsize < _EXACT_BYTES
+        or tensor.dtype.itemsize < EXACT_BYTES
     ):
         return None
     ids = arg(fill, 2, "index")
@@ -45,11 +45,8 @@ def tallied(node: fx.Node) -> Counts | None:
     return Counts(flat_ids(ids) or ids, tensor.shape[0]) if _adds_ones(fill) else None
 
 
-def tallied_table(total: fx.Node) -> Counts | None:
-    """The counts that `total`, the sum over tokens of zeros [T, E] to which ones were written, is."""
-    table = arg(total, 0, "input")
-    while op_name(table) in ("to", "long", "int") and len(table.args) > 0:
-        table = table.args[0]
+def tallied_table(table: Any, total: fx.Node) -> Counts | None:
+    """The counts that `total`, the sum over tokens of `table`, zeros [T, E] to which ones were written, is."""
     fill = fill_of(table, total) if isinstance(table, fx.Node) else None
     ids = arg(fill, 2, "index") if fill is not None else None
     if fill is None or ids_dims(ids) != ("T", "K") or arg(fill, 1, "dim") not in (1, -1):

@@ -6,7 +6,6 @@ do anything, of any input.
 
 import math
 from collections.abc import Iterator
-from itertools import takewhile
 
 import torch
 from torch import fx
@@ -37,11 +36,18 @@ def note_inputs_in_one_memory(graph: fx.Graph) -> None:
         if tensor is not None and torch._C._has_storage(tensor):
             by_storage.setdefault(tensor.untyped_storage()._cdata, []).append((*_extent(tensor), node))
     for found in by_storage.values():
-        found.sort()
-        for at, (_, stop, node) in enumerate(found):
-            for _, _, other in takewhile(lambda later: later[0] < stop, found[at + 1 :]):  # noqa: B023
-                node.meta.setdefault(_SAME_MEMORY, []).append(other)
-                other.meta.setdefault(_SAME_MEMORY, []).append(node)
+        for node, other in _overlapping(sorted(found)):
+            node.meta.setdefault(_SAME_MEMORY, []).append(other)
+            other.meta.setdefault(_SAME_MEMORY, []).append(node)
+
+
+def _overlapping(extents: list[tuple[float, float, fx.Node]]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Pairs of which one begins before the other ends. extents: (start, stop, node), by start."""
+    for at, (_, stop, node) in enumerate(extents):
+        for start, _, other in extents[at + 1 :]:
+            if start >= stop:
+                break
+            yield node, other
 
 
 def _extent(tensor: torch.Tensor) -> tuple[float, float]:

@@ -139,6 +139,11 @@ def attribute(node: fx.Node) -> str | None:
     return str(node.args[1]) if node.target is getattr else None
 
 
+def swaps_last_dims(node: fx.Node, rank: int) -> bool:
+    """Whether the attribute that `node` reads of a tensor of so many dims is that with the last two swapped."""
+    return attribute(node) == "mT" or (attribute(node) == "T" and rank == 2)
+
+
 def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Argument of `node` given by position `index` or by keyword `name`."""
     if len(node.args) > index:

@@ -23,7 +23,6 @@ from torch import fx
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
     arg,
-    attribute,
     casts_nothing,
     fake_tensor,
     is_inplace,
@@ -32,6 +31,7 @@ from fx_passes.graph.ops import (
     same_size,
     same_sizes,
     sizes_of,
+    swaps_last_dims,
     varargs,
 )
 
@@ -133,8 +133,8 @@ def _transpose(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 
 def _getattr(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
-    swaps = attribute(node) == "mT" or (attribute(node) == "T" and len(inner.dims) == 2)
-    return (*inner.dims[:-2], inner.dims[-1], inner.dims[-2]) if swaps else None
+    swapped = (*inner.dims[:-2], *reversed(inner.dims[-2:]))
+    return swapped if swaps_last_dims(node, len(inner.dims)) else None
 
 
 def _expand(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
