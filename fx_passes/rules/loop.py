@@ -94,12 +94,19 @@ def is_contiguous(tensor: torch.Tensor | None, dims: int) -> bool:
 
 
 def accumulator_is_not_read_inside(region: LoopRegion) -> None:
-    """Until the last addition only additions touch the output. Shape and dtype may be asked for: they don't change."""
+    """Until the last addition only additions touch the output. Shape and dtype may be asked for: they don't change.
+
+    What the sum starts from stays as it was where it is not added to in place, and may be read. But in an iteration
+    that stands for all it is what the iterations before have added up.
+    """
     places = region.places()
     last, own = places[region.result], region.writes | region.earlier
-    for output in region.holders:
+    read_from = dict.fromkeys(region.holders, 0)
+    if region.symbol is not None:
+        read_from.setdefault(region.accumulator, places[region.symbol])
+    for output, first in read_from.items():
         for user in output.users:
-            if places[user] < last and user not in own and not asks_for_metadata(user, output):
+            if first <= places[user] < last and user not in own and not asks_for_metadata(user, output):
                 raise Rejected("accumulator_is_not_read_inside", user, "the output is used before the loop has ended")
 
 

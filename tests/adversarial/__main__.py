@@ -1,6 +1,7 @@
 """Draws many programs, runs each as it is and under our backend, and prints what became of them.
 
     python -m tests.adversarial --programs 5000 --seed 0 --jobs 60
+    python -m tests.adversarial --each --seed 0 --jobs 60                  every loop with every mutation instead
     python -m tests.adversarial --program '{"router": "softmax", "loop": "hits", ...}'       one again, with its source
 
 A program fails if outputs, gradients, buffers, Python state or the random numbers that it draws change. Each failure is
@@ -17,8 +18,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.adversarial.check import FAILED, OUTCOMES, Verdict, check, draw
-from tests.adversarial.programs import Program
+from tests.adversarial.check import FAILED, OUTCOMES, Verdict, check, draw, each_mutation
+from tests.adversarial.programs import LOOPS, Program
 from tests.processes import run_all
 
 CHUNK = 25  # programs a process: an import costs as much as a few of them
@@ -28,6 +29,7 @@ SECONDS_A_PROGRAM = 60
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=int, default=100, help="how many are drawn")
+    parser.add_argument("--each", action="store_true", help="every loop and addition with every mutation, once")
     parser.add_argument("--seed", type=int, default=0, help="which are drawn")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes at a time")
     parser.add_argument("--json", help="append a line for each program to this file")
@@ -38,7 +40,8 @@ def main() -> int:
         return run_one(program_of(json.loads(arguments.program)))
     if arguments.here:
         return run_here([program_of(fields) for fields in json.loads(arguments.here)])
-    verdicts = run_in_processes(draw(arguments.programs, arguments.seed), arguments.jobs)
+    programs = each_mutation(arguments.seed) if arguments.each else draw(arguments.programs, arguments.seed)
+    verdicts = run_in_processes(programs, arguments.jobs)
     if arguments.json:
         with open(arguments.json, "a") as file:
             file.writelines(json.dumps(asdict(verdict)) + "\n" for verdict in verdicts)
@@ -86,15 +89,19 @@ def tally(verdicts: list[Verdict]) -> dict[str, int]:
 
 
 def show(verdicts: list[Verdict], seed: int) -> None:
+    """The failures, then what became of the programs with each loop: one that is never rewritten tests nothing."""
     for verdict in verdicts:
         if verdict.outcome == FAILED:
             print(f"{FAILED}: {verdict.detail}")
             print(f"    python -m tests.adversarial --program '{json.dumps(asdict(verdict.program))}'")
     print(f"{len(verdicts)} programs, seed {seed}")
-    width = max(map(len, OUTCOMES))
-    print(f"| {'outcome':{width}} | programs |\n|{'-' * (width + 2)}|---------:|")
-    for outcome, number in tally(verdicts).items():
-        print(f"| {outcome:{width}} | {number:8} |")
+    by_loop = {loop: [v for v in verdicts if v.program.loop == loop] for loop in LOOPS}
+    width = max(map(len, LOOPS))
+    print(f"| {'loop':{width}} | " + " | ".join(OUTCOMES) + " |")
+    print("|".join(["", "-" * (width + 2), *("-" * (len(outcome) + 1) + ":" for outcome in OUTCOMES), ""]))
+    for name, those in {**by_loop, "all": verdicts}.items():
+        numbers = (f"{number:{len(outcome)}}" for outcome, number in tally(those).items())
+        print(f"| {name:{width}} | " + " | ".join(numbers) + " |")
 
 
 if __name__ == "__main__":

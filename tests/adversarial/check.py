@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -60,6 +61,15 @@ def draw(count: int, drawn_by: int) -> list[Program]:
 
     collect()
     return list(programs)[:count]
+
+
+def each_mutation(drawn_by: int) -> list[Program]:
+    """Every loop and addition with every mutation alone; routers and bodies are drawn, the same for the same seed."""
+    draws = Random(drawn_by)
+    return [
+        Program(draws.choice(sorted(ROUTERS)), loop, draws.choice(sorted(BODIES)), addition, (mutation,))
+        for loop, addition, mutation in itertools.product(LOOPS, ADDITIONS, MUTATIONS)
+    ]
 
 
 def check(program: Program, directory: Path) -> Verdict:

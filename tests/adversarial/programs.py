@@ -5,6 +5,7 @@ experts per token, E experts, D model width, F expert width.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 
 PREAMBLE = """\
 import itertools
@@ -121,8 +122,15 @@ ADDITIONS = {
     "plus_equals": "out[t] += y",
 }
 
-# Where the line goes, and the line.
+# Where the line goes, and the line. Of "rows" it is what an expert gets for its rows, which are in place of {}.
 MUTATIONS = {
+    "rows_and_output": ("rows", "({} + out[t])"),
+    "rows_less_output": ("rows", "({} - 0.5 * out.detach()[t])"),
+    "rows_weighted": ("rows", "({} * w[t, k, None])"),
+    "rows_flipped": ("rows", "{}.flip(0)"),
+    "rows_detached": ("rows", "{}.detach()"),
+    "rows_rolled": ("rows", "{}.roll(1, 0)"),
+    "rows_of_shared": ("rows", "({} @ self.square[0])"),
     "constant": ("body", "y = y * (2.0 if e == 1 else 1.0)"),
     "tied_to_first": ("body", "y = y @ self.square[0 if e == 1 else e]"),
     "neighbour": ("body", "y = y @ self.square[(e + 1) % E]"),
@@ -201,6 +209,9 @@ MUTATIONS = {
     "else": ("after", "out = out * (1.0 + len(seen))"),
 }
 
+# What a mutation needs before the loop. Not in every program: beside containers this deep most loops are left alone.
+NEEDED = {"deep": "deep = nested(12)"}
+
 
 @dataclass(frozen=True)
 class Program:
@@ -212,10 +223,11 @@ class Program:
 
     def source(self) -> str:
         loop = LOOPS[self.loop]
+        rows = reduce(lambda rows, line: line.format(rows), self._at("rows"), loop.rows)
         in_loop = [
             *self._at("begin"),
             loop.select,
-            BODIES[self.body].replace("x[t]", loop.rows),
+            BODIES[self.body].replace("x[t]", rows),
             *self._at("body"),
             loop.weight,
             loop.addition or ADDITIONS[self.addition],
@@ -227,8 +239,9 @@ class Program:
             *self._at("routed"),
             MASK,
             "out = torch.zeros_like(x)",
-            "seen, last, numbers, deep = [], 0.0, itertools.count(), nested(12)",
+            "seen, last, numbers, deep = [], 0.0, itertools.count(), []",
             "flat, flat_w, rows = ids.reshape(-1), w.reshape(-1), x.repeat_interleave(ids.shape[1], 0)",
+            *(NEEDED[mutation] for mutation in self.mutations if mutation in NEEDED),
             *self._at("masked"),
             loop.head,
             *(indented(line, 4) for line in in_loop if line),

@@ -335,18 +335,20 @@ class RestartsHalfWay(Loop):
         return out
 
 
+NOT_READ = "accumulator_is_not_read_inside"
+
 MISSES = (
-    NearMiss("hit_start_has_two_names", "accumulator_is_not_read_inside", StartHasTwoNames),
+    NearMiss("hit_start_has_two_names", NOT_READ, StartHasTwoNames),
     NearMiss("range_start_written", "nothing_is_written_inside", StartWritten),
     NearMiss("range_zeros_written", "accumulator_may_be_added_to", ZerosWritten),
     NearMiss("range_zeros_scattered", "accumulator_may_be_added_to", ZerosScattered),
     NearMiss("range_partly_in_place", "additions_follow_each_other", PartlyInPlace),
-    NearMiss("range_aliases_input", "accumulator_is_not_read_inside", AliasesInput),
+    NearMiss("range_aliases_input", NOT_READ, AliasesInput),
     NearMiss("hit_aliases_input", "accumulator_may_be_added_to", AliasesInputHit),
-    NearMiss("range_read_inside", "bodies_are_isomorphic", ReadInside),
-    NearMiss("hit_read_inside", "bodies_are_isomorphic", ReadInsideHit),
-    NearMiss("range_decays_inside", "accumulator_may_be_added_to", DecaysInside),
-    NearMiss("hit_decays_inside", "accumulator_is_not_read_inside", DecaysInsideHit),
+    NearMiss("range_read_inside", "bodies_are_isomorphic", ReadInside, at_first=NOT_READ),
+    NearMiss("hit_read_inside", "bodies_are_isomorphic", ReadInsideHit, at_first=NOT_READ),
+    NearMiss("range_decays_inside", "accumulator_may_be_added_to", DecaysInside, may_rewrite=True),
+    NearMiss("hit_decays_inside", "accumulator_may_be_added_to", DecaysInsideHit),
     NearMiss("range_in_place_on_input", "no_intermediate_escapes", InPlaceOnInput),
     NearMiss("hit_in_place_on_input", "no_intermediate_escapes", InPlaceOnInputHit),
     NearMiss("range_in_place_on_weights", "nothing_is_written_inside", InPlaceOnWeights),

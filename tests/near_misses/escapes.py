@@ -282,7 +282,7 @@ MISSES = (
     NearMiss("hit_listed", "loop_changes_no_python_state", ListedHit),
     NearMiss("range_visits", "loop_changes_no_python_state", Visits, may_rewrite=True),
     NearMiss("hit_visits", "loop_changes_no_python_state", VisitsHit),
-    NearMiss("range_usage", "no_intermediate_escapes", Usage),
+    NearMiss("range_usage", "no_intermediate_escapes", Usage, may_rewrite=True),
     NearMiss("hit_usage", "no_intermediate_escapes", UsageHit),
     NearMiss("range_usage_from_mask", "no_intermediate_escapes", UsageFromMask, may_rewrite=True),
     NearMiss("hit_usage_from_mask", "loop_changes_no_python_state", UsageFromMaskHit, may_rewrite=True),
@@ -294,5 +294,5 @@ MISSES = (
     NearMiss("hit_auxiliary_loss", "no_intermediate_escapes", AuxiliaryLossHit),
     NearMiss("hit_keeps_logits", "loop_has_a_known_form", KeepsLogits, may_rewrite=True),
     NearMiss("hit_keeps_state", "loop_changes_no_python_state", KeepsState),
-    NearMiss("hit_shared_counter", "loop_can_be_traced", SharedCounter),
+    NearMiss("hit_shared_counter", "loop_changes_no_python_state", SharedCounter),
 )

@@ -173,7 +173,7 @@ FORM = "loop_has_a_known_form"
 MISSES = (
     NearMiss("hit_free_one_scaled", "bodies_are_isomorphic", block(OneScaled)),
     NearMiss("hit_free_rows_mixed", "body_is_row_wise", block(RowsMixed)),
-    NearMiss("hit_free_output_read", "accumulator_is_not_read_inside", block(OutputRead)),
+    NearMiss("hit_free_output_read", "bodies_are_isomorphic", block(OutputRead)),
     NearMiss("hit_free_output_kept", "loop_changes_no_python_state", block(OutputRead0)),
     NearMiss("hit_free_first", "bodies_are_isomorphic", block(IdentityFirst)),
     NearMiss("range_free_other_name", "accumulator_is_not_read_inside", block(OtherName)),

@@ -205,7 +205,7 @@ MISSES = (
     NearMiss("range_ids_made_equal", "repeated_ids_are_counted", IdsMadeEqual),
     NearMiss("range_ids_under_long", WRITTEN, IdsChangeUnderAlias),
     NearMiss("range_input_written_after", "gathered_tensors_stay_as_they_are", InputWrittenAfter),
-    NearMiss("range_custom_write_before", "accumulator_is_not_read_inside", CustomWriteBefore),
+    NearMiss("range_custom_write_before", "accumulator_may_be_added_to", CustomWriteBefore),
     NearMiss("range_zeros_in_buffer", ZEROS, ZerosInBuffer),
     NearMiss("range_halves_of_output", "accumulator_is_not_read_inside", HalvesOfOutput),
     NearMiss("range_dead_dropout", ESCAPES, DeadDropout),
