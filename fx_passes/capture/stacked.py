@@ -6,6 +6,7 @@ experts but the first.
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dynamo.bytecode_transformation import create_call_function
 from torch._dynamo.guards import GuardBuilder, GuardManagerType
@@ -18,24 +19,29 @@ from fx_passes.modules.likeness import Path
 
 @dataclass_with_cached_hash(frozen=True)
 class BufferSource(ChainedSource):
-    """What `stacked(experts, path)` returns; `base` is where the experts come from."""
+    """What `stacked(experts, path, recorded)` returns; `base` is where the experts come from."""
 
     path: Path
+    recorded: bool
 
     @property
     def _name_template(self) -> str:
-        return f"stacked({{0}}, {self.path})"
+        return f"stacked({{0}}, {self.path}, {self.recorded})"
 
     def reconstruct(self, codegen: Any) -> None:
         codegen.add_push_null(lambda: codegen.load_import_from(stacked.__module__, stacked.__name__))
         codegen(self.base)
         codegen.append_output(codegen.create_load_const(self.path))
-        codegen.extend_output(create_call_function(2, False))
+        codegen.append_output(codegen.create_load_const(self.recorded))
+        codegen.extend_output(create_call_function(3, False))
 
 
 def read_buffer(tx: Any, experts: Source, stack: ExpertStack, path: Path) -> fx.Node:
-    """The input of the graph that is the buffer at `path`. The guard on the list replaces Dynamo's on the tensor."""
-    source = BufferSource(experts, path)
+    """The input of the graph that is the buffer at `path`, recorded for backward where the code that reads it is.
+
+    The guard on the list replaces Dynamo's on the tensor.
+    """
+    source = BufferSource(experts, path, torch.is_grad_enabled())
     known = tx.output.input_source_to_var.get(source)
     if known is not None:
         return known.as_proxy().node

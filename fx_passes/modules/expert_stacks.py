@@ -4,9 +4,9 @@ A compiled graph has an input and guards for each tensor that it reads, and both
 in each call. Where the tensors of all experts lie in one buffer, the graph reads that: one input, and one guard on the
 whole list, which looks whether anything was written to the experts since (`fx_passes.modules.watch`).
 
-    stack(experts)              the tensors of alike experts become parts of buffers, and stay the user's objects
-    stack_of(experts)           what was stacked, if it still is as it was made
-    stacked(experts, path)      the buffer of one name, as autograd may read it
+    stack(experts)                      the tensors of alike experts become parts of buffers and stay the user's objects
+    stack_of(experts)                   what was stacked, if it still is as it was made
+    stacked(experts, path, recorded)    the buffer of one name, as autograd may read it
 
 A buffer's gradient is divided among its parameters outside of the graph, where autograd accumulates each as usual:
 hooks, DistributedDataParallel and `torch.autograd.grad` see nothing else. The tensors share one version counter with
@@ -121,10 +121,17 @@ def stack_of(container: nn.Module) -> ExpertStack | None:
 
 
 @torch.compiler.disable
-def stacked(container: nn.ModuleList, path: Path) -> Tensor:
-    """What compiled code gives its graph: it calls this once its guards hold. Dynamo would compile this, too."""
+def stacked(container: nn.ModuleList, path: Path, recorded: bool) -> Tensor:
+    """What compiled code gives its graph: it calls this once its guards hold. Dynamo would compile this, too.
+
+    Args:
+        recorded: whether the graph reads it where grad mode is on, be it on or off where the graph begins.
+    """
     stack = _stacks[container]
-    return stack.differentiable(path) if torch.is_grad_enabled() else stack.buffer(path)
+    if not recorded:
+        return stack.buffer(path)
+    with torch.enable_grad():
+        return stack.differentiable(path)
 
 
 def stack(container: nn.ModuleList) -> None:

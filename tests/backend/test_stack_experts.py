@@ -125,6 +125,18 @@ def test_gradients_of_some_parameters():
     torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("inside", [torch.no_grad, torch.enable_grad])
+def test_grad_mode_around_the_loop_counts(around, inside):
+    """Not the one in which the model is called."""
+    eager, module = pair()
+    compiled = compile_ours(inside()(module.forward))
+    with around():
+        ours = observe(compiled, module, hidden_states())
+        assert_same(ours, observe(inside()(eager.forward), eager, hidden_states()))
+    assert rewritten() == 1
+
+
 def test_layers_compiled_alone_share_their_code():
     eager, module = pair(Two)
     x = hidden_states()
