@@ -22,6 +22,7 @@ QUICK = (
     "range_lora",
     "gathered_clamped",
 )
+LIMITS = {"dense_sequences_einsum": {"input 0": 1.08}}  # eager adds up the experts' parts of it before it rounds them
 CASES = [case for case in ZOO if case.must_rewrite and case.differentiable and not case.random]
 
 
@@ -84,4 +85,4 @@ def test_errors_are_those_of_naive_code(case, device):
     compiled = compile_ours(module, fullgraph=True)
     samples = [sample(case, compiled, module, seed, device) for seed in range(seeds_needed(case))]
     assert rewritten() == case.regions
-    assert_low_precision(samples, torch.bfloat16)
+    assert_low_precision(samples, torch.bfloat16, LIMITS.get(case.name, {}))
