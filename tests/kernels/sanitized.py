@@ -3,8 +3,10 @@
     python -m tests.kernels.sanitized --compile
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.sanitized
 
-And with racecheck; with initcheck twice: with `--portable`, then with `--poisoned`. initcheck doesn't see what TMA
-stores write, and reports every read of it. The portable kernels do without TMA, so all of their memory is checked.
+And with racecheck, of version 2026.1 or later: older ones report Triton's barriers between warps that have parts of
+their own (`pip install nvidia-cuda-sanitizer-api` has it). With initcheck twice: with `--portable`, then with
+`--poisoned`. initcheck doesn't see what TMA stores write, and reports every read of it. The portable kernels do without
+TMA, so all of their memory is checked.
 `--poisoned` is for Hopper's: memory of 16-bit elements, which is all that TMA stores to, is filled with NaN when it is
 allocated. initcheck takes it for written then, and an element that is read but was never stored shows in the results.
 
