@@ -67,8 +67,10 @@ def each_mutation(drawn_by: int) -> list[Program]:
     """Every loop and addition with every mutation alone; routers and bodies are drawn, the same for the same seed."""
     draws = Random(drawn_by)
     return [
-        Program(draws.choice(sorted(ROUTERS)), loop, draws.choice(sorted(BODIES)), addition, (mutation,))
-        for loop, addition, mutation in itertools.product(LOOPS, ADDITIONS, MUTATIONS)
+        Program(draws.choice(sorted(ROUTERS)), name, draws.choice(sorted(BODIES)), addition, (mutation,))
+        for name, loop in LOOPS.items()
+        for addition in ([next(iter(ADDITIONS))] if loop.addition else ADDITIONS)
+        for mutation in MUTATIONS
     ]
 
 

@@ -42,6 +42,11 @@ order = ids.flatten().argsort()
 at = order // ids.shape[1]
 pieces, parts = x[at].split(ids.flatten().bincount(minlength=E).tolist()), []"""
 
+SLICED = """\
+order = ids.flatten().argsort()
+at = order // ids.shape[1]
+sorted_x, ends, parts = x[at], ids.flatten().bincount(minlength=E).cumsum(0).tolist(), []"""
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -93,6 +98,31 @@ LOOPS = {
         addition="parts.append(y)",
         after="out = out.index_add(0, at, torch.cat(parts) * w.flatten()[order, None])",
     ),
+    "slices": Loop(
+        f"{SLICED}\nfor e in range(E):",
+        "begin = ends[e - 1] if e else 0\nif begin == ends[e]:\n    continue\nt = slice(begin, ends[e])",
+        rows="sorted_x[t]",
+        weight="",
+        addition="parts.append(y)",
+        after="out = out.index_add(0, at, torch.cat(parts) * w.flatten()[order, None])",
+    ),
+    "unique": Loop("for e in ids.unique().tolist():", WHERE),
+    "while": Loop("e = -1\nwhile e < E - 1:", f"e += 1\n{WHERE}"),
+    "stacked": Loop(
+        "parts = []\nfor e in range(E):",
+        "t = slice(None)",
+        rows="x",
+        weight="",
+        addition="parts.append(y)",
+        after="out = (torch.stack(parts, 1)[torch.arange(len(x))[:, None], ids] * w[..., None]).sum(1)",
+    ),
+    "where": Loop(
+        "for e in range(E):",
+        "t = slice(None)",
+        rows="x",
+        weight=f"y = y * {SHARE}[:, None]",
+        addition="out = out + torch.where((ids == e).any(-1)[:, None], y, 0.0)",
+    ),
     "flat": Loop(
         "slots = torch.zeros_like(rows)\nfor e in range(E):",
         "s = (flat == e).nonzero().squeeze(-1); at = t = s // ids.shape[1]",
@@ -120,6 +150,7 @@ ADDITIONS = {
     "in_place": "out.index_add_(0, at, y)",
     "functional": "out = out.index_add(0, at, y)",
     "plus_equals": "out[t] += y",
+    "assigned": "out[t] = y",
 }
 
 # Where the line goes, and the line. Of "rows" it is what an expert gets for its rows, which are in place of {}.
