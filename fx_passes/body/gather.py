@@ -265,7 +265,7 @@ def _column(item: Any, mask: Mask) -> str | None:
         return "K" if known.axis == "K" and known.mask.picks_as(mask) else None
     if isinstance(item, fx.Node):
         return "E" if expert_of(item) is not None and expert_of(item) is mask.expert else None
-    if type(item) is not int:
+    if type(item) is not int or item < 0:  # which counts columns from the end
         return None
     if mask.slot is not None and item == mask.slot:
         return "K"

@@ -75,8 +75,8 @@ def read(capture: Any, tx: Any, tensor: TensorVariable) -> VariableTracker | Non
     known = fact(tensor.as_proxy().node)
     if known is None:
         reject_other_numbers(capture, tx, tensor.as_proxy().node)
-    is_open = isinstance(known, Counts) and known.open_ended
-    return None if is_open else _numbers(capture, tx, tensor)
+    may_be_fewer = isinstance(known, Counts) and known.open_ended and is_of_experts(known)
+    return None if may_be_fewer else _numbers(capture, tx, tensor)
 
 
 def reject_other_numbers(capture: Any, tx: Any, node: fx.Node) -> None:

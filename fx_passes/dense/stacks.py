@@ -17,7 +17,7 @@ from torch import fx
 
 from fx_passes.dense.columns import Weights
 from fx_passes.dense.sums import Mixture, is_product, stacked
-from fx_passes.facts.ids import num_columns
+from fx_passes.facts.ids import are_nonnegative, num_columns
 from fx_passes.facts.sparsity import chosen_by
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import CASTS, arg, fake_tensor, is_inplace, normalized_dim, only_pick, op_name, same_size
@@ -52,7 +52,9 @@ def summed_stacks(graph: fx.Graph) -> Iterator[Mixture | Rejected]:
         total = _total(_State(node, tuple(labels), (*nodes, node)))
         if total is not None and total.weights is not None:
             weights = Weights(total.weights, total.ids, by_slot=total.ids is not None)
-            yield Mixture(outputs, tuple(range(len(outputs))), weights, total.nodes, total.node)
+            from_end = total.ids is not None and not are_nonnegative(total.ids)
+            experts = tuple(range(len(outputs)))
+            yield Mixture(outputs, experts, weights, total.nodes, total.node, counts_from_the_end=from_end)
         else:
             yield from _left(node, len(outputs))
 

@@ -59,6 +59,8 @@ class Term:
 class Mixture:
     """`outputs[e]` is what expert e makes of all tokens. `nodes` lead from the outputs to `result`.
 
+    Where it `counts_from_the_end`, id -1 is the last expert.
+
     `slots` says which of each token's choices a term is for. `addend` is what was there before. `start` are fresh zeros
     that were added to.
     """
@@ -71,6 +73,7 @@ class Mixture:
     addend: fx.Node | None = None
     slots: tuple[int, ...] = ()
     scaling: Scaling | None = None
+    counts_from_the_end: bool = False
 
 
 def weighted_sums(graph: fx.Graph) -> Iterator[Mixture]:

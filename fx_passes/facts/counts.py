@@ -63,10 +63,10 @@ def _bincount(node: fx.Node, _inner: Fact | None) -> Fact | None:
     if arg(node, 1, "weights") is not None or type(classes) is not int or ids_dims(ids) != ("T",):
         return None
     flat = flat_ids(ids) or ids
-    if classes > 0:
-        return Counts(flat, classes)
     columns = num_columns(flat)
-    return Counts(flat, columns, open_ended=True) if columns is not None else None
+    if columns is None:
+        return Counts(flat, classes, open_ended=True) if classes > 0 else None
+    return Counts(flat, max(classes, columns), open_ended=columns > classes)
 
 
 def _histc(node: fx.Node, _inner: Fact | None) -> Fact | None:

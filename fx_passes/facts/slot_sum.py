@@ -10,6 +10,7 @@ from torch import fx
 
 from fx_passes.graph.ops import CASTS, arg, fake_tensor, is_inplace, op_name, same_size, same_sizes, sizes_of
 from fx_passes.graph.rounding import with_cast
+from fx_passes.graph.views import views_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ def _without_last_dim(factor: Any, ids_TK: fx.Node) -> fx.Node | None:
     if own is None or ids is None or own.dim() != 2 or not own.is_floating_point():
         return None
     same = all(map(same_size, (*shape.shape, *own.shape), (*ids.shape, 1, *ids.shape)))
-    return weights if same else None
+    return weights if same and (op_name(factor) != "getitem" or _adds_last_dim(factor)) else None
+
+
+def _adds_last_dim(node: fx.Node) -> bool:
+    """`weights[..., None]`. Other indices may have entries of others in the same shape: `weights[:, [1, 0], None]`."""
+    return any(view.steps == (node,) and view.dims == ((0,), (1,), ()) for view in views_of(node))
 
 
 def _is_by_slot(view: fx.Node, ids_TK: fx.Node) -> bool:

@@ -52,7 +52,7 @@ class Counts:
     """Slots per class, or the `cumulative` sums of that; `positive` once compared with zero (then it is a hit mask).
 
     `reduced`: tokens per class, whatever the number of their slots with the class. `open_ended`: there are as many
-    numbers as the largest class that occurs asks for, `num_classes` at most.
+    numbers as the largest class that occurs asks for; `num_classes` at most, where all ids are known to be below that.
     """
 
     ids: fx.Node

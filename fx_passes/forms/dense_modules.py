@@ -69,6 +69,7 @@ def match(found: Mixture | Rejected) -> MoERegion:
         deviations=(UNCHOSEN,),
         token_dims=dims,
         addend=found.addend,
+        counts_from_the_end=found.counts_from_the_end,
     )
 
 
