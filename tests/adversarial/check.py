@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.adversarial.model import D
-from tests.adversarial.programs import ADDITIONS, BODIES, LOOPS, MUTATIONS, ROUTERS, Program
+from tests.adversarial.programs import ADDITIONS, BODIES, LOOPS, MUTATIONS, ROUTERS, Program, additions_of
 from tests.backend.harness import Seen, assert_equal_value, assert_same, compile_ours, fresh_dynamo, observe, rewritten
 from tests.numerics import TOLERANCE
 
@@ -67,9 +67,9 @@ def each_mutation(drawn_by: int) -> list[Program]:
     """Every loop and addition with every mutation alone; routers and bodies are drawn, the same for the same seed."""
     draws = Random(drawn_by)
     return [
-        Program(draws.choice(sorted(ROUTERS)), name, draws.choice(sorted(BODIES)), addition, (mutation,))
-        for name, loop in LOOPS.items()
-        for addition in ([next(iter(ADDITIONS))] if loop.addition else ADDITIONS)
+        Program(draws.choice(sorted(ROUTERS)), loop, draws.choice(sorted(BODIES)), addition, (mutation,))
+        for loop in LOOPS
+        for addition in additions_of(loop)
         for mutation in MUTATIONS
     ]
 

@@ -47,6 +47,10 @@ order = ids.flatten().argsort()
 at = order // ids.shape[1]
 sorted_x, ends, parts = x[at], ids.flatten().bincount(minlength=E).cumsum(0).tolist(), []"""
 
+SEQUENCE = """\
+x3, ids3, w3 = x[None], ids.view(1, *ids.shape), w[None]
+out3 = torch.zeros_like(x3)"""
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -123,6 +127,22 @@ LOOPS = {
         weight=f"y = y * {SHARE}[:, None]",
         addition="out = out + torch.where((ids == e).any(-1)[:, None], y, 0.0)",
     ),
+    "sequence": Loop(
+        f"{SEQUENCE}\nfor e in range(E):",
+        "b, t, k = torch.where(ids3 == e)",
+        rows="x3[b, t]",
+        weight="y = y * w3[b, t, k, None]",
+        addition="out3.index_put_((b, t), y, accumulate=True)",
+        after="out = out3[0]",
+    ),
+    "sequence_masked": Loop(
+        f"{SEQUENCE}\nfor e in range(E):",
+        "t = (ids3 == e).any(-1)",
+        rows="x3[t]",
+        weight="y = y * (w3 * (ids3 == e)).sum(-1)[t][:, None]",
+        addition="out3[t] += y",
+        after="out = out3[0]",
+    ),
     "flat": Loop(
         "slots = torch.zeros_like(rows)\nfor e in range(E):",
         "s = (flat == e).nonzero().squeeze(-1); at = t = s // ids.shape[1]",
@@ -152,6 +172,12 @@ ADDITIONS = {
     "plus_equals": "out[t] += y",
     "assigned": "out[t] = y",
 }
+
+
+def additions_of(loop: str) -> list[str]:
+    """Those that make different programs around this loop."""
+    return ["in_place"] if LOOPS[loop].addition else sorted(ADDITIONS)
+
 
 # Where the line goes, and the line. Of "rows" it is what an expert gets for its rows, which are in place of {}.
 MUTATIONS = {

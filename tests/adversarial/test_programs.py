@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, note, seed, settings
 
 from tests.adversarial.check import FAILED, LEFT_ALONE, NOT_RUNNING, PROGRAMS, REWRITTEN, check, draw
 from tests.adversarial.conftest import SEED, TALLY
-from tests.adversarial.programs import ADDITIONS, LOOPS, Program
+from tests.adversarial.programs import LOOPS, Program, additions_of
 
 LEFT_AS_THEY_ARE = {"rounds", "rounds_of_hits", "rows_of_all"}  # an expert's rows are added several times
 COUNT = int(os.environ.get("SCATTER_MOE_PROGRAMS", "40"))
@@ -45,8 +45,10 @@ def test_rewritten_programs_stay_what_they_were(program, directory, tally):
     assert verdict.outcome != FAILED, verdict.detail
 
 
-@pytest.mark.parametrize("addition", ADDITIONS)
-@pytest.mark.parametrize("loop", sorted(LOOPS.keys() - LEFT_AS_THEY_ARE))
+@pytest.mark.parametrize(
+    ("loop", "addition"),
+    [(loop, addition) for loop in sorted(LOOPS.keys() - LEFT_AS_THEY_ARE) for addition in additions_of(loop)],
+)
 def test_every_loop_is_rewritten_before_it_is_mutated(loop, addition, directory):
     """Else mutations of it prove nothing."""
     router = "top_1" if addition == "assigned" else "softmax"
