@@ -14,6 +14,7 @@ from torch import fx
 from fx_passes.capture import events_of, without_events
 from fx_passes.forms import FORMS
 from fx_passes.graph.aliasing import note_inputs_in_one_memory
+from fx_passes.graph.ops import is_inplace
 from fx_passes.region import MoERegion, Rejected, Rejection
 from fx_passes.report import RegionReport, module_path_of, source_of
 from fx_passes.rewriting.leaves import changes_nothing, is_leaf
@@ -31,12 +32,16 @@ log = logging.getLogger("scatter_moe")
 
 @dataclass
 class Outcome:
-    """What one run of the pass did to a graph, and which events its nodes still rest on."""
+    """What one run of the pass did to a graph, and which events its nodes still rest on.
+
+    `effects`: of these events, the first node in place that rests on each.
+    """
 
     regions: list[RegionReport] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     erased_events: set[int] = field(default_factory=set)
     remaining_events: set[int] = field(default_factory=set)
+    effects: dict[int, fx.Node] = field(default_factory=dict)
     anchors: list[fx.Node] = field(default_factory=list)
 
 
@@ -66,6 +71,7 @@ def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     for node in gm.graph.nodes:
         if not switches_grad_mode(node) and not is_left_for_ours(node):
             outcome.remaining_events.update(events_of(node))
+            outcome.effects |= {event: node for event in events_of(node) if is_inplace(node)} | outcome.effects
     if changed:
         gm.graph.lint()
         gm.recompile()

@@ -5,6 +5,7 @@
     weights[tokens, slots, None]    weights[ids == e]                      the slots' own values
     weights[:, k][mask]    weights[mask, k]    weights[mask][:, k]         the same, where the mask is of slot k
     (weights * (ids == e)).sum(-1)[mask]    weights[mask, slot[mask]]      the same, where a token's ids are distinct
+    (weights[mask] * (ids[mask] == e)).sum(-1)    weights[mask][ids[mask] == e]    the same
     gates[tokens, e]    gates[:, e][mask]                                  a table's column of the expert
     x.repeat_interleave(K, 0)[flat == e]    weights.view(-1)[flat == e]    rows and values of slots, where all are flat
     x[order // K][start:end]    weights.view(-1)[order][start:end]         the same, where slots were sorted by expert
@@ -20,20 +21,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes.body.masked_slots import PRODUCTS, masked
 from fx_passes.facts import chosen, chosen_tokens, fact
 from fx_passes.facts.ids import ids_dims
 from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import TOKENS_BY_BATCH, Counts, Mask, Rows, with_one_token_dim
 from fx_passes.graph.markers import expert_of, expert_segment, index_with_expert
 from fx_passes.graph.ops import arg, fake_tensor, op_name, same_size, same_sizes, sizes_of, start_of_one
-from fx_passes.graph.row_index import index_of
+from fx_passes.graph.row_index import index_of, repeated
 
-MAX_STEPS = 4
+MAX_STEPS = 5
 
 _WHOLE = frozenset(("T", "N", "O", *TOKENS_BY_BATCH))
 _RESHAPES = frozenset(("view", "reshape", "flatten", "ravel"))
 _INDEXES = frozenset(("getitem", "select", "index_select", "gather"))
-_STEPS = _RESHAPES | _INDEXES | frozenset(("unsqueeze", "sum", "repeat_interleave"))
+_STEPS = _RESHAPES | _INDEXES | frozenset(("unsqueeze", "squeeze", "sum", "repeat_interleave"))
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Taking:
 
     "R" rows, "C" columns, "T" (or "B", "S") all tokens, "N" all slots, "O" all slots in sorted order, "1" one.
     `column`: "K" where each row takes the entry of its slot, "E" that of its expert, "" where it takes all.
+    `masked`: all entries of a row but that of its slot are zero.
     """
 
     source: fx.Node
     dims: tuple[str, ...]
     column: str = ""
+    masked: bool = False
 
 
 def takings(node: fx.Node, mask: Mask) -> dict[int, Taking]:
@@ -58,54 +62,36 @@ def takings(node: fx.Node, mask: Mask) -> dict[int, Taking]:
         steps.insert(0, source)
         source = _operand(source)
         taking = _follow(source, steps, mask)
-        if taking is not None and taking.dims.count("R") == 1 and not _WHOLE & set(taking.dims):
+        if taking is not None and _is_of_rows(taking):
             found[len(steps)] = taking
     return found
+
+
+def _is_of_rows(taking: Taking) -> bool:
+    return taking.dims.count("R") == 1 and not _WHOLE & set(taking.dims) and not taking.masked
 
 
 def chain(node: fx.Node, steps: int) -> Iterator[fx.Node]:
     """The operations that lead from a source to `node`, which lies `steps` behind it."""
     for _ in range(steps):
         yield node
-        if op_name(node) == "sum":
-            yield node.all_input_nodes[0]
         node = _operand(node)
 
 
 def _is_step(node: fx.Node) -> bool:
     if node.target in (index_with_expert, expert_segment):
         return True
+    if op_name(node) in PRODUCTS:
+        return any(masked(node))
     is_piece = op_name(node) == "getitem" and fake_tensor(node.args[0]) is None
     return op_name(node) in _STEPS and fake_tensor(node) is not None and not is_piece
 
 
 def _operand(node: fx.Node) -> Any:
-    """What `node` indexes; for a sum over masked slots, the weights before they were masked."""
-    operand = arg(node, 0, "input")
-    if op_name(node) != "sum" or not isinstance(operand, fx.Node):
-        return operand
-    return next((weights for weights, _ in _masked(operand)), None)
-
-
-def _masked(node: fx.Node) -> Iterator[tuple[fx.Node, Mask]]:
-    """(weights, mask) of `weights * mask` and of `where(mask, weights, 0)`."""
-    name, operands = op_name(node), node.args
-    if name in ("mul", "multiply") and len(operands) == 2:
-        pairs = [operands, operands[::-1]]
-    elif name == "where" and len(operands) == 3 and operands[2] == 0:
-        pairs = [operands[1::-1]]
-    else:
-        pairs = []
-    for weights, factor in pairs:
-        known, before, after = fact(factor), fake_tensor(weights), fake_tensor(node)
-        if (
-            isinstance(weights, fx.Node)
-            and isinstance(known, Mask)
-            and before is not None
-            and after is not None
-            and before.dtype == after.dtype
-        ):
-            yield weights, known
+    """What `node` indexes; of masked weights, these before they were masked."""
+    if op_name(node) in PRODUCTS:
+        return next(weights for weights, _ in masked(node))
+    return arg(node, 0, "input")
 
 
 def _follow(source: Any, steps: list[fx.Node], mask: Mask) -> Taking | None:
@@ -130,13 +116,20 @@ def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     name = op_name(step)
     if step.target is expert_segment:
         return _segment(step, state, mask)
+    if name == "gather" and state.dims == ("R", "C"):
+        return _gather(step, state, mask)
     if step.target is index_with_expert or name in _INDEXES:
         index = index_of(step)
         return _index(index, state, mask) if index is not None else None
+    if name in PRODUCTS:
+        return _mask_slots(step, state, mask)
     if name == "sum":
         return _sum_over_slots(step, state, mask)
     if name == "repeat_interleave":
         return _repeat(step, state, mask)
+    if name == "squeeze":
+        is_one = state.dims[-1] == "1" and len(state.dims) == 2 and arg(step, 1, "dim") in (1, -1)
+        return replace(state, dims=state.dims[:1]) if is_one else None
     after = fake_tensor(step)
     if name in _RESHAPES and state.dims == ("T", "C") and _has_shape_of(mask.ids, state.source):
         return None if after is None or after.dim() > 2 else _flat(after, state)
@@ -162,10 +155,8 @@ def _flat(after: torch.Tensor, state: Taking) -> Taking | None:
 
 
 def _has_shape_of(ids: fx.Node, source: fx.Node) -> bool:
-    own, other = fake_tensor(ids), fake_tensor(source)
-    if own is None or other is None or own.dim() != 2 or other.dim() != 2:
-        return False
-    return all(same_size(left, right) for left, right in zip(own.shape, other.shape, strict=True))
+    own, other = sizes_of(ids), sizes_of(source)
+    return len(own) == 2 and same_sizes(own, other)
 
 
 def _repeat(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
@@ -177,17 +168,34 @@ def _repeat(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     return replace(state, dims=("N", *state.dims[1:])) if same else None
 
 
+def _gather(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
+    """`weights[tokens].gather(1, slots[:, None])`."""
+    slots = repeated(arg(step, 2, "index"), lambda base: isinstance(fact(base), Rows))
+    picks = (
+        arg(step, 1, "dim") in (1, -1) and slots is not None and not state.masked and same_size(sizes_of(step)[1], 1)
+    )
+    return replace(state, dims=("R", "1"), column="K") if picks and _column(slots, mask) == "K" else None
+
+
+def _mask_slots(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
+    """`weights * (ids == e)`, of all tokens or of the expert's own."""
+    known = next((known for _, known in masked(step)), None)
+    if known is None or state.column or known.key != mask.key or not mask.reduced:
+        return None
+    fits = state.dims[-1] == "C" and known.dims == (*state.dims[:-1], "K")
+    same = fits and same_size(sizes_of(step)[-1], sizes_of(_operand(step))[-1])
+    return replace(state, masked=True) if same else None
+
+
 def _sum_over_slots(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     """`(weights * (ids == e)).sum(-1)`: one value a token, that of its slot where it has but one of the expert."""
-    known = next((known for _, known in _masked(step.args[0])), None)
     *tokens, last = state.dims
-    if known is None or last != "C" or known.dims != (*tokens, "K") or known.key != mask.key:
-        return None
     dim = arg(step, 1, "dim")
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    if dim not in (-1, len(tokens)) or not mask.reduced or arg(step, 3, "dtype") is not None:
+    if not state.masked or last != "C" or dim not in (-1, len(tokens)) or arg(step, 3, "dtype") is not None:
         return None
-    return replace(state, dims=(*tokens, "1") if arg(step, 2, "keepdim", False) else tuple(tokens), column="K")
+    dims = (*tokens, "1") if arg(step, 2, "keepdim", False) else tuple(tokens)
+    return replace(state, dims=dims, column="K", masked=False)
 
 
 def _index(index: Any, state: Taking, mask: Mask) -> Taking | None:
@@ -210,9 +218,11 @@ def _index(index: Any, state: Taking, mask: Mask) -> Taking | None:
         dims.extend(picked[0])
         column = picked[1] or column
         picks.append(item is not None and item != slice(None))
+    if state.masked and (column or "C" not in dims):
+        return None
     if picks.count(True) > 1 and False in picks[picks.index(True) : len(picks) - picks[::-1].index(True)]:
         return None
-    return Taking(state.source, tuple(dims), column)
+    return replace(state, dims=tuple(dims), column=column)
 
 
 def _paired(items: list[Any]) -> list[Any]:

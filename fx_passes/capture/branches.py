@@ -18,6 +18,8 @@ from fx_passes.graph.markers import Expert, expert_of, experts_of_each
 from fx_passes.graph.ops import arg, op_name
 
 _STRAIGHT = frozenset(("NOP", "CACHE", "EXTENDED_ARG", "NOT_TAKEN"))
+_NOT_KNOWN = "a branch on data is not known to ask whether an expert has tokens"
+_DOES_MORE = "a branch on data does something other than to skip an expert without tokens"
 _LONGEST_BRANCH = 24
 """Instructions of `elif self.training:`, with those that only cache."""
 _LOAD_ATTRIBUTE_JUMP = 3
@@ -51,8 +53,7 @@ def jump(capture: Any, tx: Any, instruction: Any) -> bool:
     header = _skips_to_header(tx, instruction, question.truth) if question is not None else None
     if question is None or header is None:
         if isinstance(value, TensorVariable) or is_open(value.sym_num):
-            detail = "a branch on data does something other than to skip an expert without tokens"
-            capture.reject(tx, "guards_only_skip_empty_experts", detail)
+            capture.reject(tx, "guards_only_skip_empty_experts", _NOT_KNOWN if question is None else _DOES_MORE)
         return False
     if not capture.shows_all(tx):
         return False

@@ -18,11 +18,12 @@ from torch._dynamo.utils import counters
 import registrations  # noqa: F401  (the ops must exist before a graph names them)
 from fx_passes import pipeline
 from fx_passes.cache_key import caches_keyed_by_sources
-from fx_passes.capture import Capture, Event
+from fx_passes.capture import Capture, Event, guards_of
 from fx_passes.entry import hook
 from fx_passes.entry.hook_guards import guard_hooks_of
 from fx_passes.faults import own_code
-from fx_passes.region import Rejection
+from fx_passes.graph.ops import op_name
+from fx_passes.region import Rejected, Rejection
 from fx_passes.report import current_report, record_rejections, source_line
 
 log = logging.getLogger("scatter_moe")
@@ -100,11 +101,15 @@ def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None
     explained = outcome.rejections or capture.memory.reported
     telling = [event for event in leftover if event.is_telling]
     if telling and not explained:
-        record_rejections([_unrecognised(telling[-1])], capture.memory.reported)
+        record_rejections([_unrecognised(telling[-1], outcome)], capture.memory.reported)
     capture.trace_again_without(leftover[:1] if outcome.regions else leftover)
 
 
-def _unrecognised(event: Event) -> Rejection:
+def _unrecognised(event: Event, outcome: pipeline.Outcome) -> Rejection:
+    effect = outcome.effects.get(event.number) if outcome.regions else None
+    if effect is not None and guards_of(effect):
+        detail = f"`{op_name(effect)}` runs only where an expert has tokens, and is no part of what it does with them"
+        return pipeline.rejection(Rejected("guards_only_skip_empty_experts", effect, detail))
     detail = f"{event.kind} that belongs to no form of a loop over experts"
     return Rejection("loop_has_a_known_form", detail, *source_line(*event.location))
 

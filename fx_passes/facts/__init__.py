@@ -9,6 +9,7 @@ Each file has the rules of one kind of operation; a rule gets a node and what is
 from fx_passes.facts.reading import (
     chosen,
     chosen_tokens,
+    counted_mask,
     counts_behind,
     fact,
     is_made_of_counts,
@@ -20,6 +21,7 @@ from fx_passes.facts.reading import (
 __all__ = [
     "chosen",
     "chosen_tokens",
+    "counted_mask",
     "counts_behind",
     "fact",
     "is_made_of_counts",

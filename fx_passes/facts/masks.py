@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fx_passes.facts.ids import ids_dims, is_single_choice, rows_as_ids
-from fx_passes.facts.statements import TOKENS_BY_BATCH, Fact, Kept, Listed, ListedMask, Mask, OneHot
+from fx_passes.facts.statements import TOKENS_BY_BATCH, Fact, Kept, Listed, ListedMask, Mask, OneHot, OwnIds
 from fx_passes.graph.markers import Expert, expert_of, experts_of_each
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
@@ -138,6 +138,8 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
         return None
     if isinstance(inner, Listed):
         return ListedMask(inner.one_hot, expert) if inner.axis == "E" else None
+    if isinstance(inner, OwnIds):
+        return Mask(inner.mask.ids, expert, ("R", "K")) if inner.mask.expert == expert else None
     column = column_of_ids(left)
     if column is not None:
         return Mask(column[0], expert, (ids_dims(column[0]) or ())[:-1], slot=column[1])

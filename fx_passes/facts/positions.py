@@ -113,11 +113,13 @@ def _divide(node: fx.Node, inner: Fact | None) -> Fact | None:
 
 
 def _argmax(node: fx.Node, inner: Fact | None) -> Fact | None:
-    """`(ids == e).int().argmax(-1)`."""
+    """`(ids == e).int().argmax(-1)`, `(ids == e)[tokens].int().argmax(-1)`."""
     dim = arg(node, 1, "dim")
-    if not isinstance(inner, Mask) or inner.dims != ("T", "K") or dim not in (1, -1) or arg(node, 2, "keepdim", False):
+    if not isinstance(inner, Mask) or dim not in (1, -1) or arg(node, 2, "keepdim", False):
         return None
-    return SlotOf(inner)
+    if inner.dims == ("R", "K"):
+        return Rows(inner, "K")
+    return SlotOf(inner) if inner.dims == ("T", "K") else None
 
 
 def _detach(node: fx.Node, inner: Fact | None) -> Fact | None:

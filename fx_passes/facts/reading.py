@@ -1,12 +1,13 @@
 """`fact(node)`, and questions that are answered by it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fx_passes.facts import counts, masks, positions, tallies
-from fx_passes.facts.ids import has_slots
+from fx_passes.facts.ids import has_slots, num_tokens
 from fx_passes.facts.slots import Experts, Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
@@ -18,6 +19,7 @@ from fx_passes.facts.statements import (
     Mask,
     Occupied,
     OneHot,
+    OwnIds,
     Rows,
     Selection,
     SlotOf,
@@ -33,7 +35,8 @@ from fx_passes.graph.markers import (
     index_list,
     select_expert,
 )
-from fx_passes.graph.ops import arg, fake_tensor, op_name
+from fx_passes.graph.numbering import numbers_rows
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
 
 _NODES_BACK = 64
 """How many nodes back to look for the counts that a number is made of."""
@@ -86,6 +89,9 @@ def _getitem(node: fx.Node) -> Fact | None:
     if len(node.args) != 2:
         return None
     source, index = node.args
+    own = _of_own_tokens(node)
+    if own is not None:
+        return own
     inner = masks.as_one_hot(fact(source))
     if isinstance(inner, Selection):
         return positions.column(inner, index)
@@ -99,6 +105,21 @@ def _getitem(node: fx.Node) -> Fact | None:
         rows = chosen_tokens(index)
         return Rows(rows, "K") if rows is not None and inner.mask.key == rows.key and rows.reduced else None
     return positions.index_hits(inner, index) if isinstance(inner, Hit) else None
+
+
+def _of_own_tokens(node: fx.Node) -> Fact | None:
+    """What an expert's tokens, each named once, pick: their ids, entries of the expert's own mask, their numbers."""
+    source, index = node.args
+    tokens, after = chosen_tokens(index), fake_tensor(node)
+    if tokens is None or not tokens.reduced or after is None or with_one_token_dim(tokens.dims) != ("T",):
+        return None
+    if source is tokens.ids and after.dim() == 2:
+        return OwnIds(tokens)
+    known = fact(source)
+    if isinstance(known, Mask) and with_one_token_dim(known.dims) == ("T", "K") and after.dim() == 2:
+        return replace(known, dims=("R", "K")) if known.key == tokens.key else None
+    is_mask = fake_tensor(index) is not None and known_tensor(index).dtype == torch.bool
+    return Rows(tokens, "T") if is_mask and numbers_rows(source, num_tokens(tokens.ids)) else None
 
 
 def _stack(node: fx.Node) -> Fact | None:
@@ -191,9 +212,14 @@ def chosen_tokens(index: Any) -> Mask | None:
 
 def summed_mask(total: Any) -> Mask | None:
     """The mask of whose true entries `total` is the number: `(ids == e).sum()`."""
-    known, tensor = fact(total), fake_tensor(total)
-    is_number = tensor is not None and tensor.dtype in (torch.int32, torch.int64)
-    if not isinstance(known, Occupied) or not is_number or op_name(total) not in ("sum", "count_nonzero"):
+    tensor = fake_tensor(total)
+    return counted_mask(total) if tensor is not None and tensor.dtype in (torch.int32, torch.int64) else None
+
+
+def counted_mask(total: Any) -> Mask | None:
+    """So in any dtype, rounded as that does."""
+    known = fact(total)
+    if not isinstance(known, Occupied) or op_name(total) not in ("sum", "count_nonzero"):
         return None
     node = total
     while isinstance(fact(node), (Mask, Occupied)):

@@ -8,9 +8,11 @@
     Rows     the token or slot positions of the slots of one expert, each once
     Listed   the positions and classes of all slots, in the order of a one-hot tensor's dims
     SlotOf   value[t] is the slot of token t that is the expert's, where there is one
+    OwnIds   value[r, k] is ids[t, k] where the r-th token of one expert is t
 
-T tokens, K experts per token. A dim is labelled "T", "K", "N" (slots, n = t * K + k), "E" (classes)
-or "1" (size one). Tokens that stand in two dims, a batch of sequences, are "B" and "S": t = b * S + s.
+T tokens, K experts per token. A dim is labelled "T", "K", "N" (slots, n = t * K + k), "E" (classes), "1" (size one) or
+"R" where an expert's own tokens alone are left. Tokens that stand in two dims, a batch of sequences, are "B" and "S":
+t = b * S + s.
 """
 
 from dataclasses import dataclass
@@ -107,11 +109,12 @@ class Mask:
         must hold of `other`.
         """
         same_order = self._order() == other._order() and self.sort is other.sort
-        return self.key == other.key and same_order and self.reduced <= other.reduced
+        once_a_token = self.reduced or "R" in self.dims
+        return self.key == other.key and same_order and once_a_token <= other.reduced
 
     def _order(self) -> Dims:
         dims = with_one_token_dim(tuple(label for label in self.dims if label != "1"))
-        return ("T", "K") if "N" in dims or (self.reduced and dims == ("T",)) else dims
+        return ("T", "K") if "N" in dims or (self.reduced and dims == ("T",)) or dims == ("R", "K") else dims
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,11 @@ class SlotOf:
 
 
 @dataclass(frozen=True)
+class OwnIds:
+    mask: Mask
+
+
+@dataclass(frozen=True)
 class Listed:
     """What `torch.where(one_hot)` gives: each slot and its class; `axis` where it is the positions along one dim."""
 
@@ -158,4 +166,4 @@ class ListedMask:
     expert: Expert
 
 
-Fact = OneHot | Kept | Counts | Hit | Mask | Selection | Rows | Occupied | SlotOf | Listed | ListedMask
+Fact = OneHot | Kept | Counts | Hit | Mask | Selection | Rows | Occupied | SlotOf | OwnIds | Listed | ListedMask

@@ -13,8 +13,8 @@ seen through: `if mask.any():`, `if tokens.numel() == 0: continue`, `if counts[e
 `counts = ids.flatten().bincount(minlength=E).tolist()`. Another side, `elif self.training:`, must be off by a flag of
 the module.
 
-What counts tokens may stand beside the experts: `usage[e] += len(tokens)` of a buffer, `load.append(tokens.numel())`
-for a `torch.tensor(load)`. It is computed from the ids then.
+What counts tokens may stand beside the experts: `usage[e] += len(tokens)` of a buffer, or `mask.sum()`,
+`load.append(tokens.numel())` for a `torch.tensor(load)`. It is computed from the ids then.
 
 The positions may be listed for all experts at once, `experts, slots, tokens = torch.where(mask)`, of which each picks
 its own by `experts == e`. The mask may also hold where any slot of a token is the expert's, or of flat slots, of which
@@ -22,6 +22,8 @@ its own by `experts == e`. The mask may also hold where any slot of a token is t
 
     m = (ids == e).any(-1)
     out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]       # or gates[m, e, None]
+
+The expert may be found again among the ids of its own tokens, `weights[m][ids[m] == e]`, or their masked sum.
 
 All experts may be compared at once, `ids.unsqueeze(-1) == torch.arange(E)`: that is `one_hot(ids, E)`.
 

@@ -3,19 +3,21 @@
 torch.tensor([len(tokens) for tokens in lists])     becomes     torch.stack([mask.sum() for mask in masks])
 counts[e] += len(tokens)                            becomes     counts[e] += (ids == e).sum()
 
-What lists the rows then serves the experts alone, and may go with them.
+What lists the rows then serves the experts alone, and may go with them. So may a guard around such a sum, which adds
+zero where the expert has no tokens.
 """
 
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from fx_passes.capture import guards_of, loops_of, without_events
-from fx_passes.facts import fact, selected
-from fx_passes.facts.statements import Mask
+from fx_passes.facts import counted_mask, fact, selected
+from fx_passes.facts.statements import Mask, Occupied
 from fx_passes.graph.aliasing import writers_of
-from fx_passes.graph.ops import fake_tensor, known_tensor, op_name
+from fx_passes.graph.ops import CASTS, fake_tensor, known_tensor, op_name
 from fx_passes.rewriting.example_values import add_where_methods_are_called
 
 _EXACT_BYTES = 4
@@ -36,7 +38,38 @@ def sum_masks(graph: fx.Graph) -> bool:
         node.update_arg(_NUMBERS[op_name(node) or ""], _sum_of(node, mask))
         if op_name(node) != "setitem":
             _run_always(node, mask)
+    for node in graph.nodes:
+        mask = _mask_of_sum(node)
+        if mask is not None and _run_always(node, mask):
+            for part in _parts_of_sum(node.args[1]):
+                without_events(part)
     return bool(found or written)
+
+
+def _mask_of_sum(node: fx.Node) -> Mask | None:
+    """The mask of whose true entries `node` adds the number, as a tensor."""
+    adds = op_name(node) in ("iadd", "add_") and len(node.args) == 2 and not node.kwargs
+    if not adds or fake_tensor(node.args[0]) is None or fake_tensor(node.args[1]) is None:
+        return None
+    *_, total = (node.args[1], *_casts(node.args[1]))
+    return counted_mask(total)
+
+
+def _casts(total: Any) -> Iterator[fx.Node]:
+    """What `total` is a cast of, and that of, and so on."""
+    while op_name(total) in CASTS and len(total.all_input_nodes) == 1:
+        total = total.all_input_nodes[0]
+        yield total
+
+
+def _parts_of_sum(total: fx.Node) -> Iterator[fx.Node]:
+    """What `total` is made of from the mask on. It has no effect."""
+    for part in (total, *_casts(total)):
+        yield part
+        total = part
+    while isinstance(fact(total), (Mask, Occupied)):
+        yield total
+        total = total.all_input_nodes[0]
 
 
 def _mask_of_number(node: fx.Node) -> Mask | None:
@@ -68,20 +101,24 @@ def _sum_of(node: fx.Node, mask: Mask) -> fx.Node:
     return cast
 
 
-def _run_always(addition: fx.Node, mask: Mask) -> None:
-    """What adds the number of an expert's rows may run where it was to be skipped for want of any: it adds zero."""
+def _run_always(addition: fx.Node, mask: Mask) -> bool:
+    """What adds the number of an expert's rows may run where it was to be skipped for want of any: it adds zero.
+
+    Whether that is known of `addition`.
+    """
     entry = addition.args[0]
     if loops_of(addition) or not isinstance(entry, fx.Node):
-        return
+        return False
     if any(
         guard[:2] != (mask.ids, mask.expert) or guard.slot not in (None, mask.slot) for guard in guards_of(addition)
     ):
-        return
+        return False
     without_events(addition)
     if op_name(entry) == "getitem" and len(entry.all_input_nodes) == 1:
         own = [user for user in addition.users if _puts_back(user, addition, entry)]
         for node in (entry, *own):
             without_events(node)
+    return True
 
 
 def _puts_back(node: fx.Node, addition: fx.Node, entry: fx.Node) -> bool:

@@ -84,8 +84,8 @@ def _always_holds(node: fx.Node) -> bool:
     question = node.args[0]
     if len(question.args) != 2 or not _is_length(question.args[0]):
         return False
-    if op_name(question) == "eq":
-        return _are_as_many(question.args[0], question.args[1])
+    if op_name(question) in ("eq", "le", "ge") and _are_as_many(question.args[0], question.args[1]):
+        return True
     bound = example(question.args[1]) if isinstance(question.args[1], fx.Node) else question.args[1]
     if op_name(question) == "ge":
         return type(bound) is int and bound <= _smallest_length(question.args[0])

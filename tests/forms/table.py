@@ -51,6 +51,7 @@ TABLE = {
         closure_over_experts sigmoid_top expert_by_name expert_by_item dropped_one_hot dropped_one_hot_padding
         dropped_choice listed_all_at_once listed_all_nonzero listed_kept_dim listed_unbound any_mask_rows any_mask_where
         any_mask_argmax any_mask_nonzero any_mask_compared dense_gate_column multi_hot
+        own_masked_sum own_mask_rows own_mask_factor own_picked own_numbers own_gathered own_argmax own_where
         sequence_mask sequence_rows sequence_where
         sequence_flat_output flat_to_tokens range_swiglu range_swiglu_fused range_geglu_bias range_gelu_bias
         range_gelu_tanh range_relu_squared range_three_layers range_layer_norm_first range_rms_norm_after
@@ -68,7 +69,7 @@ TABLE = {
         starts_as_product_read_later
         hit_list hit_list_on_host hit_list_set_sorted hit_list_set hit_list_items hit_list_stacked
         hit_enumerated_numbers
-        loads_counted_inside loads_counted_of_hit loads_assigned_inside
+        loads_counted_inside loads_counted_of_hit loads_assigned_inside loads_summed_inside
         sequence_top_1_added sequence_top_1_flattened
         gate_columns_positions gate_columns_guarded gate_columns_closed gate_columns_threshold gate_columns_one_hot
         gate_columns_sequences gate_columns_flat
@@ -77,6 +78,7 @@ TABLE = {
         picked_columns picked_diagonally picked_put_without_adding picked_compared_with_others
         otherwise_in_training otherwise_on_demand otherwise_set_in_forward
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
+        own_repeated_ids own_of_another_expert own_changed_ids own_one_weight
         parameters_next_bias temporaries_input_written
         sequence_top_1_of_the_sequence sequence_top_1_twice gate_columns_next
         gate_columns_repeated_ids gate_columns_written
@@ -91,9 +93,11 @@ TABLE = {
     "slot_loop": row(
         """
         slots_then_experts slot_columns experts_then_slots sequence_slots hit_list_by_slot hit_list_by_slot_once
+        loads_summed_by_slot
         """,
         """
         slots_weight_of_another slots_guard_of_another slots_pair_left_out slots_first_twice
+        loads_of_another_under_guard loads_of_all_slots_under_guard loads_one_under_guard
         """,
     ),
     "assignment": row(

@@ -7,7 +7,7 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import E
-from tests.zoo.loads import CountedInside, CountedOfHit
+from tests.zoo.loads import CountedInside, CountedOfHit, SummedBySlot
 from tests.zoo.masks import MaskLoop
 
 
@@ -97,9 +97,45 @@ class InPython(CountedInside):
         self.load.append(len(tokens))
 
 
+class OfAnotherUnderGuard(SummedBySlot):
+    """Where an expert has no tokens the next one's are not counted."""
+
+    def count(self, ids, k, e):
+        return (ids[:, k] == (e + 1) % self.num_experts).sum()
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for k in range(self.top_k):
+            for e in range(self.num_experts):
+                m = ids[:, k] == e
+                if m.any():
+                    out[m] += weights[m, k].unsqueeze(-1) * self.experts[e](x[m])
+                    self.usage[e] += self.count(ids, k, e)
+        return out
+
+
+class OfAllSlotsUnderGuard(OfAnotherUnderGuard):
+    """Tokens of all slots, counted where there are some in one of them."""
+
+    def count(self, ids, k, e):
+        return (ids == e).sum()
+
+
+class OneUnderGuard(OfAnotherUnderGuard):
+    """In how many slots each expert had a token."""
+
+    def count(self, ids, k, e):
+        return torch.ones_like(self.usage[e])
+
+
+GUARDS = "guards_only_skip_empty_experts"
+
 MISSES = (
-    NearMiss("loads_last_seen", "loop_has_a_known_form", LastSeen),
-    NearMiss("loads_calls_counted", "loop_has_a_known_form", CallsCounted),
+    NearMiss("loads_of_another_under_guard", GUARDS, OfAnotherUnderGuard),
+    NearMiss("loads_of_all_slots_under_guard", GUARDS, OfAllSlotsUnderGuard),
+    NearMiss("loads_one_under_guard", GUARDS, OneUnderGuard),
+    NearMiss("loads_last_seen", GUARDS, LastSeen),
+    NearMiss("loads_calls_counted", GUARDS, CallsCounted),
     NearMiss("loads_in_half", "no_intermediate_escapes", InHalf),
     NearMiss("loads_in_python", "no_intermediate_escapes", InPython),
     NearMiss("loads_fewer_asked", "loop_has_a_known_form", FewerAsked, may_rewrite=True),

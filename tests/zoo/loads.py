@@ -105,6 +105,39 @@ class AssignedInside(MaskLoop):
         return out * load.float().std()
 
 
+class SummedInside(MaskLoop):
+    """A buffer of floats, to which the mask of each expert that has tokens is added up."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            m = (ids == e).any(-1)
+            if m.any():
+                out[m] += expert(x[m]) * (weights * (ids == e)).sum(-1)[m, None]
+                if self.training:
+                    with torch.no_grad():
+                        self.usage[e] += m.sum().float()
+        return out
+
+
+class SummedBySlot(SummedInside):
+    """Once for each slot that an expert has tokens in."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for k in range(self.top_k):
+            for e, expert in enumerate(self.experts):
+                m = ids[:, k] == e
+                if m.any():
+                    out[m] += weights[m, k].unsqueeze(-1) * expert(x[m])
+                    self.usage[e] += m.float().sum()
+        return out
+
+
 CASES = (
     Case("loads_after", Loads),
     Case("loads_first", LoadsFirst),
@@ -112,4 +145,6 @@ CASES = (
     Case("loads_counted_inside", CountedInside),
     Case("loads_counted_of_hit", CountedOfHit),
     Case("loads_assigned_inside", AssignedInside),
+    Case("loads_summed_inside", SummedInside),
+    Case("loads_summed_by_slot", SummedBySlot),
 )
