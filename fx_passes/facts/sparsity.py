@@ -4,7 +4,7 @@
 Both may have more dims of tokens, and not the same: `table.reshape(-1, E)`. A table [E, T] is the transpose of such a
 table, or made of one: `sigmoid(scores.t())`.
 
-    zeros.scatter(1, ids, weights)                          and products, casts and quotients of such tables
+    zeros.scatter(1, ids, weights)                          and products, casts and quotients of such tables, normalize
     (one_hot(ids, E) * weights.unsqueeze(-1)).sum(-2)       one_hot(ids, E).sum(-2), einsum("tke,tk->te", ...)
     softmax(full(-inf).scatter(1, ids, logits), -1)         and sigmoid
     softmax(logits.masked_fill(~mask, -inf), -1)            with a mask that is such a table
@@ -59,6 +59,9 @@ def chosen_by(node: Any, experts: int = -1) -> fx.Node | None:
         return _filled(node, 0.0) if experts == -1 else None
     if name in _SAME or (name in _QUOTIENTS and _is_one_a_row(arg(node, 1, "other"), experts)):
         return chosen_by(source, experts)
+    if name == "normalize":
+        along = is_dim(arg(node, 2, "dim", 1), node, experts) and "out" not in node.kwargs
+        return chosen_by(source, experts) if along else None
     if name in _RESHAPES:
         return chosen_by(source) if experts == -1 and keeps_last_dim(node) else None
     if name in _COMPARED_WITH_ZERO:

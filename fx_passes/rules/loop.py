@@ -54,8 +54,12 @@ def accumulator_may_be_added_to(region: LoopRegion) -> None:
     start = made_by(region.accumulator)
     if start.kwargs.get("requires_grad", False):
         raise Rejected("accumulator_may_be_added_to", start, "the output is a leaf that requires gradients")
-    if not region.is_part and not is_contiguous(fake_tensor(region.accumulator), _dims_of_output(region)):
-        raise Rejected("accumulator_may_be_added_to", start, "the output is not contiguous, or has other dims")
+    own, dims = len(sizes_of(region.accumulator)), _dims_of_output(region)
+    if not region.is_part and own != dims:
+        detail = f"the output has {own} dims, where tokens with a row of features each have {dims}"
+        raise Rejected("accumulator_may_be_added_to", start, detail)
+    if not region.is_part and not is_contiguous(fake_tensor(region.accumulator), dims):
+        raise Rejected("accumulator_may_be_added_to", start, "the output is not contiguous")
     if region.base is None and region.addend is None and _is_written_before(region):
         raise Rejected("accumulator_may_be_added_to", start, "the output is written to before the loop adds to it")
     if region.base is not None and allocates(start):

@@ -187,9 +187,11 @@ TABLE = {
         dense_modules_gather dense_modules_index dense_modules_norm
         dense_modules_where dense_modules_where_not dense_modules_kept_scores dense_modules_where_top_1
         merged_dense_modules dense_modules_one_hot dense_modules_one_hot_einsum dense_modules_scaled
+        dense_modules_normalized
         dense_slots dense_slots_experts_outside dense_slots_where dense_slots_sequences
         """,
         """
+        dense_modules_normalized_over_tokens
         dense_modules_soft dense_modules_repeated_ids dense_modules_tied dense_modules_weights_written
         dense_slots_pair_left_out dense_slots_pair_twice dense_slots_weight_of_another dense_slots_other_experts
         dense_slots_written

@@ -41,6 +41,13 @@ class SoftmaxOverTokens(SumOfProducts):
         return torch.full_like(logits, -30.0).scatter(-1, ids, values).softmax(dim=1)
 
 
+class NormalizedOverTokens(SumOfProducts):
+    """One token's NaN is then everybody's."""
+
+    def table(self, logits):
+        return F.normalize(super().table(logits), p=1, dim=1)
+
+
 class Threshold(SumOfProducts):
     """All experts at least as good as the K-th: with ties more than K."""
 
@@ -301,6 +308,7 @@ MISSES = (
     NearMiss("dense_modules_soft", "weights_are_zero_outside_the_top_k", Soft),
     NearMiss("dense_modules_soft_stacked", "weights_are_zero_outside_the_top_k", SoftStacked),
     NearMiss("dense_modules_softmax_over_tokens", "weights_are_zero_outside_the_top_k", SoftmaxOverTokens),
+    NearMiss("dense_modules_normalized_over_tokens", "weights_are_zero_outside_the_top_k", NormalizedOverTokens),
     NearMiss("dense_modules_threshold", "weights_are_zero_outside_the_top_k", Threshold),
     NearMiss("dense_modules_repeated_ids", "repeated_ids_are_counted", RepeatedIds),
     NearMiss("dense_modules_one_left_out", "every_expert_is_covered", OneLeftOut),

@@ -20,6 +20,19 @@ class Dense(Block):
         return self.add_up(x, self.table(self.gate(x)))
 
 
+class Normalized(Dense):
+    """Softmax over all, masked, and normalised to a sum of one; outputs are stacked, and contracted by einsum."""
+
+    def table(self, logits):
+        probs = F.softmax(logits, dim=-1)
+        mask = torch.zeros_like(probs).scatter_(-1, probs.topk(K, dim=-1).indices, 1.0)
+        return F.normalize(probs * mask, p=1, dim=-1)
+
+    def add_up(self, x, table):
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=1).transpose(1, 2)
+        return torch.einsum("bte,bted->btd", table, outputs)
+
+
 class SumOfProducts(Dense):
     """Python's sum over a generator."""
 
@@ -229,4 +242,5 @@ CASES = (
     Case("dense_modules_norm", lambda: SumOfProducts(NormedMLP), activation="any", op="parallel_linear"),
     Case("dense_modules_one_hot", OneHotTable),
     Case("dense_modules_one_hot_einsum", OneHotContracted),
+    Case("dense_modules_normalized", Normalized),
 )
