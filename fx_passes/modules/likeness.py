@@ -97,7 +97,7 @@ def _own_attributes(tensor: Tensor) -> list[str]:
 
 def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
     layout = tensor.stride() if tensor.layout is torch.strided else None
-    flags = (tensor.requires_grad, tensor.is_leaf, tensor.is_conj(), tensor.is_neg())
+    flags = (tensor.requires_grad, tensor.is_leaf, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
     return (tensor.shape, layout, tensor.dtype, tensor.device, tensor.layout, *flags)
 
 
@@ -139,5 +139,6 @@ def _copy_attribute(name: str, attribute: Any, names: tuple[str, ...], paths: di
 
 
 def _copy_tensor(tensor: Tensor) -> Tensor:
-    is_parameter = isinstance(tensor, nn.Parameter)
-    return nn.Parameter(tensor.detach(), tensor.requires_grad) if is_parameter else tensor.detach()
+    with torch.inference_mode(tensor.is_inference()):  # outside of it, a tensor made under it takes no gradient
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(tensor.detach(), tensor.requires_grad) if is_parameter else tensor.detach()

@@ -195,6 +195,16 @@ def test_a_change_in_any_expert_is_noticed(block, change):
         unrolled.clear()
 
 
+@pytest.mark.parametrize("called", [torch.no_grad, torch.inference_mode])
+def test_a_model_made_in_inference_mode(called):
+    with torch.inference_mode():
+        eager, module = Case("enumerated", Enumerated).make(), Case("enumerated", Enumerated).make()
+    x = hidden_states(requires_grad=False)
+    with called():
+        torch.testing.assert_close(compile_ours(module)(x), eager(x))
+    assert (rewritten(), unrolled) == (1, [])
+
+
 def test_forward_of_a_functional_call_of_an_expert_is_not_taken_for_it():
     """F.linear on the experts' weights, without their forward."""
 
