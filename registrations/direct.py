@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_SIGNATURES = 1024
 SCALARS = {str, bool, int, float, torch.dtype, type(None)}
@@ -29,6 +30,8 @@ def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None], p
     check_once = once_per_signature(check, are_plain)
 
     def call(*args, unwatched=False):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
         with torch._C._AutoDispatchBelowAutograd():
             unwatched = unwatched or nobody_watches()
             if unwatched and _is_on_cpu(args[0]) and check_once(*args):
@@ -40,6 +43,15 @@ def below_autograd(op: Callable, on_cpu: Callable, check: Callable[..., None], p
             return op(*args)
 
     return call
+
+
+def _refuse_tangents(op: Callable, args: Sequence[Any]) -> None:
+    """Below autograd nothing is known of forward mode: derivatives would be lost."""
+    tensors = [tensor for value in args for tensor in (value if isinstance(value, list) else (value,))]
+    if any(isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"{op} has no forward-mode derivative: got a tensor with a tangent, accepted are those without"
+        )
 
 
 def once_per_signature(

@@ -20,6 +20,7 @@ from fx_passes import pipeline
 from fx_passes.cache_key import caches_keyed_by_sources
 from fx_passes.capture import Capture, Event, guards_of
 from fx_passes.entry import hook
+from fx_passes.entry.forward_mode import guard_forward_mode
 from fx_passes.entry.hook_guards import guard_hooks_of
 from fx_passes.faults import own_code
 from fx_passes.graph.ops import op_name
@@ -75,6 +76,8 @@ def _rewrite_captured(capture: Capture | None, gm: fx.GraphModule) -> bool:
     if capture is not None:
         _trace_again_if_assumed(capture, outcome)
     guard_hooks_of(outcome.anchors)
+    if outcome.regions:
+        guard_forward_mode()
     if capture is not None:
         capture.guard_every_expert()
     counters["scatter_moe"]["rewritten"] += len(outcome.regions)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx
-from torch.autograd import grad_mode
+from torch.autograd import forward_ad, grad_mode
 
 from fx_passes.graph import autocast
 from fx_passes.graph.ops import fake_tensor
@@ -13,13 +13,18 @@ from fx_passes.rules.escape import moved
 
 
 def no_function_transform(region: MoERegion) -> None:
-    """The ops have derivatives, but no rules for torch.func's transforms."""
+    """The ops have derivatives, but no rules for torch.func's transforms and none for forward mode."""
+    if forward_ad._current_level >= 0:
+        raise Rejected("no_function_transform", region.anchor, "the experts run in forward mode")
     level = 0
     for node in region.graph.nodes:
         name = getattr(node.target, "__name__", "")
-        level += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+        level += name.endswith(_BEGINS) - name.endswith(_ENDS)
         if node in region.inner and level > 0:
             raise Rejected("no_function_transform", node, "the experts run under a transform of torch.func")
+
+
+_BEGINS, _ENDS = ("increment_nesting", "enter_dual_level"), ("decrement_nesting", "exit_dual_level")
 
 
 def grad_mode_is_constant(region: MoERegion) -> None:

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch._dynamo import compiled_autograd
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from tests.backend.harness import assert_close, assert_same, compile_ours, fresh_dynamo, observe, rewritten
@@ -174,6 +175,21 @@ def test_gradient_by_a_transform(case):
     ours = compile_ours(by_transform, inner="counting_eager")(parameters, x[0])
     assert_same_grads(ours, by_transform(parameters, x[0]))
     assert rewritten() == 0
+
+
+@each_case
+def test_forward_mode(case):
+    """The loop is left alone, also where it was rewritten before."""
+    eager, compiled = output_of(case.make()), output_of(compile_ours(case.make()))
+    x = hidden_states(requires_grad=False)
+    with torch.no_grad():
+        compiled(x)
+        assert rewritten() == 1
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            ours, expected = (forward_ad.unpack_dual(call(dual)).tangent for call in (compiled, eager))
+            assert_close(ours, expected, "tangent")
+    assert rewritten() == 1
 
 
 @each_case

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -209,6 +210,14 @@ def test_second_derivatives_of_mlp_are_refused(device):
     (grad,) = torch.autograd.grad(OPS.mlp(*arguments).sum(), arguments[X], create_graph=True)
     with pytest.raises(RuntimeError, match="scatter_moe::mlp has no second derivatives: write the expert with"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("case", [MLP, LINEAR, ADAPTED, Case("combine", options={"grouped_in": True})], ids=str)
+def test_forward_mode_is_refused(case, device):
+    """Instead of giving an output without a tangent. Where reverse mode records, PyTorch itself refuses."""
+    x, *rest = frozen(case.arguments(SIZES, device=device), ())
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative: got a tensor"):
+        getattr(OPS, case.op)(forward_ad.make_dual(x, torch.ones_like(x)), *rest)
 
 
 def test_save_h_is_required_for_backward(device):
