@@ -7,7 +7,7 @@ from torch import fx
 from torch.autograd import forward_ad, grad_mode
 
 from fx_passes.graph import autocast
-from fx_passes.graph.ops import fake_tensor
+from fx_passes.graph.ops import fake_tensor, written
 from fx_passes.region import MoERegion, Rejected
 from fx_passes.rules.escape import moved
 
@@ -75,8 +75,9 @@ def products_keep_their_dtype(region: MoERegion) -> None:
 
 
 def _is_differentiable(node: fx.Node) -> bool:
-    tensor = fake_tensor(node)
-    return tensor is not None and tensor.is_floating_point()
+    """`rows[order] = y` is no tensor itself: what it writes to is."""
+    tensors = map(fake_tensor, (node, *written(node)))
+    return any(tensor is not None and tensor.is_floating_point() for tensor in tensors)
 
 
 def _reads_what_requires_grad(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ from tests.near_misses.flat import FlatLoop, PairedLoop
 from tests.zoo.common import D, E
 from tests.zoo.dense_modules import SumOfProducts
 from tests.zoo.masks import MaskLoop
+from tests.zoo.segments import ArrayBlock
 
 
 class DenseColumns(SumOfProducts):
@@ -70,6 +71,16 @@ class InferredWeights(MaskLoop):
         return out
 
 
+class RowsOfSlots(ArrayBlock):
+    """Sorted rows are put back into the places of their slots: experts get no gradient."""
+
+    def combine(self, grouped, x, order, weights):
+        slots = torch.empty_like(grouped)
+        with torch.no_grad():
+            slots[order] = grouped
+        return (slots.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
 RULE = "grad_mode_is_constant"
 
 MISSES = (
@@ -79,4 +90,5 @@ MISSES = (
     NearMiss("flat_unrecorded", RULE, FlatWeights),
     NearMiss("paired_unrecorded", RULE, PairedWeights),
     NearMiss("range_unrecorded_by_inference_mode", RULE, InferredWeights),
+    NearMiss("segments_put_back_unrecorded", RULE, RowsOfSlots, may_rewrite=True),
 )
