@@ -6,6 +6,7 @@ from typing import Any
 from fx_passes.body.linear_body import binary
 from fx_passes.body.values import Op, Scaled, SlotGathered, Value, rank
 from fx_passes.graph.ops import CASTS, FLOATS, fake_tensor, same_sizes
+from fx_passes.graph.rounding import keeps_digits
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,11 @@ def router_weight(value: Any) -> SlotGathered | None:
 
 
 def _uncast(value: Value) -> Value:
-    """`value` before casts of floating point rows."""
+    """`value` before casts of floating point rows, none of which drops digits that `value` has place for."""
+    last = value
     while isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
+        if not keeps_digits(value.node, last.node):
+            break
         value = value.args[0]
     return value
 

@@ -122,7 +122,7 @@ def num_columns(node: fx.Node) -> int | None:
     if name == "getitem" and op_name(source) in ("topk", "sort", "max") and node.args[1] == 1:
         return _size_along(arg(source, 0, "input"), arg(source, 2 if op_name(source) == "topk" else 1, "dim", -1))
     if name in ("argmax", "argsort"):
-        return _size_along(source, arg(node, 1, "dim", -1))
+        return _size_along(source, arg(node, 1, "dim", -1 if name == "argsort" else None))
     if name in _PRESERVES_VALUES or (name == "getitem" and fake_tensor(source) is not None):
         return num_columns(source) if isinstance(source, fx.Node) and ids_dims(node) is not None else None
     return None

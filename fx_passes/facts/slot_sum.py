@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from fx_passes.graph.ops import CASTS, arg, fake_tensor, is_inplace, op_name, same_size, same_sizes, sizes_of
-from fx_passes.graph.rounding import with_cast
+from fx_passes.graph.rounding import keeps_digits, with_cast
 from fx_passes.graph.views import views_of
 
 
@@ -44,7 +44,7 @@ def sum_over_slots(total: fx.Node, ids_TK: fx.Node) -> SlotSum | None:
             return SlotSum(node.args[0], weights, (node, *nodes)) if _is_by_slot(node, ids_TK) else None
         if name in ("mul", "multiply", "mul_", "imul") and weights is None and len(node.args) == 2:
             source, weights = _weighted(node, ids_TK)
-        elif name in CASTS:
+        elif name in CASTS and keeps_digits(node, total):
             source = node.args[0]
         else:
             return SlotSum(node, weights, tuple(nodes)) if _has_slots(node, ids_TK) else None

@@ -13,3 +13,9 @@ def with_cast(total: fx.Node) -> fx.Node:
     before, after = known_tensor(total), known_tensor(user)
     narrows = after.dtype == before.dtype or after.dtype.itemsize < before.dtype.itemsize
     return user if narrows and after.device == before.device else total
+
+
+def keeps_digits(cast: fx.Node, result: fx.Node) -> bool:
+    """Whether `cast` drops no digits that `result`, which is computed from it, has place for."""
+    own, last = known_tensor(cast).dtype, known_tensor(result).dtype
+    return own == last or own.itemsize > last.itemsize

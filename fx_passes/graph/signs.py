@@ -11,7 +11,7 @@ _NEVER_NEGATIVE = frozenset("softmax sigmoid relu exp square abs softplus rand o
 _KEEP_SIGNS = frozenset(
     """
     to float half bfloat16 double type_as contiguous clone detach view reshape flatten squeeze unsqueeze transpose t
-    permute expand topk sort max min amax amin sum mean cumsum sqrt
+    permute expand topk sort max amax amin sum mean cumsum sqrt
     """.split()
 )
 _OF_TWO = frozenset("add mul multiply div divide truediv true_divide maximum".split())

@@ -59,6 +59,26 @@ class WiderBias(RangeLoop):
         return y * weights[tokens, slots, None]
 
 
+class RoundedOnTheWay(RangeLoop):
+    """What is added went through fp16, in which it is infinite."""
+
+    def value(self, x, weights, tokens, slots, e):
+        large = self.expert(x[tokens], e).abs() * 1e30
+        return (large * weights[tokens, slots, None]).half().float()
+
+    def forward(self, hidden_states):
+        out = super().forward(hidden_states)
+        return torch.where(out.isinf(), 0.0, out)
+
+
+class FlatRoundedOnTheWay(FlatLoop):
+    """The same of weighted rows by slot."""
+
+    def moe(self, x, ids, weights):
+        y = self.rows_of_slots(x, ids).view(*ids.shape, D)
+        return (y * weights.unsqueeze(-1)).half().float().sum(dim=1)
+
+
 class ScaleOfExpert(RangeLoop):
     """A float32 scalar an expert: multiplying by it leaves bfloat16 rows bfloat16."""
 
@@ -105,6 +125,8 @@ MISSES = (
     NearMiss("range_seen_as_int", ROWS, lambda: Cast(lambda y: y.view(torch.int32).float() * 1e-9)),
     NearMiss("range_wider_bias", ROWS, WiderBias, may_rewrite=True),
     NearMiss("range_scale_of_expert", ROWS, ScaleOfExpert),
+    NearMiss("range_rounded_on_the_way", None, RoundedOnTheWay, may_rewrite=True),
+    NearMiss("flat_rounded_on_the_way", "slots_of_a_token_are_summed", FlatRoundedOnTheWay, may_rewrite=True),
     NearMiss("flat_asked_for_its_dtype", None, AskedForItsDtype, may_rewrite=True),
     NearMiss("hit_overflowing_counts", "loop_is_over_the_hit_experts", Overflowing),
 )
