@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from fx_passes.body.linear_body import binary
 from fx_passes.body.values import Op, Scaled, SlotGathered, Value, rank
 from fx_passes.graph.ops import CASTS, FLOATS, fake_tensor, same_sizes
@@ -25,15 +27,15 @@ def without_router_weight(value: Value) -> Weighted:
     factors = binary(inner, ("mul", "multiply"))
     if factors is not None:
         for core, factor in (factors, factors[::-1]):
-            weights = router_weight(factor)
+            weights = router_weight(factor, inner.node)
             if weights is not None and not isinstance(core, SlotGathered) and rank(core) == 2:
                 return Weighted(_uncast_exact(core), weights)
     return Weighted(value, None)
 
 
-def router_weight(value: Any) -> SlotGathered | None:
-    """`weights[tokens, slots, None]`, where the factor is one value a row."""
-    while isinstance(value, Op) and (_is_column(value) or _is_cast_of_slots(value)):
+def router_weight(value: Any, product: fx.Node) -> SlotGathered | None:
+    """`weights[tokens, slots, None]`, where the factor of `product` is one value a row."""
+    while isinstance(value, Op) and (_is_column(value) or _is_cast_of_slots(value, product)):
         value = value.args[0]
     return value if isinstance(value, SlotGathered) else None
 
@@ -63,8 +65,9 @@ def _uncast_exact(value: Value) -> Value:
     return value
 
 
-def _is_cast_of_slots(op: Op) -> bool:
-    return op.name in CASTS and isinstance(op.args[0], (SlotGathered, Op)) and _is_float_cast(op)
+def _is_cast_of_slots(op: Op, product: fx.Node) -> bool:
+    is_cast = op.name in CASTS and isinstance(op.args[0], (SlotGathered, Op)) and _is_float_cast(op)
+    return is_cast and keeps_digits(op.node, product)
 
 
 def _is_column(op: Op) -> bool:

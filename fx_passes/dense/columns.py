@@ -32,6 +32,7 @@ from fx_passes.graph.ops import (
     sizes_of,
     start_of_one,
 )
+from fx_passes.graph.rounding import keeps_digits
 from fx_passes.graph.views import Dim, views_of
 
 ANY_SLOT = -1
@@ -78,23 +79,26 @@ class Column:
         return replace(self, weights=replace(weights, ids=ids), expert=expert)
 
 
-def column_of(node: Any, dims: int) -> Column | None:
-    """The expert's weights that `node` is, [T, 1], or [T] before a dim is added; `dims` count tokens."""
+def column_of(node: Any, dims: int, product: fx.Node) -> Column | None:
+    """The expert's weights that `node` is, [T, 1], or [T] before a dim is added; `dims` count tokens.
+
+    It is a factor of `product`.
+    """
     if fake_tensor(node) is None:
         return None
     if casts_floats(node):
-        return column_of(arg(node, 0, "input"), dims)
+        return column_of(arg(node, 0, "input"), dims, product) if keeps_digits(node, product) else None
     picked = _picked(node)
     if picked is not None:
         source, dim, expert = picked
         table = _table(source, dim, dims)
         return Column(Weights(table), expert) if table is not None else None
-    masked = _masked_sum(node, dims) or _kept_column(node, dims)
+    masked = _masked_sum(node, dims) or _kept_column(node, dims, product)
     if masked is not None:
         return masked
     tokens: tuple[Dim, ...] = tuple((dim,) for dim in range(dims))
     starts = (view.start for view in views_of(node)[:-1] if view.dims in (tokens, (*tokens, ()), (*tokens, (dims,))))
-    return next((column for start in starts if (column := column_of(start, dims)) is not None), None)
+    return next((column for start in starts if (column := column_of(start, dims, product)) is not None), None)
 
 
 def _picked(node: fx.Node) -> tuple[fx.Node, int, int] | None:
@@ -164,11 +168,11 @@ def _masked_sum(node: fx.Node, dims: int) -> Column | None:
     return None
 
 
-def _kept_column(node: fx.Node, dims: int) -> Column | None:
+def _kept_column(node: fx.Node, dims: int, product: fx.Node) -> Column | None:
     """A column that a mask of the expert's tokens keeps."""
     for weights, mask, instead in masked(node):
         keeps = tokens_of_expert(mask, dims, instead)
-        column = column_of(weights, dims) if keeps is not None else None
+        column = column_of(weights, dims, product) if keeps is not None else None
         if column is not None and keeps is not None:
             return column.kept(keeps)
     return None

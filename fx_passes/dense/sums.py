@@ -27,6 +27,7 @@ from fx_passes.graph.ops import (
     same_sizes,
     sizes_of,
 )
+from fx_passes.graph.rounding import keeps_digits
 from fx_passes.graph.views import views_of
 
 _SUMS = frozenset(("add", "iadd", "add_"))
@@ -125,7 +126,7 @@ def _begun(node: fx.Node) -> _Chain | None:
     operands = _operands(node)
     if operands is None:
         return None
-    first, second = (_term(operand) for operand in operands)
+    first, second = (_term(operand, node) for operand in operands)
     if first is not None and second is not None and not is_inplace(node):
         return _Chain(None, (first, second), (node,)) if first.goes_with(second) else None
     if second is not None and may_start(operands[0], node):
@@ -151,7 +152,7 @@ def _extended(node: fx.Node, chains: dict[fx.Node, _Chain]) -> _Chain | None:
         return None
     for sofar, other in (operands,) if is_inplace(node) else (operands, operands[::-1]):
         chain = chains.get(sofar) if isinstance(sofar, fx.Node) else None
-        term = _term(other) if chain is not None else None
+        term = _term(other, node) if chain is not None else None
         if chain is not None and term is not None and term.goes_with(chain.terms[0]):
             del chains[sofar]
             return replace(chain, terms=(*chain.terms, term), sums=(*chain.sums, node))
@@ -165,7 +166,7 @@ def _summed_stack(node: fx.Node) -> _Chain | None:
     if parts is None or not isinstance(dim, int) or len(node.args) > 2:
         return None
     rank = len(sizes_of(stack))
-    terms = [_term(part) for part in parts[0]]
+    terms = [_term(part, node) for part in parts[0]]
     if normalized_dim(dim, rank) != parts[1] or any(term is None for term in terms):
         return None
     known = tuple(term for term in terms if term is not None)
@@ -189,19 +190,19 @@ def stacked(node: Any) -> tuple[tuple[fx.Node, ...], int] | None:
     return (tuple(parts), dim) if same and len(set(parts)) == len(parts) > 1 else None
 
 
-def _term(node: Any) -> Term | None:
-    """`weights_e * expert(x)`, casts of it, a multiple of it, or what a mask keeps of it."""
+def _term(node: Any, total: fx.Node) -> Term | None:
+    """`weights_e * expert(x)`, casts of it, a multiple of it, or what a mask keeps of it, added up in `total`."""
     if fake_tensor(node) is None:
         return None
     if casts_floats(node):
-        return _followed(_term(arg(node, 0, "input")), node)
+        return _followed(_term(arg(node, 0, "input"), total), node) if keeps_digits(node, total) else None
     multiple = _multiple(node)
     if multiple is not None:
-        term = _term(multiple[0])
+        term = _term(multiple[0], total)
         return term.times(node, multiple[1]) if term is not None else None
     dims = len(sizes_of(node)) - 1
     for product, zeros, tokens in _masked(node, dims):
-        return _kept(_term(product) or _of_one_choice(product, tokens), (*zeros, node), tokens)
+        return _kept(_term(product, total) or _of_one_choice(product, tokens), (*zeros, node), tokens)
     return _weighted(node, dims)
 
 
@@ -233,7 +234,7 @@ def _kept(term: Term | None, nodes: tuple[fx.Node, ...], tokens: Tokens) -> Term
 
 def _weighted(node: fx.Node, dims: int) -> Term | None:
     for output, factor in _factors(node):
-        column = column_of(factor, dims)
+        column = column_of(factor, dims, node)
         if column is not None:
             return _of_masked_output(Term(output, column, (node,)), dims)
     return None

@@ -17,5 +17,5 @@ def with_cast(total: fx.Node) -> fx.Node:
 
 def keeps_digits(cast: fx.Node, result: fx.Node) -> bool:
     """Whether `cast` drops no digits that `result`, which is computed from it, has place for."""
-    own, last = known_tensor(cast).dtype, known_tensor(result).dtype
-    return own == last or own.itemsize > last.itemsize
+    before, own, last = (known_tensor(node).dtype for node in (arg(cast, 0, "input"), cast, result))
+    return any(own == other or own.itemsize > other.itemsize for other in (before, last))

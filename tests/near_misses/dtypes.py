@@ -6,6 +6,7 @@ from torch import nn
 from tests.near_misses.common import NearMiss, RangeLoop
 from tests.near_misses.flat import FlatLoop
 from tests.zoo.common import D, E
+from tests.zoo.dense_modules import SumOfProducts
 
 
 class Weighted(RangeLoop):
@@ -71,6 +72,27 @@ class RoundedOnTheWay(RangeLoop):
         return torch.where(out.isinf(), 0.0, out)
 
 
+class RoundedWeight(RangeLoop):
+    """The router's weight, too, may go through fp16: as a row's own it is rounded, not as the tokens'."""
+
+    def value(self, x, weights, tokens, slots, e):
+        return self.expert(x[tokens], e) * weights[tokens, slots, None].half().float()
+
+
+class DenseRounded(SumOfProducts):
+    """A column of the table, or a product with it, goes through fp16."""
+
+    def __init__(self, weight, product):
+        super().__init__()
+        self.weight, self.product = weight, product
+
+    def add_up(self, x, table):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + self.product(self.weight(table[..., e : e + 1]) * expert(x))
+        return out
+
+
 class FlatRoundedOnTheWay(FlatLoop):
     """The same of weighted rows by slot."""
 
@@ -111,6 +133,14 @@ class AskedForItsDtype(FlatLoop):
         return (x * 2).type_as(super().moe(x, ids, weights))
 
 
+def rounded(value):
+    return value.half().float()
+
+
+def same(value):
+    return value
+
+
 LAYER, ROWS = "dtypes_are_those_of_a_layer", "body_is_row_wise"
 
 MISSES = (
@@ -126,6 +156,10 @@ MISSES = (
     NearMiss("range_wider_bias", ROWS, WiderBias, may_rewrite=True),
     NearMiss("range_scale_of_expert", ROWS, ScaleOfExpert),
     NearMiss("range_rounded_on_the_way", None, RoundedOnTheWay, may_rewrite=True),
+    NearMiss("range_rounded_weight", None, RoundedWeight, may_rewrite=True),
+    NearMiss("dense_rounded_weight", None, lambda: DenseRounded(rounded, same)),
+    NearMiss("dense_rounded_product", None, lambda: DenseRounded(same, rounded)),
+    NearMiss("dense_narrow_product", None, lambda: DenseRounded(same, torch.Tensor.half)),
     NearMiss("flat_rounded_on_the_way", "slots_of_a_token_are_summed", FlatRoundedOnTheWay, may_rewrite=True),
     NearMiss("flat_asked_for_its_dtype", None, AskedForItsDtype, may_rewrite=True),
     NearMiss("hit_overflowing_counts", "loop_is_over_the_hit_experts", Overflowing),
