@@ -13,7 +13,7 @@ from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from fx_passes.capture import bounds, counts, expert_numbers, index_list, leaves, loops, modules_to, segments
 from fx_passes.capture.variables import expert_of_variable, has_open_length, is_open, read_attribute
 from fx_passes.facts import fact
-from fx_passes.graph.ops import op_name
+from fx_passes.graph.ops import known_tensor, op_name
 
 _ZEROS = (torch.zeros, torch.zeros_like)
 _TO_LISTS = (set, sorted, list)
@@ -117,6 +117,14 @@ def _new_tensor(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs
     return TorchInGraphFunctionVariable(torch.tensor).call_function(tx, args, given)
 
 
+def _to(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: Any) -> VariableTracker | None:
+    """`out = out.to(y.dtype)` in a loop over experts, where that is its dtype: the tensor itself, as in eager."""
+    if not capture.scopes or len(args) != 1 or kwargs or not args[0].is_python_constant():
+        return None
+    dtype = args[0].as_python_constant()
+    return tensor if isinstance(dtype, torch.dtype) and dtype == known_tensor(tensor.as_proxy().node).dtype else None
+
+
 def _holds_open_numbers(variable: VariableTracker) -> bool:
     """Whether a list has a number that depends on data."""
     variable = variable.realize()
@@ -132,4 +140,5 @@ _METHODS: dict[str, Callable[..., VariableTracker | None]] = {
     "split": segments.split,
     "item": _item,
     "new_tensor": _new_tensor,
+    "to": _to,
 }

@@ -66,7 +66,7 @@ TABLE = {
         merged_loop merged_normalised merged_stacked merged_of_hit
         picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped
         loads_after loads_first loads_bias starts_as_shared starts_as_input starts_as_zeros_read_later
-        starts_as_product_read_later
+        starts_as_product_read_later starts_cast_each_time starts_cast_each_time_of_hit
         hit_list hit_list_on_host hit_list_set_sorted hit_list_set hit_list_items hit_list_stacked
         hit_enumerated_numbers
         loads_counted_inside loads_counted_of_hit loads_assigned_inside loads_summed_inside

@@ -4,6 +4,7 @@ import torch
 
 from tests.near_misses.common import Loop, NearMiss, hits
 from tests.zoo.common import TOKENS, D
+from tests.zoo.starts import CastEachTime, CastEachTimeOfHit
 
 
 class StartHasTwoNames(Loop):
@@ -335,10 +336,26 @@ class RestartsHalfWay(Loop):
         return out
 
 
+class Copied(CastEachTimeOfHit):
+    """Each iteration goes on from a copy."""
+
+    def cast(self, out, y):
+        return out.to(y.dtype, copy=True)
+
+
+class PartCast(CastEachTime):
+    """The dtype is the same, but what is cast is a view of the output."""
+
+    def cast(self, out, y):
+        return out[: len(out)].to(y.dtype)
+
+
 NOT_READ = "accumulator_is_not_read_inside"
 
 MISSES = (
     NearMiss("hit_start_has_two_names", NOT_READ, StartHasTwoNames),
+    NearMiss("hit_output_copied", "accumulator_may_be_added_to", Copied),
+    NearMiss("range_output_sliced", "accumulator_may_be_added_to", PartCast),
     NearMiss("range_start_written", "nothing_is_written_inside", StartWritten),
     NearMiss("range_zeros_written", "accumulator_may_be_added_to", ZerosWritten),
     NearMiss("range_zeros_scattered", "accumulator_may_be_added_to", ZerosScattered),

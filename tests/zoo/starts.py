@@ -79,6 +79,34 @@ class StartReadLater(Block):
         return (out + start.cos()).view_as(hidden_states)
 
 
+class CastEachTime(Block):
+    """The output is cast to the dtype of the experts' rows, which it has."""
+
+    def numbers(self, ids):
+        return range(self.num_experts)
+
+    def cast(self, out, y):
+        return out.to(y.dtype)
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, D)
+        _, ids, weights = self.route(x)
+        out = torch.zeros_like(x)
+        for e in self.numbers(ids):
+            tokens, slots = torch.where(ids == e)
+            y = self.experts[e](x[tokens]) * weights[tokens, slots, None]
+            out = self.cast(out, y)
+            out.index_add_(0, tokens, y)
+        return out.view_as(hidden_states)
+
+
+class CastEachTimeOfHit(CastEachTime):
+    """The same for the experts that were hit."""
+
+    def numbers(self, ids):
+        return ids.unique().tolist()
+
+
 class ReluFirst(Block):
     """Not a program that trains: relu's derivative reads what the loop writes to, and PyTorch says so."""
 
@@ -98,4 +126,6 @@ CASES = (
     Case("starts_as_input", InputFirst),
     Case("starts_as_zeros_read_later", ZerosReadLater),
     Case("starts_as_product_read_later", StartReadLater),
+    Case("starts_cast_each_time", CastEachTime),
+    Case("starts_cast_each_time_of_hit", CastEachTimeOfHit),
 )
