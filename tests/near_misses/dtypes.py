@@ -72,6 +72,18 @@ class RoundedOnTheWay(RangeLoop):
         return torch.where(out.isinf(), 0.0, out)
 
 
+class DoubleSum(RangeLoop):
+    """float32 rows are added up in float64, which float32 sums are not as exact as."""
+
+    def forward(self, hidden_states):
+        x, weights, mask, out = self.start(hidden_states)
+        out = out.double()
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out[tokens] += self.value(x, weights, tokens, slots, e)
+        return out
+
+
 class RoundedWeight(RangeLoop):
     """The router's weight, too, may go through fp16: as a row's own it is rounded, not as the tokens'."""
 
@@ -156,6 +168,7 @@ MISSES = (
     NearMiss("range_wider_bias", ROWS, WiderBias, may_rewrite=True),
     NearMiss("range_scale_of_expert", ROWS, ScaleOfExpert),
     NearMiss("range_rounded_on_the_way", None, RoundedOnTheWay, may_rewrite=True),
+    NearMiss("range_double_sum", LAYER, DoubleSum),
     NearMiss("range_rounded_weight", None, RoundedWeight, may_rewrite=True),
     NearMiss("dense_rounded_weight", None, lambda: DenseRounded(rounded, same)),
     NearMiss("dense_rounded_product", None, lambda: DenseRounded(same, rounded)),
