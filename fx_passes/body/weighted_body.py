@@ -33,6 +33,14 @@ def without_router_weight(value: Value) -> Weighted:
     return Weighted(value, None)
 
 
+def before_casts(value: Value) -> Value:
+    """`value` before casts of floating point rows and the router's weight."""
+    value = without_router_weight(value).core
+    while isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
+        value = value.args[0]
+    return value
+
+
 def router_weight(value: Any, product: fx.Node) -> SlotGathered | None:
     """`weights[tokens, slots, None]`, where the factor of `product` is one value a row."""
     while isinstance(value, Op) and (_is_column(value) or _is_cast_of_slots(value, product)):

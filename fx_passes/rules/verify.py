@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_passes.body.values import Gathered, PerExpert, SlotGathered, has_rows
-from fx_passes.body.weighted_body import without_router_weight
+from fx_passes.body.weighted_body import before_casts
 from fx_passes.facts.ids import has_slots
 from fx_passes.graph.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected, SummedRegion
@@ -56,8 +56,8 @@ def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
     rows = fake_tensor(region.body.root.node)
     if rows is None or not rows.is_floating_point() or not region.output.is_floating_point():
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "rows or output are not floating point")
-    unweighted = known_tensor(without_router_weight(region.body.root).core.node)
-    if region.output.dtype == torch.float64 != unweighted.dtype:
+    computed = known_tensor(before_casts(region.body.root).node)
+    if region.output.dtype == torch.float64 != computed.dtype:
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "the sum is float64, the experts' rows are not")
     if not has_rows(region.body.root):
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "what is added does not depend on the tokens")

@@ -84,6 +84,13 @@ class DoubleSum(RangeLoop):
         return out
 
 
+class DoubleRows(DoubleSum):
+    """They are cast first."""
+
+    def value(self, x, weights, tokens, slots, e):
+        return super().value(x, weights, tokens, slots, e).double()
+
+
 class RoundedWeight(RangeLoop):
     """The router's weight, too, may go through fp16: as a row's own it is rounded, not as the tokens'."""
 
@@ -169,6 +176,7 @@ MISSES = (
     NearMiss("range_scale_of_expert", ROWS, ScaleOfExpert),
     NearMiss("range_rounded_on_the_way", None, RoundedOnTheWay, may_rewrite=True),
     NearMiss("range_double_sum", LAYER, DoubleSum),
+    NearMiss("range_double_rows", LAYER, DoubleRows),
     NearMiss("range_rounded_weight", None, RoundedWeight, may_rewrite=True),
     NearMiss("dense_rounded_weight", None, lambda: DenseRounded(rounded, same)),
     NearMiss("dense_rounded_product", None, lambda: DenseRounded(same, rounded)),
