@@ -1,7 +1,7 @@
 """The weight of the router on an expert's rows, taken off: combining multiplies by it in fp32, and rounds once."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import fx
 
@@ -36,7 +36,7 @@ def without_router_weight(value: Value) -> Weighted:
 def before_casts(value: Value) -> Value:
     """`value` before casts of floating point rows and the router's weight."""
     value = without_router_weight(value).core
-    while isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
+    while _casts_rows(value):
         value = value.args[0]
     return value
 
@@ -51,11 +51,14 @@ def router_weight(value: Any, product: fx.Node) -> SlotGathered | None:
 def _uncast(value: Value) -> Value:
     """`value` before casts of floating point rows, none of which drops digits that `value` has place for."""
     last = value
-    while isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
-        if not keeps_digits(value.node, last.node):
-            break
+    while _casts_rows(value) and keeps_digits(value.node, last.node):
         value = value.args[0]
     return value
+
+
+def _casts_rows(value: Value) -> TypeGuard[Op]:
+    """Whether `value` is a cast of computed floating point rows."""
+    return isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value)
 
 
 def _is_float_cast(op: Op) -> bool:
@@ -66,7 +69,7 @@ def _is_float_cast(op: Op) -> bool:
 
 def _uncast_exact(value: Value) -> Value:
     """Without a cast that widens the rows before they are weighted: combining is done in fp32 anyway."""
-    if isinstance(value, Op) and value.name in CASTS and isinstance(value.args[0], Op) and _is_float_cast(value):
+    if _casts_rows(value):
         before, after = fake_tensor(value.args[0].node), fake_tensor(value.node)
         if before is not None and after is not None and before.dtype.itemsize <= after.dtype.itemsize:
             return value.args[0]

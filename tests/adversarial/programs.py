@@ -37,14 +37,12 @@ WHERE = "k, t = torch.where(mask[e]); at = t"
 
 WEIGHT = "y = y * w[t, k, None]"
 SHARE = "(w * (ids == e)).sum(-1)"
-SORTED = """\
-order = ids.flatten().argsort()
-at = order // ids.shape[1]
+ORDER = "order = ids.flatten().argsort(); at = order // ids.shape[1]"
+SORTED = f"""\
+{ORDER}
 pieces, parts = x[at].split(ids.flatten().bincount(minlength=E).tolist()), []"""
-
-SLICED = """\
-order = ids.flatten().argsort()
-at = order // ids.shape[1]
+SLICED = f"""\
+{ORDER}
 sorted_x, ends, parts = x[at], ids.flatten().bincount(minlength=E).cumsum(0).tolist(), []"""
 
 SEQUENCE = """\
