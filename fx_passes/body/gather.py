@@ -4,6 +4,7 @@
     x.index_select(0, tokens)    x.gather(0, tokens[:, None].expand(-1, D))    the same
     weights[tokens, slots, None]    weights[ids == e]                      the slots' own values
     weights[:, k][mask]    weights[mask, k]    weights[mask][:, k]         the same, where the mask is of slot k
+    weights[..., k].reshape(-1)[mask]                                      the same of a batch of sequences
     (weights * (ids == e)).sum(-1)[mask]    weights[mask, slot[mask]]      the same, where a token's ids are distinct
     (weights[mask] * (ids[mask] == e)).sum(-1)    weights[mask][ids[mask] == e]    the same
     gates[tokens, e]    gates[:, e][mask]                                  a table's column of the expert
@@ -131,6 +132,8 @@ def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
         is_one = state.dims[-1] == "1" and len(state.dims) == 2 and arg(step, 1, "dim") in (1, -1)
         return replace(state, dims=state.dims[:1]) if is_one else None
     after = fake_tensor(step)
+    if name in _RESHAPES and state.dims == TOKENS_BY_BATCH and state.column:
+        return _column_in_one_dim(after, state)
     if name in _RESHAPES and state.dims == ("T", "C") and _has_shape_of(mask.ids, state.source):
         return None if after is None or after.dim() > 2 else _flat(after, state)
     if after is None or len(state.dims) != 1 or after.dim() != 2:
@@ -145,6 +148,13 @@ def _segment(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
     counts = fact(step.args[1])
     same = isinstance(counts, Counts) and (counts.ids, step.args[2]) == (mask.ids, mask.expert)
     return replace(state, dims=("R", *state.dims[1:])) if same and state.dims[0] == "O" else None
+
+
+def _column_in_one_dim(after: torch.Tensor | None, state: Taking) -> Taking | None:
+    """`weights[..., k].reshape(-1)`, `weights[..., k].reshape(-1, 1)`: a value for each token of a batch."""
+    if after is None or after.dim() > 2 or (after.dim() == 2 and not same_size(after.shape[1], 1)):
+        return None
+    return replace(state, dims=("T", "1")[: after.dim()])
 
 
 def _flat(after: torch.Tensor, state: Taking) -> Taking | None:

@@ -11,7 +11,7 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 from fx_passes.capture import bounds, counts, expert_numbers, index_list, leaves, loops, modules_to, segments
-from fx_passes.capture.variables import expert_of_variable, has_open_length, is_open, read_attribute
+from fx_passes.capture.variables import expert_of_variable, has_open_length, is_open, rank_of, read_attribute
 from fx_passes.facts import fact
 from fx_passes.graph.ops import known_tensor, op_name
 
@@ -88,6 +88,8 @@ def _tolist(capture: Any, tx: Any, tensor: TensorVariable, args: Any, kwargs: An
     if found is None and has_open_length(tensor) and fact(tensor.as_proxy().node) is None:
         detail = "numbers are listed that are not known to be those of the experts with a token"
         capture.reject(tx, "loop_is_over_the_hit_experts", detail)
+    if found is None and rank_of(tensor) > 1:
+        expert_numbers.reject_single(capture, tx, tensor.as_proxy().node)
     return found
 
 
@@ -98,6 +100,7 @@ def _integer(capture: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker |
     found = expert_numbers.number(capture, value) or bounds.item(capture, tx, value)
     if found is None and isinstance(value, TensorVariable) and expert_of_variable(value) is None:
         counts.reject_other_numbers(capture, tx, value.as_proxy().node)
+        expert_numbers.reject_single(capture, tx, value.as_proxy().node)
     return found
 
 

@@ -2,16 +2,23 @@
 
     e = expert_idx.item()    int(expert_idx)    self[f"expert_{expert_idx[0]}"]
 
-What Python does with a number may depend on its value: a hit loop then has one iteration an expert.
+What Python does with a number may depend on its value: a hit loop then has one iteration an expert. Where the number is
+that of a token's expert, `ids[t, k].item()`, it is said why that is left.
 """
 
 from typing import Any
 
+from torch import fx
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.tensor import TensorVariable
 
+from fx_passes.capture.stand_in import is_module_list
 from fx_passes.capture.variables import expert_of_variable, rank_of
+from fx_passes.facts.ids import num_columns
+from fx_passes.graph.ops import arg, fake_tensor, op_name
 
+_ENTRIES = frozenset(("getitem", "select", "squeeze", "view", "reshape", "to", "long", "int"))
 _WITH_CONVERSION = 0b111
 """Flags of FORMAT_VALUE: `!r` or the like, and a format."""
 
@@ -36,3 +43,20 @@ def number(capture: Any, variable: Any) -> VariableTracker | None:
     if loop is not None:
         capture.trace_again_unrolled([loop.event])
     return None
+
+
+def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
+    """`experts[ids[t, k]]`, which asks for the number."""
+    experts, index = tx.stack[-2].realize(), tx.stack[-1].realize()
+    if is_module_list(experts) and isinstance(index, TensorVariable) and isinstance(index.proxy, fx.Proxy):
+        reject_single(capture, tx, index.as_proxy().node)
+    return False
+
+
+def reject_single(capture: Any, tx: Any, node: fx.Node) -> None:
+    """Says so where Python reads the experts of single tokens: `experts[ids[t, k].item()](x[t])`, `ids.tolist()`."""
+    while op_name(node) in _ENTRIES and fake_tensor(arg(node, 0, "input")) is not None and num_columns(node) is None:
+        node = arg(node, 0, "input")
+    if num_columns(node) is not None:
+        detail = "a token's expert is read as a Python number: tokens are computed one by one, not expert by expert"
+        capture.reject(tx, "loop_is_over_the_experts", detail)

@@ -21,7 +21,9 @@ Handler = Callable[[Any, Any, Any], bool]
 
 
 def _subscript(capture: Any, tx: Any, instruction: Any) -> bool:
-    return any(known.subscript(capture, tx, instruction) for known in (segments, counts, loops, indexing))
+    return any(
+        known.subscript(capture, tx, instruction) for known in (segments, counts, loops, indexing, expert_numbers)
+    )
 
 
 def _store_subscript(capture: Any, tx: Any, _instruction: Any) -> bool:

@@ -11,7 +11,17 @@ import torch
 from torch import fx
 
 from fx_passes.facts.ids import ids_dims, is_single_choice, rows_as_ids
-from fx_passes.facts.statements import TOKENS_BY_BATCH, Fact, Kept, Listed, ListedMask, Mask, OneHot, OwnIds
+from fx_passes.facts.statements import (
+    TOKENS_BY_BATCH,
+    Fact,
+    Kept,
+    Listed,
+    ListedMask,
+    Mask,
+    OneHot,
+    OwnIds,
+    with_one_token_dim,
+)
 from fx_passes.graph.markers import Expert, expert_of, experts_of_each
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
@@ -24,11 +34,14 @@ from fx_passes.graph.ops import (
     only_pick,
     op_name,
     same_size,
+    sizes_of,
     squeezes_nothing,
     start_of_one,
     varargs,
 )
 from fx_passes.graph.views import views_of
+
+_FLATTENING = frozenset(("view", "reshape", "flatten", "ravel"))
 
 
 def _one_hot(node: fx.Node, _inner: Fact | None) -> Fact | None:
@@ -142,7 +155,9 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
         return Mask(inner.mask.ids, expert, ("R", "K")) if inner.mask.expert == expert else None
     column = column_of_ids(left)
     if column is not None:
-        return Mask(column[0], expert, (ids_dims(column[0]) or ())[:-1], slot=column[1])
+        dims = (ids_dims(column[0]) or ())[:-1]
+        is_flat = len(sizes_of(left)) < len(dims)
+        return Mask(column[0], expert, with_one_token_dim(dims) if is_flat else dims, slot=column[1])
     flat = flat_ids(left)
     if flat is not None:
         return Mask(flat, expert, ("N",))
@@ -172,15 +187,18 @@ def _compared_with_all(left: Any, right: Any) -> Fact | None:
 def flat_ids(node: fx.Node) -> fx.Node | None:
     """ids where `node` is `ids.view(-1)`, with more than one slot a token."""
     source = arg(node, 0, "input")
-    if op_name(node) not in ("view", "reshape", "flatten", "ravel") or not isinstance(source, fx.Node):
+    if op_name(node) not in _FLATTENING or not isinstance(source, fx.Node):
         return None
     is_flat = (ids_dims(source) or ("T",))[-1] == "K" and ids_dims(node) == ("T",)
     return source if is_flat and not is_single_choice(source) else None
 
 
 def column_of_ids(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """(ids, k) where `node` is `ids[:, k]`."""
+    """(ids, k) where `node` is `ids[:, k]`, or `ids[..., k].reshape(-1)`: all tokens in one dim."""
     source = arg(node, 0, "input")
+    if op_name(node) in _FLATTENING and fake_tensor(source) is not None:
+        is_flat = len(sizes_of(node)) == 1 and known_tensor(node).dtype == known_tensor(source).dtype
+        return column_of_ids(source) if is_flat else None
     dims = ids_dims(source) if isinstance(source, fx.Node) else None
     if dims is None or dims[-1] != "K":
         return None

@@ -63,7 +63,8 @@ def dtypes_are_those_of_a_layer(region: MoERegion) -> None:
         raise Rejected("dtypes_are_those_of_a_layer", region.anchor, "what is added does not depend on the tokens")
     for gathered in (*region.body.of(Gathered), *region.body.of(SlotGathered)):
         source = known_tensor(gathered.source)
-        if not source.is_floating_point() or source.dim() > 1 + region.token_dims:
+        is_vector = isinstance(gathered, SlotGathered) or source.dim() <= 1 + region.token_dims
+        if not source.is_floating_point() or not is_vector:
             raise Rejected("dtypes_are_those_of_a_layer", gathered.node, "gathered rows are no floating point vectors")
 
 
@@ -90,7 +91,9 @@ def rows_belong_to_tokens(region: MoERegion) -> None:
     for value in region.body.of(SlotGathered):
         columns, sizes = region.num_experts if value.table else choices, sizes_of(value.source)
         if region.slot is not None and not value.table:
-            columns, sizes = 1, sizes[:-1]
+            columns, sizes = 1, (*sizes[:-1], 1)
+        if len(sizes) > count + 1:
+            sizes = (math.prod(sizes[:-count]), *sizes[-count:])
         by_token = sizes[::-1] if value.experts_first else sizes
         _require_sizes(value.source, by_token, tokens, (columns,), value.node)
 

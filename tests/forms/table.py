@@ -92,12 +92,15 @@ TABLE = {
     ),
     "slot_loop": row(
         """
-        slots_then_experts slot_columns experts_then_slots sequence_slots hit_list_by_slot hit_list_by_slot_once
+        slots_then_experts slot_columns experts_then_slots sequence_slots sequence_flat_columns
+        sequence_flat_column_of_zeros hit_list_by_slot hit_list_by_slot_once
         loads_summed_by_slot
         """,
         """
         slots_weight_of_another slots_guard_of_another slots_pair_left_out slots_first_twice
         loads_of_another_under_guard loads_of_all_slots_under_guard loads_one_under_guard
+        sequence_flat_weights_of_another sequence_flat_column_written sequence_flat_column_twice
+        sequence_flat_column_transposed sequence_flat_weights_transposed
         """,
     ),
     "assignment": row(
@@ -105,7 +108,7 @@ TABLE = {
         switch_assignment switch_one_hot switch_dropped switch_lists switch_lists_eval switch_lists_unscaled
         switch_lists_copied dropped_sequences dropped_listed
         choices_assigned choices_skipped choices_copied choices_copied_anew choices_put_anew
-        choices_weighted_inside
+        choices_weighted_inside sequence_flat_column_assigned
         sequence_top_1_assigned sequence_top_1_one_hot
         sequence_top_1_kept_dim sequence_top_1_own_probability
         """,

@@ -8,6 +8,7 @@ from torch import nn
 
 import scatter_moe
 from fx_passes.report import GRADIENTS, RANGE
+from tests.near_misses import NEAR_MISSES
 from tests.zoo import ZOO, hidden_states
 
 CASES = {case.name: case for case in ZOO}
@@ -57,3 +58,9 @@ def test_module_paths_are_those_of_named_modules():
         torch._dynamo.reset()
         (region,) = scatter_moe.explain(model, hidden_states()).regions
         assert region.module_path == path
+
+
+def test_numbers_of_tokens_are_named_in_words():
+    (miss,) = [miss for miss in NEAR_MISSES if miss.name == "counts_returned"]
+    (rejection,) = scatter_moe.explain(miss.make(), hidden_states()).rejections
+    assert rejection.detail.startswith("the number of an expert's tokens, as a Python number, is used outside")

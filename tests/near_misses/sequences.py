@@ -102,6 +102,64 @@ class OutputSeenThroughItsBase(SequenceLoop):
         return base * 2
 
 
+class FlatColumnLoop(SequenceLoop):
+    """The plainest loop over flattened columns, in steps of which a near miss replaces one."""
+
+    def column(self, ids, k):
+        return ids[..., k].reshape(-1)
+
+    def weight(self, weights, k):
+        return weights[..., k].reshape(-1)
+
+    def moe(self, x, ids, weights):
+        flat = x.reshape(-1, D)
+        out = torch.zeros_like(flat)
+        for k in range(self.top_k):
+            column, weight = self.column(ids, k), self.weight(weights, k)
+            for e, expert in enumerate(self.experts):
+                mask = column == e
+                out[mask] += weight[mask].unsqueeze(-1) * expert(flat[mask])
+        return out.view_as(x)
+
+
+class FlatWeightsOfATransposed(FlatColumnLoop):
+    """The weights are flattened the other way round."""
+
+    def weight(self, weights, k):
+        return weights[..., k].t().reshape(-1)
+
+
+class FlatWeightsOfAnotherColumn(FlatColumnLoop):
+    def weight(self, weights, k):
+        return weights[..., self.top_k - 1 - k].reshape(-1)
+
+
+class FlatColumnWritten(FlatColumnLoop):
+    """Some tokens are sent to the first expert once the column was taken."""
+
+    def moe(self, x, ids, weights):
+        return super().moe(x, ids.clone(), weights)
+
+    def column(self, ids, k):
+        column = ids[..., k].reshape(-1)
+        column[:4] = 0
+        return column
+
+
+class FlatColumnOfOneTwice(FlatColumnLoop):
+    """The first column stands for all."""
+
+    def column(self, ids, k):
+        return ids[..., 0].reshape(-1)
+
+
+class FlatColumnOfATransposed(FlatColumnLoop):
+    """The ids come sequence by sequence, the tokens batch by batch."""
+
+    def column(self, ids, k):
+        return ids.transpose(0, 1)[..., k].reshape(-1)
+
+
 MISSES = (
     NearMiss("sequence_transposed_mask", "bodies_are_isomorphic", TransposedMask),
     NearMiss("sequence_swapped_positions", "bodies_are_isomorphic", SwappedPositions),
@@ -111,4 +169,9 @@ MISSES = (
     NearMiss("sequence_any_of_all", "loop_has_a_known_form", SequenceAnyOfAll),
     NearMiss("sequence_scale", "rows_belong_to_tokens", SequenceScale, may_rewrite=True),
     NearMiss("sequence_seen_through_base", "accumulator_may_be_added_to", OutputSeenThroughItsBase),
+    NearMiss("sequence_flat_weights_transposed", "bodies_are_isomorphic", FlatWeightsOfATransposed),
+    NearMiss("sequence_flat_weights_of_another", "bodies_are_isomorphic", FlatWeightsOfAnotherColumn),
+    NearMiss("sequence_flat_column_written", "nothing_is_written_inside", FlatColumnWritten),
+    NearMiss("sequence_flat_column_twice", "every_expert_is_covered", FlatColumnOfOneTwice),
+    NearMiss("sequence_flat_column_transposed", "one_routing_selects_all_rows", FlatColumnOfATransposed),
 )

@@ -80,10 +80,56 @@ class SequenceFlatOutput(SequenceLoop):
         return out.view_as(x)
 
 
+class SequenceFlatColumns(SequenceLoop):
+    """A loop over slots whose columns of ids and weights are flattened, as the tokens are."""
+
+    def moe(self, x, ids, weights):
+        flat = x.reshape(-1, D)
+        out = torch.zeros_like(flat)
+        for k in range(self.top_k):
+            column, weight = ids[..., k].flatten(), weights[:, :, k].reshape(-1)
+            for e, expert in enumerate(self.experts):
+                mask = column == e
+                if mask.any():
+                    out[mask] += weight[mask].unsqueeze(-1) * expert(flat[mask])
+        return out.view_as(x)
+
+
+class SequenceFlatColumnOfZeros(SequenceLoop):
+    """The same with positions, added to a view of zeros [B, S, D]; experts outside."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        flat, flat_out = x.view(-1, D), out.view(-1, D)
+        for e, expert in enumerate(self.experts):
+            for k in range(self.top_k):
+                tokens = torch.where(ids[:, :, k].reshape(-1) == e)[0]
+                flat_out.index_add_(0, tokens, expert(flat[tokens]) * weights[..., k].reshape(-1)[tokens, None])
+        return flat_out.view_as(x)
+
+
+class SequenceFlatColumnAssigned(SequenceLoop):
+    """An output for each slot, weighted inside."""
+
+    def moe(self, x, ids, weights):
+        flat = x.reshape(-1, D)
+        out = torch.zeros_like(flat)
+        for k in range(self.top_k):
+            column, weight, y = ids[..., k].reshape(-1), weights[..., k].reshape(-1, 1), torch.zeros_like(flat)
+            for e, expert in enumerate(self.experts):
+                mask = column == e
+                y[mask] = expert(flat[mask]) * weight[mask]
+            out = out + y
+        return out.view_as(x)
+
+
 CASES = (
     Case("sequence_mask", SequenceMask),
     Case("sequence_rows", SequenceRows),
     Case("sequence_where", SequenceWhere),
     Case("sequence_slots", SequenceSlots),
     Case("sequence_flat_output", SequenceFlatOutput),
+    Case("sequence_flat_columns", SequenceFlatColumns),
+    Case("sequence_flat_column_of_zeros", SequenceFlatColumnOfZeros),
+    Case("sequence_flat_column_assigned", SequenceFlatColumnAssigned, top_k=1, regions=2),
 )

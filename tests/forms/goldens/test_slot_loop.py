@@ -48,3 +48,43 @@ v50 = scatter_moe.mlp(v14, v22, v48, v49, [experts_0_w1_weight, experts_1_w1_wei
 v51 = .view_as(v50, hidden_states)
 return (v51)""",
         )
+
+    def test_flat_columns(self):
+        self.assertExpectedInline(
+            self.golden("sequence_flat_columns"),
+            """\
+v14 = linear(hidden_states, gate_weight, None)
+v15 = softmax(v14, dim=-1)
+v16 = topk(v15, 2, dim=-1)
+v17 = getitem(v16, 0)
+v18 = getitem(v16, 1)
+v19 = .reshape(hidden_states, -1, 16)
+v20 = getitem(v18, (Ellipsis, 0))
+v21 = .flatten(v20)
+v22 = eq(v21, 0)
+v23 = .any(v22)
+v24 = eq(v21, 1)
+v25 = .any(v24)
+v26 = eq(v21, 2)
+v27 = .any(v26)
+v28 = eq(v21, 3)
+v29 = .any(v28)
+v30 = getitem(v18, (Ellipsis, 1))
+v31 = .flatten(v30)
+v32 = eq(v31, 0)
+v33 = .any(v32)
+v34 = eq(v31, 1)
+v35 = .any(v34)
+v36 = eq(v31, 2)
+v37 = .any(v36)
+v38 = eq(v31, 3)
+v39 = .any(v38)
+v40 = .flatten(v18, 0, 1)
+v41 = scatter_moe.route(v40, 4)
+v42 = getitem(v41, 0)
+v43 = getitem(v41, 1)
+v44 = .flatten(v17, 0, 1)
+v45 = scatter_moe.mlp(v19, v44, v42, v43, [experts_0_w1_weight, experts_1_w1_weight, experts_2_w1_weight, experts_3_w1_weight], [experts_0_w3_weight, experts_1_w3_weight, experts_2_w3_weight, experts_3_w3_weight], [experts_0_w2_weight, experts_1_w2_weight, experts_2_w2_weight, experts_3_w2_weight], [], [], [], silu, separate, False, output, 1.702, 7.0, torch.float32)
+v46 = .view_as(v45, hidden_states)
+return (v46)""",
+        )

@@ -1,0 +1,47 @@
+"""Tokens whose experts are read as Python numbers, and that are computed one after the other."""
+
+import torch
+
+from tests.near_misses.common import NearMiss
+from tests.zoo.masks import MaskLoop
+
+FEW = 3
+
+
+class TokenByToken(MaskLoop):
+    """The plainest such loop; a subclass says how it comes by the experts of a token."""
+
+    def experts_of(self, ids, t):
+        return [ids[t, k].item() for k in range(self.top_k)]
+
+    def moe(self, x, ids, weights):
+        rows = []
+        for t in range(FEW):
+            chosen = self.experts_of(ids, t)
+            rows.append(sum(weights[t, k] * self.experts[e](x[t]) for k, e in enumerate(chosen)))
+        return torch.cat([torch.stack(rows), x[FEW:]])
+
+
+class AsIntegers(TokenByToken):
+    def experts_of(self, ids, t):
+        return [int(e) for e in ids[t]]
+
+
+class AsAList(TokenByToken):
+    def experts_of(self, ids, t):
+        return ids.tolist()[t]
+
+
+class AsIndices(TokenByToken):
+    """The list of experts is indexed by tensors."""
+
+    def experts_of(self, ids, t):
+        return [ids[t, k] for k in range(self.top_k)]
+
+
+MISSES = (
+    NearMiss("token_by_token", "loop_is_over_the_experts", TokenByToken),
+    NearMiss("token_by_token_integers", "loop_is_over_the_experts", AsIntegers),
+    NearMiss("token_by_token_list", "loop_is_over_the_experts", AsAList),
+    NearMiss("token_by_token_indices", "loop_is_over_the_experts", AsIndices),
+)
