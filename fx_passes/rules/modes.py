@@ -7,8 +7,8 @@ from torch import fx
 from torch.autograd import forward_ad, grad_mode
 
 from fx_passes.graph import autocast
-from fx_passes.graph.ops import fake_tensor, written
-from fx_passes.region import MoERegion, Rejected
+from fx_passes.graph.ops import fake_tensor, is_inplace, written
+from fx_passes.region import LoopRegion, MoERegion, Rejected
 from fx_passes.rules.escape import moved
 
 
@@ -30,8 +30,9 @@ _BEGINS, _ENDS = ("increment_nesting", "enter_dual_level"), ("decrement_nesting"
 def grad_mode_is_constant(region: MoERegion) -> None:
     """All that is differentiable in the region, its result too, is recorded for backward, or none of it.
 
-    If none is, what it takes from outside may have been recorded. The views and sums that bring the router's weights to
-    where they stand count as well: rewritten code reads the weights themselves.
+    If none is, what it takes from outside may have been recorded, but for what it adds to in place: that keeps its
+    history. The views and sums that bring the router's weights to where they stand count as well: rewritten code reads
+    the weights themselves.
     """
     own = region.inner | region.body.nodes
     brought = {node for node in region.routing | moved(region) if _reads_what_requires_grad(node)}
@@ -43,6 +44,16 @@ def grad_mode_is_constant(region: MoERegion) -> None:
     if len(recorded) > 1 and inside != {False}:
         node = max(modes.values())
         raise Rejected("grad_mode_is_constant", node, "grad mode changes inside the region")
+    if inside == {False} and _keeps_history(region):
+        detail = "what is added to in place was recorded for backward, the additions are not"
+        raise Rejected("grad_mode_is_constant", region.anchor, detail)
+
+
+def _keeps_history(region: MoERegion) -> bool:
+    """Whether the region writes to a tensor that requires a gradient."""
+    starts = (region.addend, region.base if isinstance(region, LoopRegion) else None)
+    tensors = map(fake_tensor, starts)
+    return is_inplace(region.result) and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _grad_modes(graph: fx.Graph) -> Iterator[tuple[fx.Node, bool]]:

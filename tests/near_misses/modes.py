@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.near_misses.common import Loop, NearMiss, RangeLoop, hits
 from tests.zoo.common import D, E
+from tests.zoo.masks import MaskLoop
 
 
 class NoGradOnOne(Loop):
@@ -54,6 +55,31 @@ class NoGradOnAllHit(Loop):
             with torch.no_grad():
                 y = self.experts[e](x[tokens])
             out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+
+class AddsUnrecorded(RangeLoop):
+    """What the experts are added to in place keeps its own history."""
+
+    def forward(self, hidden_states):
+        x, weights, mask, _ = self.start(hidden_states)
+        out = x * weights[:, :1]
+        with torch.no_grad():
+            for e in range(self.num_experts):
+                slots, tokens = torch.where(mask[e])
+                out.index_add_(0, tokens, self.value(x, weights, tokens, slots, e))
+        return out
+
+
+class AssignsUnrecorded(MaskLoop):
+    """So does what their rows are assigned to."""
+
+    def moe(self, x, ids, weights):
+        out = x * weights[:, :1]
+        with torch.no_grad():
+            for e, expert in enumerate(self.experts):
+                tokens = torch.where(ids[:, 0] == e)[0]
+                out[tokens] = expert(x[tokens])
         return out
 
 
@@ -159,6 +185,8 @@ MISSES = (
     NearMiss("hit_no_grad_on_one", "loop_can_be_traced", NoGradOnOneHit),
     NearMiss("range_no_grad_on_all", "grad_mode_is_constant", NoGradOnAll),
     NearMiss("hit_no_grad_on_all", "grad_mode_is_constant", NoGradOnAllHit),
+    NearMiss("range_adds_unrecorded", "grad_mode_is_constant", AddsUnrecorded),
+    NearMiss("range_assigns_unrecorded", "grad_mode_is_constant", AssignsUnrecorded),
     NearMiss("range_no_grad_weights", "grad_mode_is_constant", NoGradWeights),
     NearMiss("hit_detached_weights", "body_is_row_wise", DetachedWeights),
     NearMiss("range_detach_on_one", "bodies_are_isomorphic", DetachOnOne),
