@@ -57,8 +57,9 @@ def step(num_tokens: int, layout: str, transposed: bool, device: str = "cuda") -
     needs = [True, True, True, separate, True, biased, False, biased]
     grads = cuda.mlp_backward(normal(num_tokens, D), h, None, *arguments, *options, needs, overwrite_h=True)
     y = cuda.parallel_linear(x, gate_up, *routing, K, False, False, [], transposed)
-    grad_weight = cuda.parallel_linear_weight_grad(x, y, *routing, K, False, False, transposed)
-    return [out, *grads, cuda.combine(y, topk_weights, *routing, K, False), grad_weight]
+    scattered = cuda.parallel_linear_weight_grad(x, y, *routing, K, False, False, transposed)
+    grouped = cuda.parallel_linear_weight_grad(x.repeat_interleave(K, 0), y, *routing, 1, True, True, transposed)
+    return [out, *grads, cuda.combine(y, topk_weights, *routing, K, False), scattered, grouped]
 
 
 class Poisoned(TorchDispatchMode):
