@@ -34,7 +34,8 @@ log = logging.getLogger("scatter_moe")
 class Outcome:
     """What one run of the pass did to a graph, and which events its nodes still rest on.
 
-    `effects`: of these events, the first node in place that rests on each.
+    `effects`: of these events, the first node in place that rests on each. `replaced`: of each region the anchor and
+    the nodes.
     """
 
     regions: list[RegionReport] = field(default_factory=list)
@@ -42,7 +43,7 @@ class Outcome:
     erased_events: set[int] = field(default_factory=set)
     remaining_events: set[int] = field(default_factory=set)
     effects: dict[int, fx.Node] = field(default_factory=dict)
-    anchors: list[fx.Node] = field(default_factory=list)
+    replaced: list[tuple[fx.Node, frozenset[fx.Node]]] = field(default_factory=list)
 
 
 def run(gm: fx.GraphModule) -> Outcome:
@@ -112,7 +113,7 @@ def _rewrite_candidate(form: ModuleType, candidate: Any, outcome: Outcome) -> bo
         outcome.rejections.append(rejection(reason))
         return False
     described = _describe(region)
-    outcome.anchors.append(region.anchor)
+    outcome.replaced.append((region.anchor, region.inner | region.body.nodes))
     rewritten = rewrite(region)
     outcome.erased_events |= rewritten.erased_events
     outcome.regions.append(RegionReport(**described, activation=rewritten.activation, op=rewritten.op))

@@ -75,7 +75,7 @@ def _rewrite_captured(capture: Capture | None, gm: fx.GraphModule) -> bool:
     record_rejections(outcome.rejections, capture.memory.reported if capture is not None else set())
     if capture is not None:
         _trace_again_if_assumed(capture, outcome)
-    guard_hooks_of(outcome.anchors)
+    guard_hooks_of(outcome.replaced)
     if outcome.regions:
         guard_forward_mode()
     if capture is not None:

@@ -46,14 +46,17 @@ def _are_empty(names: tuple[str, ...], builder: GuardBuilder, guard: Guard) -> N
         hooks.add_dict_length_check_guard(0, [f"not {guard.name}.{name}"], guard.user_stack)
 
 
-def guard_hooks_of(anchors: Iterable[fx.Node]) -> None:
-    """The frame is traced again once a module of these regions, or one below it, has a hook."""
+def guard_hooks_of(regions: Iterable[tuple[fx.Node, Iterable[fx.Node]]]) -> None:
+    """The frame is traced again once a module of these regions, or one below it, has a hook.
+
+    regions: the anchor of each, and its nodes.
+    """
     context = TracingContext.try_get()
     if context is None:
         return
-    regions = {_module_of(anchor) for anchor in anchors}
+    modules = {path for anchor, nodes in regions for path in _modules_of(anchor, nodes)}
     guards = context.guards_context.dynamo_guards
-    own = [guard for guard in guards if guard.name.endswith(HOOKS) and _is_below(guard.name, regions)]
+    own = [guard for guard in guards if guard.name.endswith(HOOKS) and _is_below(guard.name, modules)]
     for guard in without_hooks(filter(is_on_hooks, own)):
         guards.add(guard)
     for guard in own:
@@ -62,13 +65,23 @@ def guard_hooks_of(anchors: Iterable[fx.Node]) -> None:
 
 
 def _is_below(source: str, modules: set[tuple[str, ...]]) -> bool:
-    return any(_words(source)[: len(path)] == path for path in modules)
+    path = _words(source)
+    return any(path[:length] in modules for length in range(len(path)))
 
 
-def _module_of(anchor: fx.Node) -> tuple[str, ...]:
-    """The module whose forward holds the loop; empty where that is the frame itself."""
-    stack = anchor.meta.get("nn_module_stack")
-    return _words(str(list(stack.values())[-1][0])) if stack else ()
+def _modules_of(anchor: fx.Node, nodes: Iterable[fx.Node]) -> set[tuple[str, ...]]:
+    """The module whose forward holds the loop, and those that it calls there: experts may be held by another.
+
+    The first is empty where that is the frame itself.
+    """
+    *around, own = _modules_around(anchor) or [""]
+    called = {module for node in nodes for module in _modules_around(node)}
+    return set(map(_words, {own} | called.difference(around)))
+
+
+def _modules_around(node: fx.Node) -> list[str]:
+    """The modules in whose forward `node` was traced, the innermost last."""
+    return [str(source) for source, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def _words(source: str) -> tuple[str, ...]:
