@@ -38,7 +38,10 @@ SHAPES = {
     "decode": Shape(64, 2048, 768, 128, 8),
     "decode256": Shape(256, 2048, 768, 128, 8),
     "E2": Shape(16384, 4096, 512, 128, 8),
+    "qwen3": Shape(16384, 2048, 768, 128, 8),
+    "mixtral": Shape(16384, 4096, 14336, 8, 2),
 }
+"""The last two are the layers of the models of `benchmarks/models.py`."""
 
 
 def shape_names(

@@ -45,6 +45,7 @@ RIVALS: dict[str, Callable[[], Rival]] = {
     "grouped_mm": lambda: Rival(plain.grouped_mm()),
     "grouped_mm, compiled": lambda: Rival(torch.compile(plain.grouped_mm())),
     "transformers": lambda: Rival(plain.transformers()),
+    "transformers, compiled": lambda: Rival(torch.compile(plain.transformers())),
     "scattermoe": lambda: Rival(packages.scattermoe()),
     "sonicmoe": lambda: Rival(packages.sonicmoe(), interleaved),
     PARTLY_TUNED: lambda: Rival(packages.sonicmoe_tuned_in_part(), interleaved),

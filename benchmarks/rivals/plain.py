@@ -30,19 +30,20 @@ def transformers() -> Callable[..., Tensor]:
     """transformers' default for experts: its Qwen3-MoE module with the grouped_mm recipe."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
-    class Experts(torch.nn.Module):
+    class Experts:
+        """What the recipe reads of its module. Parameters of a module would be leaves of their own."""
+
         has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
         has_post_expert_norm = _is_expert_parallel = False
+
+        def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+            self.num_experts, self.gate_up_proj, self.down_proj = down.shape[0], gate_up, down
 
         def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
             gate, up = gate_up_out.chunk(2, dim=-1)
             return torch.nn.functional.silu(gate) * up
 
     def forward(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        module = Experts()
-        # Plain attributes: as parameters they would be leaves of their own.
-        for name, value in (("num_experts", down.shape[0]), ("gate_up_proj", gate_up), ("down_proj", down)):
-            object.__setattr__(module, name, value)
-        return grouped_mm_experts_forward(module, x, topk_ids, topk_weights)
+        return grouped_mm_experts_forward(Experts(gate_up, down), x, topk_ids, topk_weights)
 
     return forward
