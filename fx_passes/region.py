@@ -34,7 +34,7 @@ def mismatches_rejected() -> Iterator[None]:
     except NotIsomorphic as reason:
         raise Rejected("bodies_are_isomorphic", reason.node, reason.detail) from reason
     except UnknownOperation as reason:
-        raise Rejected("operations_are_known", reason.node, f"an expert calls `{reason}`") from reason
+        raise Rejected("operations_are_known", reason.node, str(reason)) from reason
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fx_passes.batched.totals import ADDITIONS, added_up, summed
 from fx_passes.body.values import Body, SlotGathered, Value, children
 from fx_passes.graph.aliasing import inplace_users, is_read_before
 from fx_passes.graph.ops import arg, fake_tensor, is_inplace, known_tensor, op_name
+from fx_passes.graph.unknown_calls import said_of_call
 from fx_passes.graph.views import step, views_of
 from fx_passes.region import Rejected
 
@@ -78,7 +79,7 @@ class Walk:
         if fake_tensor(node) is None and name not in ALONG_DIM:
             return None
         if name is None:
-            raise Rejected("operations_are_known", node, f"an expert calls `{node.target}`")
+            raise Rejected("operations_are_known", node, said_of_call(node))
         if is_inplace(node) and name in ("add_", "iadd"):
             return self.seen(node.args[0])
         if name in _MATRIX_PRODUCTS:

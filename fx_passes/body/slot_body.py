@@ -51,6 +51,7 @@ from fx_passes.graph.ops import (
     varargs,
 )
 from fx_passes.graph.row_index import have_one_width, repeated
+from fx_passes.graph.unknown_calls import said_of_call
 from fx_passes.region import Rejected
 
 
@@ -138,7 +139,7 @@ class _Translator:
         if (name == "to" and casts_nothing(node)) or squeezes_nothing(node):
             return self.value(node.args[0])
         if name is None:
-            raise Rejected("operations_are_known", node, f"an expert calls `{node.target}`")
+            raise Rejected("operations_are_known", node, said_of_call(node))
         return self._operation(node, name)
 
     def _operation(self, node: fx.Node, name: str) -> Value:

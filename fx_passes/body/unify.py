@@ -36,6 +36,7 @@ from fx_passes.graph.ops import (
     out_of_place,
     same_size,
 )
+from fx_passes.graph.unknown_calls import said_of_call
 
 
 class NotIsomorphic(Exception):
@@ -51,7 +52,7 @@ class UnknownOperation(Exception):
     """An expert does something that no rule speaks of: a higher-order op, a custom op, a hook."""
 
     def __init__(self, node: fx.Node) -> None:
-        super().__init__(str(node.target))
+        super().__init__(said_of_call(node))
         self.node = node
 
 

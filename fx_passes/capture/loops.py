@@ -13,7 +13,7 @@ from fx_passes.capture import counts, expert_loops
 from fx_passes.capture.events import Scope, events_of
 from fx_passes.capture.index_list import IndexListVariable
 from fx_passes.capture.parts import vanishes
-from fx_passes.capture.python_state import Snapshot, difference, snapshot
+from fx_passes.capture.python_state import Snapshot, difference, said_of, snapshot
 from fx_passes.capture.stand_in import replace_parameters
 from fx_passes.capture.variables import expert_of_variable, has_open_length, open_number, rank_of
 from fx_passes.facts import fact
@@ -171,7 +171,7 @@ def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> Non
     numbers = [name for name, old, node in changed.carried if _is_number(node, is_new=old is None)]
     unexplained = dict.fromkeys((*changed.names, *from_outside, *numbers))
     names = [
-        name.removeprefix("local ")
+        said_of(name)
         for name in unexplained
         if name not in before or not vanishes(capture, scope, name, before[name], now[name])
     ]
@@ -179,6 +179,7 @@ def _compare(capture: Any, scope: Scope, before: Snapshot, now: Snapshot) -> Non
         capture.trace_again_unrolled([scope.event])
     if names:
         scope.event.failed = True
-        capture.reject(scope.tx, "loop_changes_no_python_state", f"running the loop body changes {', '.join(names)}")
+        detail = f"running the loop body changes {', '.join(dict.fromkeys(names))}"
+        capture.reject(scope.tx, "loop_changes_no_python_state", detail)
     if scope.symbol is not None:
         scope.symbol.meta["scatter_moe_carried"] = [(old, new) for _, old, new in changed.carried]

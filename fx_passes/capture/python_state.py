@@ -26,6 +26,17 @@ from torch._guards import Source
 from fx_passes.capture.liveness import live_locals
 
 Snapshot = dict[str, Any]
+"""By what a user calls it, and behind `_OWN` the number that tells it from others that are called so."""
+
+_OWN = " #"
+_KINDS = {
+    "CellVariable": "a variable of an enclosing function",
+    "NestedUserFunctionVariable": "a function",
+    "NewGlobalVariable": "a module",
+    "ListVariable": "a list",
+    "ConstDictVariable": "a dict",
+    "SetVariable": "a set",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +75,12 @@ def snapshot(tx: Any, at: Any, stack_size: int) -> Snapshot:
     }
     state["grad mode or autocast"] = _modes()
     state.update({f"stack {place}": _describe(value) for place, value in enumerate(tx.stack[:stack_size])})
-    state["messages"] = len(tx.debug_locals)
+    state["what is printed"] = len(tx.debug_locals)
     caller = tx.parent
     while caller is not None:
-        state["messages"] += len(caller.debug_locals)
+        state["what is printed"] += len(caller.debug_locals)
         for name, value in caller.symbolic_locals.items():
-            state[f"caller {id(caller)} {name}"] = _describe(value)
+            state[f"a caller's local {name}{_OWN}{id(caller)}"] = _describe(value)
         caller = caller.parent
     state["random numbers"] = len(tx.output.random_calls)
     state.update(_side_effects(tx.output.side_effects))
@@ -122,10 +133,12 @@ def _side_effects(side_effects: Any) -> Snapshot:
     state: Snapshot = {"hooks on tensors": tuple(side_effects.tensor_hooks)}
     for owner, attributes in list(side_effects.store_attr_mutations.items()):
         for name, value in list(attributes.items()):
-            state[f"attribute {name} of {type(owner).__name__} {id(owner)}"] = _describe(value)
+            is_private = name == "cell_contents" or name.startswith("__")
+            said = _kind(owner) if is_private else f"attribute {name} of {_kind(owner)}"
+            state[f"{said}{_OWN}{id(owner)} {name}"] = _describe(value)
     for key, value in list(side_effects.id_to_variable.items()):
         mutation = value.mutation_type
-        name = f"content of {type(value).__name__} {key}"
+        name = f"the content of {_kind(value)}{_OWN}{key}"
         if isinstance(mutation, ValueMutationExisting) and mutation.is_modified:
             state[name] = _describe_content(value, 0)
         elif isinstance(value, UserDefinedObjectVariable):
@@ -135,6 +148,18 @@ def _side_effects(side_effects: Any) -> Snapshot:
             if held:
                 state[name] = tuple(_describe_content(field, 0) for field in held)
     return state
+
+
+def _kind(variable: VariableTracker) -> str:
+    """What a user calls an object that Dynamo has as `variable`."""
+    if isinstance(variable, UserDefinedObjectVariable):
+        return f"a {type(variable.value).__name__}"
+    return _KINDS.get(type(variable).__name__, "an object")
+
+
+def said_of(name: str) -> str:
+    """What the user is told of an entry of a snapshot."""
+    return "a value in use" if name.startswith("stack ") else name.partition(_OWN)[0].removeprefix("local ")
 
 
 def _may_be_written(container: Any) -> bool:

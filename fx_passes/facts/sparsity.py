@@ -190,7 +190,7 @@ def _number(value: Any) -> float | None:
 
 
 def _is_one_a_row(divisor: Any, experts: int) -> bool:
-    """A divisor that is zero makes the whole row NaN, what was chosen too."""
+    """A divisor that is zero leaves nothing of the row that is finite, what was chosen too."""
     tensor = fake_tensor(divisor)
     return tensor is None or tensor.dim() == 0 or (tensor.dim() >= 2 and tensor.shape[experts] == 1)
 

@@ -42,7 +42,7 @@ Size = int | torch.SymInt
 
 _STEPS_FROM_TABLE = 4
 
-UNCHOSEN = "an expert with weight zero is not computed: an infinite or NaN result of it would have given NaN"
+UNCHOSEN = "an expert with weight zero is not computed: an infinite or NaN result or weight would have given NaN"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fx_passes.body.linear_body import as_linear
 from fx_passes.body.simplify import keeps_all
 from fx_passes.body.values import Body, Gathered, Op, PerExpert, Shared, SlotGathered, has_rows, nested_values, rank
 from fx_passes.graph.ops import POINTWISE, example, fake_tensor, known_tensor, normalized_dim, same_size, varargs
@@ -107,6 +108,11 @@ def _check_matmul(op: Op) -> None:
         raise _refused(op, "the right side of a matrix product is no weight matrix")
     if bias is not None and not (isinstance(bias, (PerExpert, Shared)) and rank(bias) == 1):
         raise _refused(op, "the bias of a linear layer is no vector")
+    linear = as_linear(op)
+    if linear is not None and not same_size(known_tensor(rows.node).shape[-1], linear.widths[0]):
+        raise _refused(
+            op, "a dim of size one is repeated to be summed over: rows are not as wide as their weight asks for"
+        )
     _check_width(op, bias)
 
 

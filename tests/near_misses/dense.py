@@ -206,6 +206,13 @@ class NormAsWideAsExperts(TransposedExperts):
         return F.rms_norm(super().activate(h), (E,), self.norm)
 
 
+class OneColumnRepeated(DenseExperts):
+    """An einsum that repeats one column of the rows for all that it sums over."""
+
+    def activate(self, h):
+        return super().activate(h)[..., :1]
+
+
 def block(experts):
     return lambda: DenseBlock(experts)
 
@@ -237,6 +244,7 @@ MISSES = (
     NearMiss("dense_all_divided", "weights_are_zero_outside_the_top_k", DividedByTable, may_rewrite=True),
     NearMiss("dense_all_repeated_ids", "repeated_ids_are_counted", RepeatedIds),
     NearMiss("dense_all_biased_inputs", "weights_are_zero_outside_the_top_k", lambda: ScatteredSigmoid(BiasedInputs)),
+    NearMiss("dense_all_one_column_repeated", "body_is_row_wise", block(OneColumnRepeated)),
     NearMiss("dense_all_hidden_used", "body_is_row_wise", block(HiddenReturned)),
     NearMiss("dense_all_mean_over_experts", "body_is_row_wise", block(MeanOverExperts)),
     NearMiss("dense_all_norm_as_wide_as_experts", None, block(NormAsWideAsExperts), may_rewrite=True),

@@ -90,6 +90,13 @@ class FrozenDown(EinsumExperts):
         return torch.einsum("tao,taio->tai", h, weight)
 
 
+class OneColumnRepeated(EinsumExperts):
+    """An einsum that repeats one column of the rows for all that it sums over."""
+
+    def down(self, h, ids):
+        return super().down(h[..., :1], ids)
+
+
 class WeightsInTurn(BatchedExperts):
     """The weights of slots are those of other slots."""
 
@@ -122,6 +129,7 @@ MISSES = (
     NearMiss("gathered_written_after_read", "nothing_is_written_inside", block(WrittenAfterRead)),
     NearMiss("gathered_number_added_in_place", "nothing_is_written_inside", block(NumberAddedInPlace)),
     NearMiss("gathered_frozen_down", "grad_mode_is_constant", block(FrozenDown)),
+    NearMiss("gathered_one_column_repeated", "body_is_row_wise", block(OneColumnRepeated)),
     NearMiss("gathered_flat_ids_written", "nothing_is_written_inside", block(FlatIdsWritten)),
     NearMiss("gathered_weights_in_turn", None, block(WeightsInTurn), may_rewrite=True),
 )

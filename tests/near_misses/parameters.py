@@ -28,6 +28,13 @@ class SummedOverTokens(Biases):
         return super().down(h, e) + torch.einsum("tf,df->d", h, self.experts.down_proj[e])
 
 
+class OneColumnRepeated(Biases):
+    """An einsum that repeats one column of the rows for all that it sums over."""
+
+    def down(self, h, e):
+        return torch.einsum("tf,df->td", h[:, :1], self.experts.down_proj[e])
+
+
 class NextBias(Biases):
     """Each expert has the bias of the next."""
 
@@ -166,6 +173,7 @@ class TurnedScale(RangeLoop):
 MISSES = (
     NearMiss("parameters_half_of_the_bias", "body_is_row_wise", HalfOfTheBias),
     NearMiss("parameters_summed_over_tokens", "body_is_row_wise", SummedOverTokens),
+    NearMiss("parameters_one_column_repeated", "body_is_row_wise", OneColumnRepeated),
     NearMiss("parameters_next_bias", "bodies_are_isomorphic", NextBias),
     NearMiss("parameters_next_half", "bodies_are_isomorphic", NextHalf),
     NearMiss("parameters_later_half", "bodies_are_isomorphic", LaterHalf),
