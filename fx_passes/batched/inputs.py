@@ -13,6 +13,7 @@ from fx_passes.batched.row_graph import RowGraph
 from fx_passes.batched.rows import PARTS, Input, Labels
 from fx_passes.body.values import Gathered, PerExpert, SlotGathered, Value
 from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.graph.said import said_of
 from fx_passes.graph.views import Dim, View, views_of
 from fx_passes.region import Rejected
 
@@ -58,7 +59,7 @@ def gathered(node: fx.Node, source: Input, ids: fx.Node | None) -> Input | None:
         return None
     labels = index_labels(index, ids)
     if labels is None:
-        raise Rejected("rows_are_taken_in_one_order", node, f"`{node.name}` is not taken by the experts of the rows")
+        raise Rejected("rows_are_taken_in_one_order", node, f"{said_of(node)} is not taken by the experts of the rows")
     own = tuple(("p", label) for label in labels)
     whole = Input(tuple(view for view in source.views if view.dims[:1] == ((0,),)))
     return whole.moved(lambda view: View(view.start, (*own, *view.dims[1:]), (*view.steps, node)))

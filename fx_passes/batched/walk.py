@@ -16,7 +16,7 @@ from fx_passes.batched.totals import ADDITIONS, added_up, summed
 from fx_passes.body.values import Body, SlotGathered, Value, children
 from fx_passes.graph.aliasing import inplace_users, is_read_before
 from fx_passes.graph.ops import arg, fake_tensor, is_inplace, known_tensor, op_name
-from fx_passes.graph.unknown_calls import said_of_call
+from fx_passes.graph.said import said_of_call
 from fx_passes.graph.views import step, views_of
 from fx_passes.region import Rejected
 

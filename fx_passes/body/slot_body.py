@@ -51,7 +51,7 @@ from fx_passes.graph.ops import (
     varargs,
 )
 from fx_passes.graph.row_index import have_one_width, repeated
-from fx_passes.graph.unknown_calls import said_of_call
+from fx_passes.graph.said import said_of, said_of_call
 from fx_passes.region import Rejected
 
 
@@ -178,7 +178,7 @@ class _Translator:
             return SlotGathered(flat.source, node, trailing=0)
         if known == Experts(self.order):
             return PerExpert(source, stacked=source)
-        raise Rejected("rows_are_taken_in_one_order", node, f"`{node.name}` is not in the order of the experts' rows")
+        raise Rejected("rows_are_taken_in_one_order", node, f"{said_of(node)} is not in the order of the experts' rows")
 
     def _gathered_rows(self, node: fx.Node) -> Value | None:
         """`x.gather(0, tokens[:, None].expand(-1, D))`."""
@@ -257,9 +257,9 @@ class _Translator:
         if not writes or node not in self.inner:
             return value
         if is_inplace(node) or not isinstance(value, (Gathered, Op)) or not _is_fresh(node):
-            raise Rejected("nothing_is_written_inside", writes[0], f"`{op_name(writes[0])}` writes to `{node.name}`")
+            raise Rejected("nothing_is_written_inside", writes[0], f"`{op_name(writes[0])}` writes to {said_of(node)}")
         if is_read_before(node, writes):
-            raise Rejected("nothing_is_written_inside", writes[-1], f"`{node.name}` is written after it was read")
+            raise Rejected("nothing_is_written_inside", writes[-1], f"{said_of(node)} is written after it was read")
         for write in writes:
             value = self._after(write, value)
             self.writes.append(write)

@@ -36,7 +36,7 @@ from fx_passes.graph.ops import (
     out_of_place,
     same_size,
 )
-from fx_passes.graph.unknown_calls import said_of_call
+from fx_passes.graph.said import said_of, said_of_call
 
 
 class NotIsomorphic(Exception):
@@ -154,7 +154,7 @@ class Unifier:
         first = nodes[0]
         for node in nodes:
             if node.op != first.op or node.target != first.target:
-                raise NotIsomorphic(node, f"one expert computes `{_show(first)}`, another `{_show(node)}`")
+                raise NotIsomorphic(node, f"one expert computes {_show(first)}, another {_show(node)}")
         if counts_behind(first) is not None:
             raise NotIsomorphic(first, "an expert's number of tokens is used as a value")
         if op_name(first) is None:
@@ -191,22 +191,22 @@ class Unifier:
         """The same place of an argument list in all copies."""
         first = items[0]
         if any(type(item) is not type(first) for item in items):
-            raise NotIsomorphic(at, f"an argument of `{_show(at)}` differs in kind between experts")
+            raise NotIsomorphic(at, f"an argument of {_show(at)} differs in kind between experts")
         if isinstance(first, fx.Node):
             return self.value(items)
         if isinstance(first, slice):
             return slice(*self._structure(tuple((item.start, item.stop, item.step) for item in items), at))
         if isinstance(first, (tuple, list)):
             if any(len(item) != len(first) for item in items):
-                raise NotIsomorphic(at, f"an argument of `{_show(at)}` differs in length between experts")
+                raise NotIsomorphic(at, f"an argument of {_show(at)} differs in length between experts")
             return type(first)(self._structure(tuple(item[place] for item in items), at) for place in range(len(first)))
         if isinstance(first, dict):
             if any(item.keys() != first.keys() for item in items):
-                raise NotIsomorphic(at, f"the keyword arguments of `{_show(at)}` differ between experts")
+                raise NotIsomorphic(at, f"the keyword arguments of {_show(at)} differ between experts")
             return {key: self._structure(tuple(item[key] for item in items), at) for key in first}
         if any(item != first for item in items):
             raise NotIsomorphic(
-                at, f"a constant of `{_show(at)}` differs between experts: {sorted(set(map(str, items)))}"
+                at, f"a constant of {_show(at)} differs between experts: {sorted(set(map(str, items)))}"
             )
         return first
 
@@ -276,4 +276,5 @@ def _taken(taking: Taking, node: fx.Node, is_single: bool) -> Gathered | SlotGat
 
 
 def _show(node: fx.Node) -> str:
-    return op_name(node) or str(node.target)
+    name = op_name(node) or getattr(node.target, "__name__", None)
+    return f"`{name}`" if name is not None else said_of(node)

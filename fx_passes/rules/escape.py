@@ -19,15 +19,6 @@ from fx_passes.facts.ids import ids_are_distinct, num_tokens, sources_of_ids
 from fx_passes.facts.statements import Counts, Hit, Listed
 from fx_passes.facts.tallies import fills_of
 from fx_passes.graph.aliasing import storage_of, writers_of, writes_before_reads
-from fx_passes.graph.markers import (
-    current_expert,
-    each_expert,
-    expert_count,
-    expert_parameter,
-    expert_segment,
-    experts_hit,
-    place_among_hits,
-)
 from fx_passes.graph.ops import (
     ZEROS,
     arg,
@@ -39,6 +30,7 @@ from fx_passes.graph.ops import (
     op_name,
     written,
 )
+from fx_passes.graph.said import said_of
 from fx_passes.region import LoopRegion, MoERegion, Rejected
 
 
@@ -50,27 +42,11 @@ def no_intermediate_escapes(region: MoERegion) -> None:
     for node in sorted(inside - needed):
         if not _is_dead_end(node, inside, known):
             seen = next((source for source in node.all_input_nodes if source in needed - {region.result}), node)
-            raise Rejected("no_intermediate_escapes", seen, f"{_named(seen)} is used outside the experts")
+            raise Rejected("no_intermediate_escapes", seen, f"{said_of(seen)} is used outside the experts")
     for node in sorted(needed - {region.result}):
         for user in node.users:
             if user not in inside:
-                raise Rejected("no_intermediate_escapes", user, f"{_named(node)} is used outside the experts")
-
-
-def _named(node: fx.Node) -> str:
-    """What `node` holds, in the user's words: a stand-in has none of them in its name."""
-    return _STAND_INS.get(node.target, f"`{node.name}`")
-
-
-_STAND_INS = {
-    expert_count: "the number of an expert's tokens, as a Python number,",
-    experts_hit: "the number of experts with a token",
-    current_expert: "the number of the loop's expert",
-    each_expert: "the number of the loop's expert",
-    place_among_hits: "the place of an expert among those with a token",
-    expert_segment: "what an expert takes of the sorted rows",
-    expert_parameter: "a parameter of the loop's expert",
-}
+                raise Rejected("no_intermediate_escapes", user, f"{said_of(node)} is used outside the experts")
 
 
 def _ancestors(region: MoERegion, inside: set[fx.Node]) -> set[fx.Node]:
@@ -208,7 +184,9 @@ def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
         for node in writers_of(gathered.source):
             if places[node] > places[region.result]:
                 raise Rejected(
-                    "gathered_tensors_stay_as_they_are", node, f"`{gathered.source.name}` is written after the experts"
+                    "gathered_tensors_stay_as_they_are",
+                    node,
+                    f"{said_of(gathered.source)} is written after the experts",
                 )
 
 

@@ -18,6 +18,7 @@ from fx_passes.body.values import Gathered, PerExpert, SlotGathered, has_rows
 from fx_passes.body.weighted_body import before_casts
 from fx_passes.facts.ids import has_slots
 from fx_passes.graph.ops import fake_tensor, known_tensor, same_size, same_sizes, sizes_of
+from fx_passes.graph.said import said_of
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected, SummedRegion
 from fx_passes.rules.escape import (
     gathered_tensors_stay_as_they_are,
@@ -111,7 +112,7 @@ def _require_sizes(
     else:
         expected = (*tokens, *columns) if len(given) > len(tokens) else (math.prod(tokens), *columns)
     if not same_sizes(given[: len(expected)], expected):
-        detail = f"`{node.name}` has shape {tuple(given)}, the ids have {(*tokens, *columns)}"
+        detail = f"{said_of(node)} has shape {tuple(given)}, the ids have {(*tokens, *columns)}"
         raise Rejected("rows_belong_to_tokens", at, detail)
 
 

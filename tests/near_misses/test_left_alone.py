@@ -31,8 +31,8 @@ def test_near_miss_is_left_alone(miss):
         assert_explained(miss, Explanation(report))
 
 
-INTERNAL = re.compile(r"0x[0-9a-f]{6,}|\d{9,}|Variable \d|sym_size")
-"""Addresses, identities, classes and operators that are Dynamo's own: no user can tell what they are."""
+INTERNAL = re.compile(r"0x[0-9a-f]{6,}|\d{9,}|Variable \d|sym_size|`[lL]_")
+"""Addresses, identities, classes, operators and names that are Dynamo's own: no user can tell what they are."""
 
 
 def assert_explained(miss, explanation):
