@@ -174,26 +174,22 @@ def _fills(region: MoERegion) -> Iterator[fx.Node]:
             yield from writes
 
 
-def gathered_tensors_stay_as_they_are(region: MoERegion) -> None:
-    """Naive code keeps copies of rows for backward, the rewritten one what they are gathered from."""
+def tensors_for_backward_stay_as_they_are(region: MoERegion) -> None:
+    """Operators keep what they read: naive code keeps copies of rows in its place, and no biases."""
     rows = fake_tensor(region.body.root.node)
     if rows is None or not rows.requires_grad:
         return
     places = region.places()
-    for gathered in (*region.body.of(Gathered), *region.body.of(SlotGathered)):
-        for node in writers_of(gathered.source):
+    for kept in (*_gathered(region), *_parameters(region)):
+        for node in writers_of(kept):
             if places[node] > places[region.result]:
-                raise Rejected(
-                    "gathered_tensors_stay_as_they_are",
-                    node,
-                    f"{said_of(gathered.source)} is written after the experts",
-                )
+                detail = f"{said_of(kept)} is written after the experts"
+                raise Rejected("tensors_for_backward_stay_as_they_are", node, detail)
 
 
 def moved(region: MoERegion) -> frozenset[fx.Node]:
     """Views and rearranged copies of the ids, of what is gathered and of parameters, which the region reads."""
-    parameters = (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)
-    sources = {region.ids_TK, *_gathered(region), *parameters}
+    sources = {region.ids_TK, *_gathered(region), *_parameters(region)}
     steps: set[fx.Node] = set()
     for reader in region.inner | region.routing | region.body.nodes:
         for node in reader.all_input_nodes:
@@ -205,6 +201,10 @@ def moved(region: MoERegion) -> frozenset[fx.Node]:
 
 def _gathered(region: MoERegion) -> Iterator[fx.Node]:
     yield from (value.source for value in (*region.body.of(Gathered), *region.body.of(SlotGathered)))
+
+
+def _parameters(region: MoERegion) -> Iterator[fx.Node]:
+    yield from (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)
 
 
 def _starts(region: MoERegion) -> Iterator[fx.Node]:
@@ -235,7 +235,7 @@ def _outer_inputs(region: MoERegion) -> Iterator[fx.Node]:
     yield from moved(region)
     yield from region.routing
     yield from (source for node in region.routing for source in node.all_input_nodes)
-    yield from (node for parameter in region.body.of(PerExpert) for node in parameter.parameters)
+    yield from _parameters(region)
     own = region.inner.union(region.outputs)
     for node in region.inner:
         yield from (source for source in node.all_input_nodes if source not in own)

@@ -21,10 +21,10 @@ from fx_passes.graph.ops import fake_tensor, known_tensor, same_size, same_sizes
 from fx_passes.graph.said import said_of
 from fx_passes.region import GroupedRegion, LoopRegion, MoERegion, Rejected, SummedRegion
 from fx_passes.rules.escape import (
-    gathered_tensors_stay_as_they_are,
     no_intermediate_escapes,
     no_other_loop_holds_the_region,
     nothing_is_written_inside,
+    tensors_for_backward_stay_as_they_are,
 )
 from fx_passes.rules.loop import LOOP_RULES
 from fx_passes.rules.modes import (
@@ -168,7 +168,7 @@ RULES: tuple[Callable[[MoERegion], None], ...] = (
     experts_have_their_own_parameters,
     no_intermediate_escapes,
     nothing_is_written_inside,
-    gathered_tensors_stay_as_they_are,
+    tensors_for_backward_stay_as_they_are,
     grad_mode_is_constant,
     autocast_is_constant,
     products_keep_their_dtype,

@@ -3,10 +3,11 @@
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.near_misses.common import NearMiss, RangeLoop
-from tests.zoo.common import D
+from tests.zoo.common import FF, D, E
 
 
 @torch.library.custom_op("near_miss::double_", mutates_args={"x"})
@@ -120,6 +121,27 @@ class InputWrittenAfter(RangeLoop):
         return out + x
 
 
+class BiasWrittenAfter(RangeLoop):
+    """The gradient of a bias is made without it, so eager doesn't mind that it is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(E, 2 * FF))
+
+    def expert(self, x, e):
+        gate, up = F.linear(x, self.experts.gate_up_proj[e], self.bias[e]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.experts.down_proj[e])
+
+    def forward(self, hidden_states):
+        x, weights, mask, out = self.start(hidden_states)
+        for e in range(self.num_experts):
+            slots, tokens = torch.where(mask[e])
+            out.index_add_(0, tokens, self.value(x, weights, tokens, slots, e))
+        with torch.no_grad():
+            self.bias.mul_(0.9)
+        return out
+
+
 class CustomWriteBefore(RangeLoop):
     """The zeros are no zeros any more when the loop begins."""
 
@@ -204,7 +226,8 @@ MISSES = (
     NearMiss("range_statistics", WRITTEN, Statistics),
     NearMiss("range_ids_made_equal", "repeated_ids_are_counted", IdsMadeEqual),
     NearMiss("range_ids_under_long", WRITTEN, IdsChangeUnderAlias),
-    NearMiss("range_input_written_after", "gathered_tensors_stay_as_they_are", InputWrittenAfter),
+    NearMiss("range_input_written_after", "tensors_for_backward_stay_as_they_are", InputWrittenAfter),
+    NearMiss("range_bias_written_after", "tensors_for_backward_stay_as_they_are", BiasWrittenAfter),
     NearMiss("range_custom_write_before", "accumulator_may_be_added_to", CustomWriteBefore),
     NearMiss("range_zeros_in_buffer", ZEROS, ZerosInBuffer),
     NearMiss("range_halves_of_output", "accumulator_is_not_read_inside", HalvesOfOutput),
