@@ -33,6 +33,9 @@ from fx_passes.graph.markers import (
 
 _NAMESPACES = (torch.nn.functional, torch._C._nn, torch, torch.special, torch._C._linalg, operator)
 
+_UNDERSCORED = {operator.and_: "bitwise_and", operator.or_: "bitwise_or", operator.not_: "logical_not"}
+"""Python has these names for itself: they write to nothing."""
+
 
 def _public_functions() -> dict[Callable[..., Any], str]:
     names: dict[Callable[..., Any], str] = {}
@@ -44,7 +47,7 @@ def _public_functions() -> dict[Callable[..., Any], str]:
     names[getattr] = "getattr"
     names[torch.mm] = "mm"
     names[torch._grouped_mm] = "grouped_mm"
-    return names
+    return names | _UNDERSCORED
 
 
 _OPERATOR_METHODS = frozenset(

@@ -45,7 +45,10 @@ def said_of(node: fx.Node) -> str:
 def said_of_call(node: fx.Node) -> str:
     """Of a call in an expert that no rule speaks of."""
     stand_in = _stand_in(node)
-    return f"an expert calls `{node.target}`" if stand_in is None else f"{stand_in} is used as a value"
+    if stand_in is not None:
+        return f"{stand_in} is used as a value"
+    is_python = callable(node.target) and not isinstance(node.target, torch._ops.OperatorBase)
+    return f"an expert calls `{getattr(node.target, '__name__', node.target) if is_python else node.target}`"
 
 
 def _stand_in(node: fx.Node) -> str | None:

@@ -35,6 +35,13 @@ class OneColumnRepeated(Biases):
         return torch.einsum("tf,df->td", h[:, :1], self.experts.down_proj[e])
 
 
+class WhereBothHold(Biases):
+    """What `&` makes of two masks, which it doesn't write to, is multiplied with."""
+
+    def down(self, h, e):
+        return super().down(h * ((h > 0) & (h < 1)), e)
+
+
 class NextBias(Biases):
     """Each expert has the bias of the next."""
 
@@ -174,6 +181,7 @@ MISSES = (
     NearMiss("parameters_half_of_the_bias", "body_is_row_wise", HalfOfTheBias),
     NearMiss("parameters_summed_over_tokens", "body_is_row_wise", SummedOverTokens),
     NearMiss("parameters_one_column_repeated", "body_is_row_wise", OneColumnRepeated),
+    NearMiss("parameters_where_both_hold", "body_is_row_wise", WhereBothHold),
     NearMiss("parameters_next_bias", "bodies_are_isomorphic", NextBias),
     NearMiss("parameters_next_half", "bodies_are_isomorphic", NextHalf),
     NearMiss("parameters_later_half", "bodies_are_isomorphic", LaterHalf),
