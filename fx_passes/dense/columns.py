@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from fx_passes.facts import fact
-from fx_passes.facts.ids import is_single_choice
-from fx_passes.facts.statements import Mask, with_one_token_dim
+from fx_passes.facts.ids import ids_are_distinct, is_single_choice
+from fx_passes.facts.statements import Mask, OneHot, with_one_token_dim
 from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.ops import (
     CASTS,
@@ -25,6 +25,7 @@ from fx_passes.graph.ops import (
     example,
     fake_tensor,
     is_last_dim,
+    known_tensor,
     normalized_dim,
     only_pick,
     op_name,
@@ -40,6 +41,8 @@ NO_EXPERT = -1
 """Whose column it is where a mask keeps other tokens than those whose weights these are."""
 NOT_ZERO = -2
 """Whose it is where what a mask doesn't keep is not zero."""
+COUNTS_SLOTS = -3
+"""Whose it is where a mask has the number of a token's slots with the expert, which may be several."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Those that have `expert`, or are NO_EXPERT's or NOT_ZERO elsewhere, among their `ids` or in one slot of these."""
+    """Those that have `expert` among their `ids`, or in one slot of these.
+
+    Instead of an expert it may be said NO_EXPERT, NOT_ZERO or COUNTS_SLOTS.
+    """
 
     ids: fx.Node
     expert: int
@@ -187,7 +193,20 @@ def tokens_of_expert(mask: Any, dims: int, instead: int | None) -> Tokens | None
     own = known.dims[:-1] if is_column else known.dims
     by_token = len(own) == dims and with_one_token_dim(own) == ("T",)
     slot = ANY_SLOT if known.slot is None else known.slot
+    instead = COUNTS_SLOTS if _counts_slots(mask) else instead
     return Tokens(known.ids, instead or known.expert, slot) if by_token else None
+
+
+def _counts_slots(mask: fx.Node) -> bool:
+    """Whether `mask` is how many slots of a token are the expert's, `(ids == e).sum(-1)`, and these may be several."""
+    node, known = mask, fact(mask)
+    if not isinstance(known, Mask) or is_single_choice(known.ids) or ids_are_distinct(known.ids):
+        return False
+    while isinstance(fact(node), (Mask, OneHot)) and known_tensor(node).dtype != torch.bool:
+        if op_name(node) in ("sum", "count_nonzero"):
+            return True
+        node = arg(node, 0, "input")
+    return False
 
 
 def masked(node: Any) -> Iterator[tuple[Any, Any, int | None]]:

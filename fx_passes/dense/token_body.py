@@ -1,10 +1,12 @@
 """The body of experts that compute all tokens: the same values as of a loop over each expert's own rows.
 
 A tensor that all experts read and that has a row for each token is `Gathered`, whoever made it; parameters are
-`PerExpert` or `Shared`. Where tokens are counted by several dims, every step of the body is written anew on one.
+`PerExpert` or `Shared`. What a mask keeps of rows, `expert(x * mask)`, is the rows themselves where these count: those
+of the expert's own tokens, all others being weighted with zero. Where tokens are counted by several dims, every step of
+the body is written anew on one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from fx_passes.body.values import (
     nested_values,
     rank,
 )
-from fx_passes.graph.ops import fake_tensor, known_tensor, normalized_dim, same_size
+from fx_passes.dense.columns import ANY_SLOT, Tokens, masked, tokens_of_expert
+from fx_passes.graph.ops import fake_tensor, known_tensor, normalized_dim, same_size, sizes_of
 from fx_passes.region import Rejected, mismatches_rejected
 from fx_passes.rules.row_wise import ALONG_DIM, DIM_ARGUMENT, MATMUL, NORMS, POINTWISE, REDUCTIONS, RESHAPES
 
@@ -36,33 +39,55 @@ class Scaling:
 
 
 def token_body(
-    outputs: tuple[fx.Node, ...], experts: tuple[int, ...], scaling: Scaling | None = None
-) -> tuple[Body, frozenset[fx.Node]]:
-    """The body that computes `outputs[i]` for expert number `experts[i]`, then `scaling`; and the nodes of all copies.
+    outputs: tuple[fx.Node, ...], counted: tuple[Tokens, ...], scaling: Scaling | None = None
+) -> tuple[Body, frozenset[fx.Node], frozenset[fx.Node]]:
+    """The body that computes `outputs[i]`, of which the tokens `counted[i]` alone are not weighted with zero, then
+    `scaling`; the nodes of all copies, and the masks that these apply to rows.
 
     Raises:
         Rejected: where the experts compute different things, or something that no rule speaks of.
     """
-    walk = _TokenUnifier(tuple(known_tensor(outputs[0]).shape[:-1]), experts)
+    walk = _TokenUnifier(tuple(known_tensor(outputs[0]).shape[:-1]), counted)
     with mismatches_rejected():
         root = walk.value(outputs)
     if scaling is not None:
         root = Op("mul", scaling.node, (root, scaling.number), {}, has_rows=True)
         walk.values.append(root)
     body = Body(root, tuple(walk.values), frozenset(walk.computed()))
-    return (_Flattened(body, walk.tokens).body if len(walk.tokens) > 1 else body), body.nodes
+    flat = _Flattened(body, walk.tokens).body if len(walk.tokens) > 1 else body
+    return flat, body.nodes, frozenset(walk.masks_of_rows)
 
 
 class _TokenUnifier(Unifier):
     """What all copies share comes from outside; it has rows if its first dims are those of the tokens."""
 
-    def __init__(self, tokens: tuple[Any, ...], experts: tuple[int, ...]) -> None:
-        super().__init__((), experts)
+    def __init__(self, tokens: tuple[Any, ...], counted: tuple[Tokens, ...]) -> None:
+        super().__init__((), tuple(own.expert for own in counted))
         self.tokens = tokens
+        self.counted = counted
+        self.masks_of_rows: set[fx.Node] = set()
 
     def computed(self) -> set[fx.Node]:
         """What the copies compute: neither inputs nor parameters."""
-        return {node for nodes, value in self.memo.items() if isinstance(value, Op) for node in nodes}
+        return {node for nodes, value in self.memo.items() if isinstance(value, Op) for node in nodes} | self._taken
+
+    def _derive(self, nodes: tuple[fx.Node, ...]) -> Value:
+        kept = [self._kept(node, own) for node, own in zip(nodes, self.counted, strict=True)]
+        rows = tuple(found[0] for found in kept if found is not None)
+        if len(rows) < len(nodes):
+            return super()._derive(nodes)
+        self._taken.update(nodes)
+        self.masks_of_rows.update(found[1] for found in kept if found is not None)
+        return self.value(rows)
+
+    def _kept(self, node: fx.Node, own: Tokens) -> tuple[fx.Node, fx.Node] | None:
+        """(rows, mask) where `node` is `rows * mask` and the mask holds for all tokens that count."""
+        for rows, mask, instead in masked(node):
+            tokens = tokens_of_expert(mask, len(self.tokens), instead)
+            has_all = tokens in (own, replace(own, slot=ANY_SLOT))
+            if has_all and len(sizes_of(rows)) == len(self.tokens) + 1 and _have_one_dtype(rows, node):
+                return rows, mask
+        return None
 
     def _gathered(self, nodes: tuple[fx.Node, ...]) -> Gathered | SlotGathered | None:
         first, tensor, count = nodes[0], fake_tensor(nodes[0]), len(self.tokens)
@@ -73,6 +98,10 @@ class _TokenUnifier(Unifier):
 
     def _is_inner(self, node: fx.Node) -> bool:
         return False
+
+
+def _have_one_dtype(node: fx.Node, other: fx.Node) -> bool:
+    return known_tensor(node).dtype == known_tensor(other).dtype
 
 
 class _Flattened:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_passes.facts.ids import ids_dims, is_single_choice, rows_as_ids
+from fx_passes.facts.ids import ids_are_distinct, ids_dims, is_single_choice, rows_as_ids
 from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
     Fact,
@@ -141,7 +141,7 @@ def _eq(node: fx.Node, inner: Fact | None) -> Fact | None:
     """`ids == e`, `ids.unsqueeze(-1) == torch.arange(E)`, and `one_hot[...] == 1`."""
     left, right = arg(node, 0, "input"), arg(node, 1, "other")
     if isinstance(inner, (OneHot, Mask)) and right == 1:
-        return inner
+        return inner if not inner.reduced or is_single_choice(inner.ids) or ids_are_distinct(inner.ids) else None
     expert = expert_of(right)
     if expert is None and fake_tensor(right) is not None:
         return _compared_with_all(left, right)

@@ -16,13 +16,14 @@ such a term for each slot and expert:
 
     out = out + (ids[:, k] == e).unsqueeze(-1) * weights[:, k, None] * expert(x)
 
+The experts may read masked rows, `expert(x * mask)`, where the mask holds for all tokens that count.
 Tokens may be counted by several dims,
 [B, S, D]. A mixture in which every expert counts is left as it is.
 """
 
 from torch import fx
 
-from fx_passes.dense.columns import ANY_SLOT, NO_EXPERT, NOT_ZERO, Weights
+from fx_passes.dense.columns import ANY_SLOT, COUNTS_SLOTS, NO_EXPERT, NOT_ZERO, Tokens, Weights
 from fx_passes.dense.stacks import summed_stacks
 from fx_passes.dense.sums import Mixture, weighted_sums
 from fx_passes.dense.token_body import token_body
@@ -51,17 +52,21 @@ def match(found: Mixture | Rejected) -> MoERegion:
         raise found
     order = _order(found)
     ids = _chosen(found)
-    experts = tuple(found.experts[place] for place in order)
-    body, computed = token_body(tuple(found.outputs[place] for place in order), experts, found.scaling)
+    slots = found.slots or (ANY_SLOT,) * len(order)
+    counted = tuple(Tokens(ids, found.experts[place], slots[place]) for place in order)
+    body, computed, masks = token_body(tuple(found.outputs[place] for place in order), counted, found.scaling)
+    if masks and found.counts_from_the_end:
+        detail = "a mask leaves out the tokens whose ids count experts from the end"
+        raise Rejected("every_expert_is_covered", found.result, detail)
     output, dims = known_tensor(found.result), known_tensor(found.outputs[0]).dim() - 1
     inner = computed.union(found.nodes)
     return MoERegion(
         form=NAME,
         ids_TK=ids,
         top_k=int(known_tensor(ids).shape[-1]) if known_tensor(ids).dim() > dims else 1,
-        num_experts=len(set(experts)),
+        num_experts=len(set(found.experts)),
         body=body.scaled(found.weights.source, table=not found.weights.by_slot),
-        routing=inner | _columns(found),
+        routing=inner | _columns(found, masks),
         inner=inner,
         result=found.result,
         output=output,
@@ -82,6 +87,9 @@ def _order(found: Mixture) -> list[int]:
     if NOT_ZERO in found.experts:
         detail = "tokens that did not choose an expert get something else than zero of it"
         raise Rejected("weights_are_zero_outside_the_top_k", found.result, detail)
+    if COUNTS_SLOTS in found.experts:
+        detail = "a mask counts the slots of a token that have the expert, and its ids may repeat"
+        raise Rejected("repeated_ids_are_counted", found.result, detail)
     weights, count = found.weights, len(set(found.experts))
     slots = (ANY_SLOT,) if pairs[0][1] == ANY_SLOT else range(num_choices(weights.ids or weights.source))
     width = known_tensor(weights.source).shape[-1] if not weights.by_slot else count
@@ -110,12 +118,12 @@ def _chosen(found: Mixture) -> fx.Node:
     return chosen
 
 
-def _columns(found: Mixture) -> frozenset[fx.Node]:
-    """What lies between the weights and the products with them."""
+def _columns(found: Mixture, masks: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """What lies between the weights and the products with them, or between the ids and `masks`."""
     stops = {found.weights.source, found.weights.ids, found.addend, *found.outputs, *found.nodes}
     first = min(source for source in (found.weights.source, found.weights.ids) if source is not None)
     seen: set[fx.Node] = set()
-    stack = [source for node in found.nodes for source in node.all_input_nodes]
+    stack = [*masks, *(source for node in found.nodes for source in node.all_input_nodes)]
     while stack:
         node = stack.pop()
         if node not in stops and node not in seen and node > first:

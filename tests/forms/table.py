@@ -192,6 +192,7 @@ TABLE = {
         merged_dense_modules dense_modules_one_hot dense_modules_one_hot_einsum dense_modules_scaled
         dense_modules_normalized
         dense_slots dense_slots_experts_outside dense_slots_where dense_slots_sequences
+        dense_slots_masked_inputs dense_modules_masked_inputs
         """,
         """
         dense_modules_normalized_over_tokens
@@ -200,6 +201,8 @@ TABLE = {
         dense_slots_written
         dense_modules_where_repeated dense_modules_where_left_out dense_modules_where_of_another
         dense_modules_where_otherwise dense_modules_where_unchosen dense_modules_first_features
+        dense_masked_by_the_next dense_masked_by_one_slot dense_masked_by_repeated dense_mask_written
+        dense_masked_from_the_end dense_weighted_twice dense_weighted_by_one_hot
         """,
     ),
     "fixed_capacity": row(

@@ -56,6 +56,32 @@ class Sequences(SequenceLoop):
         return out
 
 
+class MaskedInputs(SequenceLoop):
+    """The experts read masked rows, where any token has them, and the result is masked again."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for k in range(self.top_k):
+            column, weight = ids[:, :, k], weights[:, :, k].unsqueeze(-1)
+            for e, expert in enumerate(self.experts):
+                mask = (column == e).unsqueeze(-1)
+                if not mask.any():
+                    continue
+                out += expert(x * mask.to(x.dtype)) * weight * mask.to(x.dtype)
+        return out
+
+
+class MaskedInputsOfATable(MaskLoop):
+    """Masked rows of the tokens that have the expert in any slot, and the column of a table."""
+
+    def moe(self, x, ids, weights):
+        table, out = torch.zeros_like(self.gate(x)).scatter(1, ids, weights), 0
+        for e, expert in enumerate(self.experts):
+            others = ~(ids == e).any(dim=-1, keepdim=True)
+            out = out + expert(x.masked_fill(others, 0.0)) * table[:, e : e + 1]
+        return out
+
+
 class LowRank(nn.Module):
     def __init__(self):
         super().__init__()
@@ -82,5 +108,7 @@ CASES = (
     Case("dense_slots_experts_outside", ExpertsOutside),
     Case("dense_slots_where", WhereThenWeighted),
     Case("dense_slots_sequences", Sequences),
+    Case("dense_slots_masked_inputs", MaskedInputs),
+    Case("dense_modules_masked_inputs", MaskedInputsOfATable),
     Case("dense_modules_scaled", ScaledLowRank, activation="any", op="parallel_linear"),
 )
