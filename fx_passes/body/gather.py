@@ -9,6 +9,7 @@
     (weights[mask] * (ids[mask] == e)).sum(-1)    weights[mask][ids[mask] == e]    the same
     gates[tokens, e]    gates[:, e][mask]                                  a table's column of the expert
     x.repeat_interleave(K, 0)[flat == e]    weights.view(-1)[flat == e]    rows and values of slots, where all are flat
+    x.unsqueeze(1).expand(-1, K, -1).reshape(-1, D)[flat == e]             the same
     x[order // K][start:end]    weights.view(-1)[order][start:end]         the same, where slots were sorted by expert
 
 Several indexing operations may follow each other: `takings` follows them from the last to a tensor from outside. T
@@ -28,15 +29,16 @@ from fx_passes.facts.ids import ids_dims
 from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import TOKENS_BY_BATCH, Counts, Mask, Rows, with_one_token_dim
 from fx_passes.graph.markers import expert_of, expert_segment, index_with_expert
-from fx_passes.graph.ops import arg, fake_tensor, op_name, same_size, same_sizes, sizes_of, start_of_one
+from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes, sizes_of, start_of_one
 from fx_passes.graph.row_index import index_of, repeated
+from fx_passes.graph.views import View, views_of
 
 MAX_STEPS = 5
 
 _WHOLE = frozenset(("T", "N", "O", *TOKENS_BY_BATCH))
 _RESHAPES = frozenset(("view", "reshape", "flatten", "ravel"))
 _INDEXES = frozenset(("getitem", "select", "index_select", "gather"))
-_STEPS = _RESHAPES | _INDEXES | frozenset(("unsqueeze", "squeeze", "sum", "repeat_interleave"))
+_STEPS = _RESHAPES | _INDEXES | frozenset(("unsqueeze", "squeeze", "sum"))
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ def takings(node: fx.Node, mask: Mask) -> dict[int, Taking]:
         taking = _follow(source, steps, mask)
         if taking is not None and _is_of_rows(taking):
             found[len(steps)] = taking
+        for view in _repeated_by_slot(source, mask):
+            repeated = _followed(Taking(view.start, ("N", *["C"] * (len(view.dims) - 1))), steps, mask)
+            if repeated is not None and _is_of_rows(repeated):
+                found[len(steps) + len(view.steps)] = repeated
     return found
 
 
@@ -100,7 +106,19 @@ def _follow(source: Any, steps: list[fx.Node], mask: Mask) -> Taking | None:
     if tensor is None or tensor.dim() == 0:
         return None
     tokens = _dims_of_tokens(source, mask.ids)
-    state: Taking | None = Taking(source, (*tokens, *["C"] * (tensor.dim() - len(tokens))))
+    return _followed(Taking(source, (*tokens, *["C"] * (tensor.dim() - len(tokens)))), steps, mask)
+
+
+def _repeated_by_slot(source: Any, mask: Mask) -> Iterator[View]:
+    """What `source` repeats once for each slot of a token: `x.repeat_interleave(K, 0)`, or a copy that is reshaped."""
+    for view in views_of(source):
+        rest = tuple((dim,) for dim in range(1, len(view.dims)))
+        if view.dims == (("r", 0), *rest) and same_size(sizes_of(source)[0], known_tensor(mask.ids).numel()):
+            yield view
+
+
+def _followed(start: Taking, steps: list[fx.Node], mask: Mask) -> Taking | None:
+    state: Taking | None = start
     for step in steps:
         state = _apply(step, state, mask) if state is not None else None
     return state
@@ -126,8 +144,6 @@ def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
         return _mask_slots(step, state, mask)
     if name == "sum":
         return _sum_over_slots(step, state, mask)
-    if name == "repeat_interleave":
-        return _repeat(step, state, mask)
     if name == "squeeze":
         is_one = state.dims[-1] == "1" and len(state.dims) == 2 and arg(step, 1, "dim") in (1, -1)
         return replace(state, dims=state.dims[:1]) if is_one else None
@@ -167,15 +183,6 @@ def _flat(after: torch.Tensor, state: Taking) -> Taking | None:
 def _has_shape_of(ids: fx.Node, source: fx.Node) -> bool:
     own, other = sizes_of(ids), sizes_of(source)
     return len(own) == 2 and same_sizes(own, other)
-
-
-def _repeat(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
-    """`x.repeat_interleave(K, dim=0)`: each token's row once for each of its slots."""
-    times, ids = arg(step, 1, "repeats"), fake_tensor(mask.ids)
-    if state.dims[0] != "T" or arg(step, 2, "dim") != 0 or type(times) is not int or ids is None or ids.dim() != 2:
-        return None
-    same = same_size(ids.shape[1], times)
-    return replace(state, dims=("N", *state.dims[1:])) if same else None
 
 
 def _gather(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:

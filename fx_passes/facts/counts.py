@@ -62,7 +62,8 @@ def _bincount(node: fx.Node, _inner: Fact | None) -> Fact | None:
     ids, classes = arg(node, 0, "input"), arg(node, 2, "minlength", 0)
     if arg(node, 1, "weights") is not None or type(classes) is not int or ids_dims(ids) != ("T",):
         return None
-    flat = flat_ids(ids) or ids
+    in_order = slot_fact(ids)
+    flat = in_order.order.ids if isinstance(in_order, Experts) else flat_ids(ids) or ids
     columns = num_columns(flat)
     if columns is None:
         return Counts(flat, classes, open_ended=True) if classes > 0 else None

@@ -37,6 +37,7 @@ from fx_passes.graph.markers import (
 )
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name
+from fx_passes.graph.views import numbers_tokens_of_slots
 
 _NODES_BACK = 64
 """How many nodes back to look for the counts that a number is made of."""
@@ -89,7 +90,7 @@ def _getitem(node: fx.Node) -> Fact | None:
     if len(node.args) != 2:
         return None
     source, index = node.args
-    own = _of_own_tokens(node)
+    own = _of_own_tokens(node) or _tokens_of_slots(source, index)
     if own is not None:
         return own
     inner = masks.as_one_hot(fact(source))
@@ -120,6 +121,15 @@ def _of_own_tokens(node: fx.Node) -> Fact | None:
         return replace(known, dims=("R", "K")) if known.key == tokens.key else None
     is_mask = fake_tensor(index) is not None and known_tensor(index).dtype == torch.bool
     return Rows(tokens, "T") if is_mask and numbers_rows(source, num_tokens(tokens.ids)) else None
+
+
+def _tokens_of_slots(numbers: fx.Node, index: Any) -> Fact | None:
+    """`arange(T).repeat_interleave(K)[slots]`"""
+    slots = chosen(index)
+    if slots is None or slots[1] != "N":
+        return None
+    mask, count = slots[0], known_tensor(slots[0].ids).numel()
+    return Rows(mask, "T") if numbers_tokens_of_slots(numbers, num_tokens(mask.ids), count) else None
 
 
 def _stack(node: fx.Node) -> Fact | None:

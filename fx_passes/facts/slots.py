@@ -7,7 +7,7 @@ each expert, and is None where nothing is known:
     Sorted      what torch.sort(ids.flatten()) returns
     Experts     value[i] is the expert of the i-th slot in sorted order
     Order       value[i] is the i-th slot in sorted order
-    Tokens      value[i] is the token of that slot: order // K
+    Tokens      value[i] is the token of that slot: order // K, arange(T).repeat_interleave(K)[order]
     Inverse     value[s] is the place of slot s in sorted order
     Lengths     value[e] is how many slots expert e has
     Offsets     value[e] is where the slots of expert e end in sorted order
@@ -25,10 +25,11 @@ import torch
 from torch import fx
 
 from fx_passes.facts.gate_slots import EXPERTS, TOKENS, gate_slots, ids_of_listed
-from fx_passes.facts.ids import ids_dims
+from fx_passes.facts.ids import ids_dims, num_tokens
 from fx_passes.graph.aliasing import inplace_users
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name, same_size
+from fx_passes.graph.views import numbers_tokens_of_slots
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,25 @@ def _is_ascending(node: fx.Node) -> bool:
 
 def _getitem(node: fx.Node) -> SlotFact | None:
     inner, index = slot_fact(node.args[0]), node.args[1]
+    if isinstance(index, fx.Node):
+        return _tokens_in_order(node.args[0], index)
     if not isinstance(inner, Sorted) or index not in (0, 1):
         return None
     return Experts(inner.order) if index == 0 else inner.order
+
+
+def _index_select(node: fx.Node) -> SlotFact | None:
+    is_first = arg(node, 1, "dim") in (0, -1)
+    return _tokens_in_order(arg(node, 0, "input"), arg(node, 2, "index")) if is_first else None
+
+
+def _tokens_in_order(numbers: Any, index: Any) -> SlotFact | None:
+    """`arange(T).repeat_interleave(K)[order]`"""
+    order = slot_fact(index)
+    if not isinstance(order, Order):
+        return None
+    slots = known_tensor(order.ids).numel()
+    return Tokens(order) if numbers_tokens_of_slots(numbers, num_tokens(order.ids), slots) else None
 
 
 def _floor_divide(node: fx.Node) -> SlotFact | None:
@@ -220,6 +237,8 @@ _RULES: dict[str, Callable[[fx.Node], SlotFact | None]] = {
     "sort": _sort,
     "argsort": _argsort,
     "getitem": _getitem,
+    "index_select": _index_select,
+    "gather": _index_select,
     "floordiv": _floor_divide,
     "floor_divide": _floor_divide,
     "div": _floor_divide,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_passes.graph.aliasing import writers_of
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
     arg,
@@ -118,6 +119,12 @@ def repeated_numbers(index: Any, count: int | torch.SymInt) -> Dim | None:
     return dims[0] if dims[0] and not any(dims[1:]) else None
 
 
+def numbers_tokens_of_slots(node: Any, tokens: int | torch.SymInt, slots: int | torch.SymInt) -> bool:
+    """Whether `node` has the token of each slot: `arange(T).repeat_interleave(K)`, and stays that."""
+    views = [view for view in views_of(node) if view.dims == (("r", 0),) and numbers_rows(view.start, tokens)]
+    return any(not any(map(any, map(writers_of, view.steps))) for view in views) and same_size(sizes_of(node)[0], slots)
+
+
 def _permute(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
     dims = [normalized_dim(dim, len(inner.dims)) for dim in varargs(node, 1, "dims")]
     return tuple(inner.dims[dim] for dim in dims)
@@ -146,16 +153,21 @@ def _expand(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
 
 def _repeat_interleave(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
     times, dim = arg(node, 1, "repeats"), arg(node, 2, "dim")
-    if type(times) is not int or dim != 0 or len(inner.dims[0]) != 1:
+    along_rows = dim == 0 or (dim is None and len(inner.dims) == 1)
+    if type(times) is not int or not along_rows or len(inner.dims[0]) != 1:
         return None
     return (("r", *inner.dims[0]), *inner.dims[1:])
 
 
 def _repeat(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:
     times = varargs(node, 1, "repeats")
-    if len(times) != len(inner.dims) or any(time != 1 for time in times[1:]) or len(inner.dims[0]) != 1:
+    if len(times) != len(inner.dims):
         return None
-    return (("t", *inner.dims[0]), *inner.dims[1:])
+    rest = zip(times[1:], inner.dims[1:], strict=True)
+    if any(time != 1 and dim for time, dim in rest) or (times[0] != 1 and len(inner.dims[0]) != 1):
+        return None
+    first = inner.dims[0] if times[0] == 1 else ("t", *inner.dims[0])
+    return (first, *inner.dims[1:])
 
 
 def _reshape(node: fx.Node, inner: View) -> tuple[Dim, ...] | None:

@@ -53,7 +53,8 @@ TABLE = {
         any_mask_argmax any_mask_nonzero any_mask_compared dense_gate_column multi_hot
         own_masked_sum own_mask_rows own_mask_factor own_picked own_numbers own_gathered own_argmax own_where
         sequence_mask sequence_rows sequence_where
-        sequence_flat_output flat_to_tokens range_swiglu range_swiglu_fused range_geglu_bias range_gelu_bias
+        sequence_flat_output flat_to_tokens slot_numbers_by_mask slot_numbers_by_position slot_numbers_in_order
+        range_swiglu range_swiglu_fused range_geglu_bias range_gelu_bias
         range_gelu_tanh range_relu_squared range_three_layers range_layer_norm_first range_rms_norm_after
         range_lora range_residual range_clamped range_one_linear range_one_gate range_uneven_halves
         range_sigmoid_glu range_narrow range_clamped_by_tensors range_dropout_eval parameters_taken
@@ -79,7 +80,8 @@ TABLE = {
         otherwise_in_training otherwise_on_demand otherwise_set_in_forward
         range_guard_of_other_ids range_ids_made_equal any_mask_clamped_ids sequence_transposed_mask
         own_repeated_ids own_of_another_expert own_changed_ids own_one_weight
-        parameters_next_bias temporaries_input_written
+        parameters_next_bias temporaries_input_written slot_numbers_rows_of_others slot_numbers_weights_by_slot
+        slot_numbers_fewer_counted
         sequence_top_1_of_the_sequence sequence_top_1_twice gate_columns_next
         gate_columns_repeated_ids gate_columns_written
         range_partly_in_place range_zeros_written range_zeros_scattered
@@ -124,9 +126,9 @@ TABLE = {
     "flat_pairs": row(
         """
         deepseek_v2_train flat_weighted_inside flat_weighted_in_place flat_copied flat_paired
-        flat_paired_weighted
+        flat_paired_weighted flat_copies_expanded flat_copies_repeated
         """,
-        "flat_tiled flat_mean flat_rows_written flat_ids_written",
+        "flat_tiled flat_mean flat_rows_written flat_ids_written flat_copies_tiled flat_copies_written",
     ),
     "sorted_slots": row(
         """
