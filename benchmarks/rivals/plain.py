@@ -1,6 +1,7 @@
 """The expert MLP in plain PyTorch and as transformers has it. Each function raises ImportError if it can't run here."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ def transformers() -> Callable[..., Tensor]:
             return torch.nn.functional.silu(gate) * up
 
     def forward(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return grouped_mm_experts_forward(Experts(gate_up, down), x, topk_ids, topk_weights)
+        experts: Any = Experts(gate_up, down)
+        return grouped_mm_experts_forward(experts, x, topk_ids, topk_weights)
 
     return forward
