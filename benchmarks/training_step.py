@@ -2,15 +2,16 @@
 
 The dense baseline is one [N, D] x [D, 3 F] product, and for the step its two gradients too. Ours goes from (x,
 topk_weights, topk_ids) to y, sort included, and by autograd back to the gradients of x, topk_weights and both weights.
-Dense, ours and the rivals that are installed take turns; a ratio is dense time over theirs within a round, the median
-over rounds is reported. A shape's results are checked against the reference first: nothing is printed for a shape that
-fails. Memory is in MiB: `held` is what is kept between forward and backward (x counted, y not), `peak` is the step's
-over what was allocated before it; beside each is the least that an implementation without copies needs.
+Dense, ours and the rivals that are installed take turns in random order; a ratio is dense time over theirs within a
+round, the median over rounds is reported. A shape's results are checked against the reference first: nothing is printed
+for a shape that fails. Memory is in MiB: `held` is what is kept between forward and backward (x counted, y not), `peak`
+is the step's over what was allocated before it; beside each is the least that an implementation without copies needs.
 """
 
 import argparse
 import dataclasses
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def as_held(expected: tuple[torch.Tensor, ...], rival: Rival) -> tuple[torch.Ten
 def _rounds(
     shape: Shape, contestants: dict[str, tuple[Inputs, Implementation]], rounds: int
 ) -> dict[tuple[str, str], list[float]]:
-    """Milliseconds by (implementation or dense, what), one a round; all take turns."""
+    """Milliseconds by (implementation or dense, what), one a round; all take turns, in random order."""
     dense_forward, dense_step = dense(shape, torch.bfloat16)
     functions: dict[tuple[str, str], Callable[[], Any]] = {("dense", "forward"): dense_forward}
     for label, contestant in contestants.items():
@@ -155,8 +156,9 @@ def _rounds(
         functions[label, "step"] = functools.partial(step, *contestant)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
     for _ in range(rounds):
-        for key, function in functions.items():
-            times[key].append(queued_ms(function, calls=6))
+        # In one order for all rounds, the last would always find the GPU at its hottest.
+        for key in random.sample(list(functions), len(functions)):
+            times[key].append(queued_ms(functions[key], calls=6))
     return times
 
 

@@ -44,15 +44,6 @@ DECODE_COLUMNS = {
     "us": "us",
     "GB/s": "GB/s",
 }
-AMDAHL_COLUMNS = (
-    "layer, grouped_mm compiled, ms",
-    "layer, scatter_moe, ms",
-    "share of the layers",
-    "gain of a layer",
-    "gain by Amdahl's law",
-    "gain of the model",
-    "of Amdahl's law",
-)
 MODELS_COLUMNS = {
     "model": "model",
     "experts": "experts and compiler",
@@ -78,24 +69,6 @@ def models_table() -> str:
     for record in last:
         lines += [_models_row(record["settings"]["model"], row) for row in record["rows"]]
     return "\n".join(lines) + "\n\n" + "\n".join(model_caption(record) for record in last)
-
-
-def amdahl_table() -> str:
-    """Whole models against what Amdahl's law gives from the times of their layers alone."""
-    layers, rows, runs = pictures.last_training_steps(), [], []
-    for record in last_runs_of_models():
-        model, by_experts = record["settings"]["model"], {row["experts"]: row for row in record["rows"]}
-        whole_ours, whole_theirs = by_experts["eager, scatter_moe"], by_experts["grouped_mm, inductor"]
-        (run, ours), (_, theirs) = (layers[model, name] for name in ("scatter_moe", "transformers, compiled"))
-        share = whole_ours["rewritten"] * theirs["step_ms"] / whole_theirs["step_ms"]
-        gain = theirs["step_ms"] / ours["step_ms"]
-        predicted, gained = 1 / (1 - share + share / gain), whole_theirs["step_ms"] / whole_ours["step_ms"]
-        values = (theirs["step_ms"], ours["step_ms"], share, gain, predicted, gained, gained / predicted)
-        rows.append({"model": model, **dict(zip(AMDAHL_COLUMNS, values, strict=True))})
-        runs.append(caption(run))
-    return "\n\n".join(
-        (measured_table({"model": "model"} | {c: c for c in AMDAHL_COLUMNS}, rows), *dict.fromkeys(runs))
-    )
 
 
 def layers_table() -> str:
