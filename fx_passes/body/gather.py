@@ -29,16 +29,25 @@ from fx_passes.facts.ids import ids_dims
 from fx_passes.facts.slots import Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import TOKENS_BY_BATCH, Counts, Mask, Rows, with_one_token_dim
 from fx_passes.graph.markers import expert_of, expert_segment, index_with_expert
-from fx_passes.graph.ops import arg, fake_tensor, known_tensor, op_name, same_size, same_sizes, sizes_of, start_of_one
+from fx_passes.graph.ops import (
+    FLATTENING,
+    arg,
+    fake_tensor,
+    known_tensor,
+    op_name,
+    same_size,
+    same_sizes,
+    sizes_of,
+    start_of_one,
+)
 from fx_passes.graph.row_index import index_of, repeated
 from fx_passes.graph.views import View, views_of
 
 MAX_STEPS = 5
 
 _WHOLE = frozenset(("T", "N", "O", *TOKENS_BY_BATCH))
-_RESHAPES = frozenset(("view", "reshape", "flatten", "ravel"))
 _INDEXES = frozenset(("getitem", "select", "index_select", "gather"))
-_STEPS = _RESHAPES | _INDEXES | frozenset(("unsqueeze", "squeeze", "sum"))
+_STEPS = FLATTENING | _INDEXES | frozenset(("unsqueeze", "squeeze", "sum"))
 
 
 @dataclass(frozen=True)
@@ -148,9 +157,9 @@ def _apply(step: fx.Node, state: Taking, mask: Mask) -> Taking | None:
         is_one = state.dims[-1] == "1" and len(state.dims) == 2 and arg(step, 1, "dim") in (1, -1)
         return replace(state, dims=state.dims[:1]) if is_one else None
     after = fake_tensor(step)
-    if name in _RESHAPES and state.dims == TOKENS_BY_BATCH and state.column:
+    if name in FLATTENING and state.dims == TOKENS_BY_BATCH and state.column:
         return _column_in_one_dim(after, state)
-    if name in _RESHAPES and state.dims == ("T", "C") and _has_shape_of(mask.ids, state.source):
+    if name in FLATTENING and state.dims == ("T", "C") and _has_shape_of(mask.ids, state.source):
         return None if after is None or after.dim() > 2 else _flat(after, state)
     if after is None or len(state.dims) != 1 or after.dim() != 2:
         return None

@@ -25,6 +25,7 @@ from fx_passes.facts.statements import (
 from fx_passes.graph.markers import Expert, expert_of, experts_of_each
 from fx_passes.graph.numbering import numbers_rows
 from fx_passes.graph.ops import (
+    FLATTENING,
     arg,
     attribute,
     fake_tensor,
@@ -40,8 +41,6 @@ from fx_passes.graph.ops import (
     varargs,
 )
 from fx_passes.graph.views import views_of
-
-_FLATTENING = frozenset(("view", "reshape", "flatten", "ravel"))
 
 
 def _one_hot(node: fx.Node, _inner: Fact | None) -> Fact | None:
@@ -187,7 +186,7 @@ def _compared_with_all(left: Any, right: Any) -> Fact | None:
 def flat_ids(node: fx.Node) -> fx.Node | None:
     """ids where `node` is `ids.view(-1)`, with more than one slot a token."""
     source = arg(node, 0, "input")
-    if op_name(node) not in _FLATTENING or not isinstance(source, fx.Node):
+    if op_name(node) not in FLATTENING or not isinstance(source, fx.Node):
         return None
     is_flat = (ids_dims(source) or ("T",))[-1] == "K" and ids_dims(node) == ("T",)
     return source if is_flat and not is_single_choice(source) else None
@@ -196,7 +195,7 @@ def flat_ids(node: fx.Node) -> fx.Node | None:
 def column_of_ids(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(ids, k) where `node` is `ids[:, k]`, or `ids[..., k].reshape(-1)`: all tokens in one dim."""
     source = arg(node, 0, "input")
-    if op_name(node) in _FLATTENING and fake_tensor(source) is not None:
+    if op_name(node) in FLATTENING and fake_tensor(source) is not None:
         is_flat = len(sizes_of(node)) == 1 and known_tensor(node).dtype == known_tensor(source).dtype
         return column_of_ids(source) if is_flat else None
     dims = ids_dims(source) if isinstance(source, fx.Node) else None

@@ -80,6 +80,7 @@ OF_PARAMETERS = POINTWISE | frozenset(
 )
 """What may be computed of parameters alone: it has no effect and draws nothing at random."""
 
+FLATTENING = frozenset(("view", "reshape", "flatten", "ravel"))
 CASTS = frozenset("to type float half bfloat16 double type_as".split())
 FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 """Dtypes in which sums may be made in a wider one instead."""
