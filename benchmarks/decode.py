@@ -28,6 +28,7 @@ MIN_CALLS = 8  # in one graph
 
 def measure(model: str, num_tokens: int, implementations: dict[str, Rival]) -> list[dict[str, Any]]:
     """One row an implementation."""
+    torch.compiler.reset()  # or rivals would be compiled for sizes of any kind from the second shape on
     shape = MODELS[model]._replace(T=num_tokens)
     layer = inputs(shape, torch.bfloat16, "cuda")
     experts = layer.topk_ids.unique().numel()

@@ -95,6 +95,7 @@ def memory(layer: Inputs, shape: Shape, implementation: Implementation) -> dict[
 def measure(name: str, rounds: int, zipf: float, rivals: list[str] | None) -> list[dict[str, Any]]:
     """One row an implementation: ours, then the rivals."""
     shape = SHAPES[name]
+    torch.compiler.reset()  # or rivals would be compiled for sizes of any kind from the second shape on
     layer = inputs(shape, torch.bfloat16, "cuda", zipf)
     expected = expected_step(layer)
     implementations = {"scatter_moe": OURS, **dict(available(rivals))}
