@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from benchmarks.rivals import RIVALS
 from benchmarks.shapes import SHAPES
 from docs import pictures
 
@@ -26,6 +27,17 @@ ATTENTION_COLUMNS = {
     "forward_ratio": "forward, of dense",
     "step_ratio": "step, of dense",
     "peak_gib": "peak of a step, GiB",
+}
+LAYER_COLUMNS = {
+    "shape": "shape",
+    "implementation": "implementation",
+    "forward_ms": "forward, ms",
+    "forward_ratio": "forward, of dense",
+    "training_forward_ratio": "training forward, of dense",
+    "step_ms": "step, ms",
+    "step_ratio": "step, of dense",
+    "held": "held, MiB",
+    "peak": "peak, MiB",
 }
 LAYOUT_COLUMNS = {
     "shape": "shape",
@@ -75,8 +87,10 @@ def layers_table() -> str:
     """The shapes of `benchmarks/shapes.py`, and the last training steps that were timed on them."""
     lines = ["| shape | T | D | F | E | K |", "|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {name} | " + " | ".join(f"{size:,}" for size in shape) + " |" for name, shape in SHAPES.items()]
-    runs = "\n".join(dict.fromkeys(caption(record) for record, _ in pictures.last_training_steps().values()))
-    return "\n".join(lines) + "\n\n" + runs
+    steps = pictures.last_training_steps()
+    rows = [row | {"held": f"{row['held']:,.0f}", "peak": f"{row['peak']:,.0f}"} for _, row in steps.values()]
+    runs = "\n".join(dict.fromkeys(caption(record) for record, _ in steps.values()))
+    return "\n\n".join(("\n".join(lines), measured_table(LAYER_COLUMNS, rows), runs))
 
 
 def layouts_table() -> str:
@@ -86,10 +100,17 @@ def layouts_table() -> str:
 
 
 def decode_table() -> str:
-    """The last run of `benchmarks/decode.py`."""
-    record = pictures.records("decode")[-1]
-    copy = f"A copy, read and written, reaches {record['settings']['copy_gb_per_s']:,.0f} GB/s in the same run."
-    return f"{measured_table(DECODE_COLUMNS, record['rows'])}\n\n{copy} {caption(record)}"
+    """The last result of each experts, number of tokens and implementation of `benchmarks/decode.py`."""
+    found = {
+        (row["model"], row["T"], row["implementation"]): (record, row)
+        for record in pictures.records("decode")
+        for row in record["rows"]
+        if row["implementation"] in ("scatter_moe", *RIVALS)
+    }
+    table = measured_table(DECODE_COLUMNS, [row for _, row in sorted(found.values(), key=_place_of_decode)])
+    copies = {caption(record): record["settings"]["copy_gb_per_s"] for record, _ in found.values()}
+    runs = [f"A copy, read and written, reaches {copy:,.0f} GB/s in this run: {run}" for run, copy in copies.items()]
+    return table + "\n\n" + "\n".join(runs)
 
 
 def attention_table() -> str:
@@ -121,6 +142,11 @@ def measured_table(columns: dict[str, str], rows: Sequence[dict]) -> str:
         cells = [row[key] for key in columns]
         lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
     return "\n".join(lines)
+
+
+def _place_of_decode(found: tuple[dict, dict]) -> tuple:
+    row = found[1]
+    return row["model"], row["T"], row["implementation"] != "scatter_moe", row["implementation"]
 
 
 def _models_row(model: str, row: dict) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from benchmarks.rivals import RIVALS
+
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 WIDTH, LABELS, VALUES, BAR, GAP, TOP = 760, 210, 110, 18, 8, 44
 OURS, OTHERS = "#1565c0", "#90a4ae"
@@ -34,12 +36,12 @@ def training_steps(value: str, title: str) -> str:
 
 
 def last_training_steps() -> dict[tuple[str, str], tuple[dict, dict]]:
-    """The last run of each shape and implementation, and its row; balanced experts."""
+    """The last run of each shape and implementation that there still is, and its row; balanced experts."""
     found = {
         (row["shape"], row.get("implementation", "scatter_moe")): (record, row)
         for record in records("training_step")
         for row in record["rows"]
-        if row["zipf"] == 0
+        if row["zipf"] == 0 and row.get("implementation", "scatter_moe") in ("scatter_moe", *RIVALS)
     }
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "scatter_moe", item[0][1])))
 

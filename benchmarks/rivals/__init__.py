@@ -40,7 +40,6 @@ def interleaved(gate_up: Tensor) -> Tensor:
     return gate_up.view(num_experts, 2, rows // 2, columns).transpose(1, 2).reshape(num_experts, rows, columns)
 
 
-PARTLY_TUNED = "sonicmoe, tuned in part"
 RIVALS: dict[str, Callable[[], Rival]] = {
     "grouped_mm": lambda: Rival(plain.grouped_mm()),
     "grouped_mm, compiled": lambda: Rival(torch.compile(plain.grouped_mm())),
@@ -48,7 +47,6 @@ RIVALS: dict[str, Callable[[], Rival]] = {
     "transformers, compiled": lambda: Rival(torch.compile(plain.transformers())),
     "scattermoe": lambda: Rival(packages.scattermoe()),
     "sonicmoe": lambda: Rival(packages.sonicmoe(), interleaved),
-    PARTLY_TUNED: lambda: Rival(packages.sonicmoe_tuned_in_part(), interleaved),
     "moe_ops": lambda: Rival(packages.moe_ops()),
     "triton_kernels": lambda: Rival(packages.triton_kernels(), interleaved),
 }
@@ -61,15 +59,10 @@ def add_rivals(parser: argparse.ArgumentParser) -> None:
 
 
 def available(names: Sequence[str] | None) -> Iterator[tuple[str, Rival]]:
-    """Name and implementation of each rival of `names` that can run here; of all for (), of none for None.
-
-    SonicMoE's tuner is one for the process: PARTLY_TUNED is not among all, nor beside the other.
-    """
+    """Name and implementation of each rival of `names` that can run here; of all for (), of none for None."""
     if names is None:
         return
-    if {"sonicmoe", PARTLY_TUNED} <= set(names):
-        raise ValueError(f"rivals: 'sonicmoe' and {PARTLY_TUNED!r} were both named, one process takes one of them")
-    for name in names or [name for name in RIVALS if name != PARTLY_TUNED]:
+    for name in names or RIVALS:
         try:
             yield name, RIVALS[name]()
         except ImportError as error:

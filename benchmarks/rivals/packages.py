@@ -4,21 +4,10 @@ Each function raises ImportError if its package isn't installed.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
-
-# Operands swapped or not, rows and columns of a tile, whether groups of warps take turns, blocks of a cluster.
-SONICMOE_TILES = {
-    (False, 128, 192, True, 2, 1),
-    (False, 128, 208, True, 1, 2),
-    (False, 128, 256, False, 2, 1),
-    (False, 256, 128, False, 1, 2),
-    (False, 256, 128, False, 2, 1),
-    (False, 256, 192, False, 2, 1),
-}
 
 
 def scattermoe() -> Callable[..., Tensor]:
@@ -56,25 +45,6 @@ def sonicmoe() -> Callable[..., Tensor]:
         return functional._DownProjection.apply(y1, h, *routed, *rows, *same_experts)
 
     return forward
-
-
-def sonicmoe_tuned_in_part() -> Callable[..., Tensor]:
-    """SonicMoE whose tuner tries six configurations for each product, which were best or nearly so for shape D."""
-    forward = sonicmoe()
-    from quack.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
-
-    prune = Autotuner.prune_configs
-
-    def prune_further(self, kwargs: dict) -> list:
-        pruned = prune(self, kwargs)
-        return [config for config in pruned if _tile(config.kwargs["config"]) in SONICMOE_TILES] or pruned
-
-    Autotuner.prune_configs = prune_further
-    return forward
-
-
-def _tile(config: Any) -> tuple:
-    return config.swap_ab, config.tile_m, config.tile_n, config.pingpong, config.cluster_m, config.cluster_n
 
 
 def moe_ops() -> Callable[..., Tensor]:
