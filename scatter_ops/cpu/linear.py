@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scatter_ops.cpu.multiply import multiplier
 from scatter_ops.cpu.products import grouped_mm_serves, product
 from scatter_ops.cpu.routing import expand_backward, slot_rows, token_rows, zero_sentinels
 from scatter_ops.cpu.stacked import stacked_grads
@@ -81,7 +82,10 @@ def grouped_weight_grad(
         return F.grouped_mm(left.t(), right, offs=groups.offsets_E)
     if out is None:
         out = stacked_grads((groups.num_experts, left.shape[1], right.shape[1]), rows, groups)
+    multiply = multiplier(rows.dtype)
     for e, left_rows, right_rows in zip(groups.experts, groups.split(left), groups.split(right), strict=False):
-        matmul = torch.mul if left_rows.shape[0] == 1 else torch.mm  # the product of one row is elementwise
-        matmul(left_rows.t(), right_rows, out=out[e])
+        if left_rows.shape[0] == 1:
+            torch.mul(left_rows.t(), right_rows, out=out[e])  # the product of one row is elementwise
+        else:
+            multiply(None, left_rows.t(), right_rows, 1.0, out[e])
     return out

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from scatter_ops.cpu.activations import activated
+from scatter_ops.cpu.few_tokens import are_few, mlp_of_few_tokens
 from scatter_ops.cpu.linear import grouped_linear
-from scatter_ops.cpu.one_token import mlp_of_one_token
 from scatter_ops.cpu.parts import at_once, parts
 from scatter_ops.cpu.routing import combine_grouped, expand, slot_weights, token_rows, zero_sentinels
 from scatter_ops.grouping import Groups, accumulation_dtype, experts
@@ -38,13 +38,12 @@ def mlp_forward(
     save_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     top_k, on_input = topk_weights_TK.shape[1], weight_on == "input"
-    half_precision = x_TD.dtype != accumulation_dtype(x_TD.dtype)
-    general = half_precision or on_input or save_h or save_y or gate_up_bias or up_bias or down_bias
-    if order_N.shape[0] == top_k and not general:
-        arguments = (x_TD, topk_weights_TK, order_N, offsets_E, gate_up, up, down)
-        out_TD = mlp_of_one_token(*arguments, activation, layout, transposed, alpha, limit, out_dtype)
-        return out_TD, x_TD.new_empty(0), x_TD.new_empty(0)
     groups = Groups.read(offsets_E, order_N.numel())
+    general = on_input or save_h or save_y or gate_up_bias or up_bias or down_bias
+    if not general and are_few(order_N.shape[0], groups):
+        arguments = (x_TD, topk_weights_TK, order_N, groups, gate_up, up, down)
+        out_TD = mlp_of_few_tokens(*arguments, activation, layout, transposed, alpha, limit, out_dtype)
+        return out_TD, x_TD.new_empty(0), x_TD.new_empty(0)
     rows_ND, width = token_rows(x_TD, order_N, top_k), gate_up[0].shape[-1 if transposed else -2]
     scale_N1 = slot_weights(topk_weights_TK, order_N).to(accumulation_dtype(x_TD.dtype)) if on_input else None
     bias_NH, biases = None, (gate_up_bias, up_bias) if up else (gate_up_bias,)

@@ -1,19 +1,22 @@
-"""Three ways of multiplying grouped rows with their experts' matrices on the CPU, and which takes the least time.
+"""Ways of multiplying grouped rows with their experts' matrices on the CPU, and which takes the least time.
 
 After products of any size Python's own code is out of the caches and a call from it takes several microseconds: the
 loop over the experts is left to PyTorch where that can be.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scatter_ops.cpu.multiply import multiplier, multiplies_slowly
 from scatter_ops.grouping import Groups, experts
 
-# Of a matrix, that are copied and read again in the time of one call of a product: longer in half precision.
-CALL_ELEMENTS = {torch.float32: 2**14, torch.float64: 2**13, torch.bfloat16: 2**17, torch.float16: 2**17}
+# Of a matrix, that are copied and read again in the time of one call of a product: longer where oneDNN makes it.
+CALL_ELEMENTS = {torch.float64: 2**13, torch.float32: 2**14}
+ONEDNN_CALL_ELEMENTS = 2**17
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes, a power of two
 
@@ -31,6 +34,10 @@ def product(
     """W_e x + b_e, written or `scale` times added to y's rows if given; undefined for rows without an expert."""
     if _calls_outweigh_copies(weight, groups):
         return _by_row(rows, weight, groups, bias, transposed, y, add, scale)
+    if groups.num_valid == len(groups.experts) and not bias and not add:
+        y = _or_new(y, rows, weight, groups, transposed)
+        x_rows = repeat(rows[0]) if rows.shape[0] == 1 else rows.unbind(0)
+        return by_vector(x_rows, weight, groups.experts, transposed, y)
     every_row = rows.shape[0] == groups.num_rows  # and not one that stands for all
     if y is None and not bias and len(weight) == 1 and every_row and grouped_mm_serves(groups, rows, weight[0]):
         return F.grouped_mm(rows, weight[0] if transposed else weight[0].mT, offs=groups.offsets_E)
@@ -41,8 +48,9 @@ def product(
 def grouped_mm_serves(groups: Groups, *matrices: Tensor) -> bool:
     """Whether PyTorch's loop takes these matrices, and takes less time: it goes over the experts without rows, too."""
     num_hit = len(groups.experts)
-    most_hit = num_hit > 1 and 2 * num_hit >= groups.num_experts
-    return most_hit and matrices[0].dtype in GROUPED_MM_DTYPES and all(map(_is_aligned, matrices))
+    dtype, most_hit = matrices[0].dtype, num_hit > 1 and 2 * num_hit >= groups.num_experts
+    fast = dtype in GROUPED_MM_DTYPES and not multiplies_slowly(dtype)
+    return most_hit and fast and all(map(_is_aligned, matrices))
 
 
 def by_expert(
@@ -55,15 +63,25 @@ def by_expert(
     scale: float = 1.0,
 ) -> Tensor:
     """One product for each expert with rows. matrices: [in, out] of each of them, of which one is looked at a time."""
-    x_parts, y_parts = groups.split(rows), groups.split(y)
-    if not bias and not add:
-        for x_part, matrix, y_part in zip(x_parts, matrices, y_parts, strict=False):
-            torch.mm(x_part, matrix, out=y_part)
-        return y
-    biases = experts(bias, 1)
-    addends = y_parts if add else [biases[e] for e in groups.experts]
-    for addend, x_part, matrix, y_part in zip(addends, x_parts, matrices, y_parts, strict=False):
-        torch.addmm(addend, x_part, matrix, alpha=scale, out=y_part)
+    biases = experts(bias, 1) if bias else []
+    y_parts, multiply = groups.split(y), multiplier(rows.dtype)
+    addends = y_parts if add else [biases[e] for e in groups.experts] if bias else repeat(None)
+    for addend, x_part, matrix, y_part in zip(addends, groups.split(rows), matrices, y_parts, strict=False):
+        multiply(addend, x_part, matrix, scale, y_part)
+    return y
+
+
+def by_vector(
+    vectors: Iterable[Tensor], weight: Sequence[Tensor], row_experts: list[int], transposed: bool, y: Tensor
+) -> Tensor:
+    """W_e x of each vector [in] and its expert; written to the first rows of y."""
+    if weight[0].dim() == 3:
+        stack = weight[0].mT if transposed else weight[0]
+        matrices = [stack[e] for e in row_experts]
+    else:
+        matrices = [weight[e].t() if transposed else weight[e] for e in row_experts]
+    for vector, matrix, out in zip(vectors, matrices, y.unbind(0), strict=False):
+        torch.mv(matrix, vector, out=out)
     return y
 
 
@@ -107,8 +125,12 @@ def _by_row(
 
 def _calls_outweigh_copies(weight: Sequence[Tensor], groups: Groups) -> bool:
     """Whether a product by row takes less time than one by expert: the limits are where both take about as long."""
-    num_hit, (rows, columns) = len(groups.experts), weight[0].shape[-2:]
-    return num_hit > 1 and groups.num_valid * rows * columns <= num_hit * CALL_ELEMENTS[weight[0].dtype]
+    num_hit, dtype, (rows, columns) = len(groups.experts), weight[0].dtype, weight[0].shape[-2:]
+    half_precision = dtype not in CALL_ELEMENTS
+    if half_precision and multiplies_slowly(dtype):
+        return False
+    call_elements = ONEDNN_CALL_ELEMENTS if half_precision else CALL_ELEMENTS[dtype]
+    return num_hit > 1 and groups.num_valid * rows * columns <= num_hit * call_elements
 
 
 def _is_aligned(matrix: Tensor) -> bool:
