@@ -47,6 +47,7 @@ RIVALS: dict[str, Callable[[], Rival]] = {
     "transformers, compiled": lambda: Rival(torch.compile(plain.transformers())),
     "scattermoe": lambda: Rival(packages.scattermoe()),
     "sonicmoe": lambda: Rival(packages.sonicmoe(), interleaved),
+    "megablocks": lambda: Rival(packages.megablocks()),
     "moe_ops": lambda: Rival(packages.moe_ops()),
     "triton_kernels": lambda: Rival(packages.triton_kernels(), interleaved),
 }

@@ -47,6 +47,26 @@ def sonicmoe() -> Callable[..., Tensor]:
     return forward
 
 
+def megablocks() -> Callable[..., Tensor]:
+    """github.com/databricks/megablocks: the steps of its dMoE with `mlp_impl="grouped"`, gate and up in one product."""
+    from grouped_gemm.ops import gmm  # pyright: ignore[reportMissingImports]
+    from megablocks import ops  # pyright: ignore[reportMissingImports]
+
+    def forward(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        expert, top_k, num_experts = topk_ids.flatten().int(), topk_ids.shape[1], down.shape[0]
+        with torch.no_grad():
+            bin_ids, indices = ops.sort(expert, (num_experts - 1).bit_length())
+            counts = ops.histogram(expert, num_experts)
+            bins = ops.inclusive_cumsum(counts, 0)
+        sizes = counts.cpu().long()
+        h = gmm(ops.gather(x, indices, bin_ids, bins, top_k), gate_up, sizes, trans_b=True)
+        gate, up = h.chunk(2, dim=-1)
+        y = gmm(silu(gate) * up, down, sizes, trans_b=True)
+        return ops.scatter(y, indices, bin_ids, topk_weights.flatten(), bins, top_k)
+
+    return forward
+
+
 def moe_ops() -> Callable[..., Tensor]:
     """The package moe-ops: permute, its grouped GEMM twice, unpermute."""
     import moe_ops  # pyright: ignore[reportMissingImports]
