@@ -42,7 +42,7 @@ def product(
     if y is None and not bias and len(weight) == 1 and every_row and grouped_mm_serves(groups, rows, weight[0]):
         return F.grouped_mm(rows, weight[0] if transposed else weight[0].mT, offs=groups.offsets_E)
     y = _or_new(y, rows, weight, groups, transposed)
-    return by_expert(rows, _in_place(weight, groups, transposed), groups, bias, y, add, scale)
+    return by_expert(rows, _in_place(weight, groups.experts, transposed), groups, bias, y, add, scale)
 
 
 def grouped_mm_serves(groups: Groups, *matrices: Tensor) -> bool:
@@ -75,23 +75,19 @@ def by_vector(
     vectors: Iterable[Tensor], weight: Sequence[Tensor], row_experts: list[int], transposed: bool, y: Tensor
 ) -> Tensor:
     """W_e x of each vector [in] and its expert; written to the first rows of y."""
-    if weight[0].dim() == 3:
-        stack = weight[0].mT if transposed else weight[0]
-        matrices = [stack[e] for e in row_experts]
-    else:
-        matrices = [weight[e].t() if transposed else weight[e] for e in row_experts]
+    matrices = _in_place(weight, row_experts, not transposed)
     for vector, matrix, out in zip(vectors, matrices, y.unbind(0), strict=False):
         torch.mv(matrix, vector, out=out)
     return y
 
 
-def _in_place(weight: Sequence[Tensor], groups: Groups, transposed: bool) -> list[Tensor]:
-    """[in, out] of each expert with rows, where it is."""
+def _in_place(weight: Sequence[Tensor], numbers: list[int], transposed: bool) -> list[Tensor]:
+    """[in, out] of each expert by its number, where it is."""
     weights = experts(weight, 2)
     if isinstance(weights, Tensor):
         stack = weights if transposed else weights.mT
-        return [stack[e] for e in groups.experts]
-    return [weights[e] if transposed else weights[e].t() for e in groups.experts]
+        return [stack[e] for e in numbers]
+    return [weights[e] if transposed else weights[e].t() for e in numbers]
 
 
 def _by_row(
