@@ -15,7 +15,7 @@ from fx_passes.facts import fact
 from fx_passes.facts.statements import Counts
 from fx_passes.facts.tallies import fills_of
 from fx_passes.graph.aliasing import writers_of
-from fx_passes.graph.ops import ZEROS, arg, fake_tensor, op_name
+from fx_passes.graph.ops import ZEROS, arg, fake_tensor, op_name, same_sizes, sizes_of
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,8 @@ def _sub(node: fx.Node) -> Total | Totals | None:
     if not isinstance(left, Totals) or not isinstance(right, Totals) or not _are_alike(left, right):
         return None
     is_start = left.accumulate and not right.accumulate and left.after == right.after == 1
-    same = [fake_tensor(item) for item in node.args]
-    return (
-        replace(left, after=0)
-        if is_start and len({tensor.shape for tensor in same if tensor is not None}) == 1
-        else None
-    )
+    same = same_sizes(*map(sizes_of, node.args))
+    return replace(left, after=0) if is_start and same else None
 
 
 def _cat(node: fx.Node) -> Totals | None:

@@ -63,6 +63,7 @@ TABLE = {
         views_unbound views_enumerated views_segments views_experts_last views_halves_of_modules
         temporaries_weighted temporaries_cast temporaries_activated temporaries_gated temporaries_residual
         segments_of_slots segments_of_slots_inference segments_of_slots_index_add segments_of_slots_searched
+        segments_of_slots_starts
         hit_identity_experts hit_item_more_classes
         merged_loop merged_normalised merged_stacked merged_of_hit
         picked_index_select picked_index_select_wide picked_gather picked_index_put picked_transposed picked_clipped

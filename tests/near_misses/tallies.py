@@ -4,6 +4,7 @@ import torch
 
 from tests.near_misses.common import NearMiss
 from tests.zoo.common import E
+from tests.zoo.segments_of_slots import StartsBlock
 from tests.zoo.tallies import (
     IndexAddedLater,
     ListedSums,
@@ -163,6 +164,30 @@ class StackedBackwards(StackedSums):
         return super().counts(ids).flip(0)
 
 
+class EndsTooEarly(StartsBlock):
+    """The last slot of each expert is left out."""
+
+    def bounds(self, counts):
+        starts, ends = super().bounds(counts)
+        return starts, ends - 1
+
+
+class StartsLessOthers(StartsBlock):
+    """Another expert's number is taken off where one's slots end."""
+
+    def bounds(self, counts):
+        ends = counts.cumsum(0)
+        return ends - counts.flip(0), ends
+
+
+class StartsLessOne(StartsBlock):
+    """The first expert's number is taken off for every expert."""
+
+    def bounds(self, counts):
+        ends = counts.cumsum(0)
+        return ends - counts[:1], ends
+
+
 SEGMENTS = "segments_are_those_of_an_expert"
 
 MISSES = (
@@ -179,4 +204,7 @@ MISSES = (
     NearMiss("tallies_sums_of_first_choice", SEGMENTS, SumsOfFirstChoice),
     NearMiss("tallies_sums_of_changed_masks", SEGMENTS, SumsOfChangedMasks),
     NearMiss("tallies_stacked_backwards", SEGMENTS, StackedBackwards),
+    NearMiss("tallies_ends_too_early", SEGMENTS, EndsTooEarly),
+    NearMiss("tallies_starts_less_others", SEGMENTS, StartsLessOthers),
+    NearMiss("tallies_starts_less_one", SEGMENTS, StartsLessOne),
 )

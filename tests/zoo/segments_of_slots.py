@@ -90,9 +90,27 @@ class SearchedBlock(IndexBlock):
         return out
 
 
+class StartsBlock(IndexBlock):
+    """Where an expert's slots begin and end, as tensors: the counts added up, and that without their own."""
+
+    def bounds(self, counts):
+        ends = counts.cumsum(0)
+        return ends - counts, ends
+
+    def moe(self, x, ids, weights):
+        out, order = torch.zeros_like(x), ids.argsort()
+        starts, ends = self.bounds(ids.bincount(minlength=self.num_experts))
+        for e in range(self.num_experts):
+            own = order[starts[e] : ends[e]]
+            tokens = own // self.top_k
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[own])
+        return out
+
+
 CASES = (
     Case("segments_of_slots", IndexBlock),
     Case("segments_of_slots_inference", InferenceBlock, differentiable=False),
     Case("segments_of_slots_index_add", IndexAddBlock),
     Case("segments_of_slots_searched", SearchedBlock),
+    Case("segments_of_slots_starts", StartsBlock),
 )
