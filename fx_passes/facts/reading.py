@@ -46,6 +46,15 @@ _CHOICES = frozenset("topk sort argsort argmax max".split())
 
 _RULES = {**masks.RULES, **counts.RULES, **positions.RULES}
 
+_KEPT = ("scatter_moe_fact", "scatter_moe_slot_fact", "scatter_moe_total")
+
+
+def forget_facts(graph: fx.Graph) -> None:
+    """What was read while Dynamo traced may name nodes that it has replaced since, as results of a checkpoint."""
+    for node in graph.nodes:
+        for name in _KEPT:
+            node.meta.pop(name, None)
+
 
 def fact(node: Any) -> Fact | None:
     """What `node` says about the routing; None where nothing is known. Results are kept on the node."""
