@@ -1,5 +1,7 @@
 """One expert MLP against dense products of the same FLOPs: python -m benchmarks.training_step C D [--rivals].
 
+In bfloat16 or another --dtype, the dense product in the same one; --precision is PyTorch's for products in float32.
+
 The dense baseline is one [N, D] x [D, 3 F] product, and for the step its two gradients too. Ours goes from (x,
 topk_weights, topk_ids) to y, sort included, and by autograd back to the gradients of x, topk_weights and both weights.
 Dense, ours and the rivals that are installed take turns in random order; a ratio is dense time over theirs within a
@@ -27,7 +29,9 @@ from benchmarks.shapes import SHAPES, Inputs, Shape, inputs, shape_names
 from benchmarks.timing import peak_gib, queued_ms
 from scatter_ops import reference
 
-TOLERANCE = 1e-2  # relative RMS difference to the reference on the same bfloat16 inputs
+TOLERANCE = 1e-2  # relative RMS difference to the reference on the same inputs, of which products have 8 bits or more
+EXACT = 1e-5  # the same where they have 24
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NEEDS = [True, True, True, False, True, False, False, False]
 MIB = 2**20
 
@@ -67,13 +71,17 @@ def dense(shape: Shape, dtype: torch.dtype) -> tuple[Callable[[], Any], Callable
     return lambda: x @ w, lambda: (x @ w, grad @ w.t(), x.t() @ grad)
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    return EXACT if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else TOLERANCE
+
+
 def differences(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> dict[str, float]:
     """Relative RMS difference of the output and of each gradient; raises if one is too large."""
     names = ("out", "x", "topk_weights", "gate_up", "down")
     errors = {}
     for name, ours, truth in zip(names, results, expected, strict=True):
         errors[name] = relative_rms(ours, truth)
-    if not all(error < TOLERANCE for error in errors.values()):
+    if not all(error < tolerance(results[0].dtype) for error in errors.values()):
         raise ArithmeticError(f"differs from the reference: {errors}")
     return errors
 
@@ -92,11 +100,11 @@ def memory(layer: Inputs, shape: Shape, implementation: Implementation) -> dict[
     return {"held": held / MIB, "least_held": least_held / MIB, "peak": peak, "least_peak": least_peak / MIB}
 
 
-def measure(name: str, rounds: int, zipf: float, rivals: list[str] | None) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int, zipf: float, rivals: list[str] | None, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One row an implementation: ours, then the rivals."""
     shape = SHAPES[name]
     torch.compiler.reset()  # or rivals would be compiled for sizes of any kind from the second shape on
-    layer = inputs(shape, torch.bfloat16, "cuda", zipf)
+    layer = inputs(shape, dtype, "cuda", zipf)
     expected = expected_step(layer)
     implementations = {"scatter_moe": OURS, **dict(available(rivals))}
     rows, contestants = {}, {}
@@ -109,11 +117,12 @@ def measure(name: str, rounds: int, zipf: float, rivals: list[str] | None) -> li
                 raise
             print(f"{name}: skipped: {label}: {str(error)[:200]}")
             continue
-        rows[label] = {"shape": name, "zipf": zipf, "implementation": label, "worst_error": max(errors.values())}
+        kind = {"shape": name, "zipf": zipf, "dtype": name_of(dtype), "implementation": label}
+        rows[label] = kind | {"worst_error": max(errors.values())}
         rows[label] |= memory(own, shape, rival.forward)
         contestants[label] = (own, rival.forward)
     del expected
-    times = _rounds(shape, contestants, rounds)
+    times = _rounds(dense(shape, dtype), contestants, rounds)
     for label, row in rows.items():
         for what, baseline in (("forward", "forward"), ("training_forward", "forward"), ("step", "step")):
             measured = times[label, what]
@@ -143,11 +152,19 @@ def as_held(expected: tuple[torch.Tensor, ...], rival: Rival) -> tuple[torch.Ten
     return out, x, topk_weights, rival.gate_up(gate_up), down
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """With the precision of products, where that is a setting."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}, {torch.get_float32_matmul_precision()}" if dtype == torch.float32 else name
+
+
 def _rounds(
-    shape: Shape, contestants: dict[str, tuple[Inputs, Implementation]], rounds: int
+    baseline: tuple[Callable[[], Any], Callable[[], Any]],
+    contestants: dict[str, tuple[Inputs, Implementation]],
+    rounds: int,
 ) -> dict[tuple[str, str], list[float]]:
     """Milliseconds by (implementation or dense, what), one a round; all take turns, in random order."""
-    dense_forward, dense_step = dense(shape, torch.bfloat16)
+    dense_forward, dense_step = baseline
     functions: dict[tuple[str, str], Callable[[], Any]] = {("dense", "forward"): dense_forward}
     for label, contestant in contestants.items():
         functions[label, "forward"] = functools.partial(inference, *contestant)
@@ -171,9 +188,9 @@ def seconds_to_launch(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def breakdown(name: str, zipf: float) -> list[dict[str, Any]]:
+def breakdown(name: str, zipf: float, dtype: torch.dtype) -> list[dict[str, Any]]:
     """GPU time of each kernel of one step, in launch order of first appearance."""
-    layer = differentiable(inputs(SHAPES[name], torch.bfloat16, "cuda", zipf))
+    layer = differentiable(inputs(SHAPES[name], dtype, "cuda", zipf))
     step(layer)
     repeats = 3
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -197,16 +214,19 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; B, C and D if none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--zipf", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--precision", default="highest", choices=("highest", "high", "medium"))
     add_rivals(parser)
     arguments = parser.parse_args()
-    rows, kernels = [], []
+    torch.set_float32_matmul_precision(arguments.precision)
+    rows, kernels, dtype = [], [], DTYPES[arguments.dtype]
     for name in shape_names(parser, arguments.shapes):
-        rows += measure(name, arguments.rounds, arguments.zipf, arguments.rivals)
-        kernels += breakdown(name, arguments.zipf)
+        rows += measure(name, arguments.rounds, arguments.zipf, arguments.rivals, dtype)
+        kernels += breakdown(name, arguments.zipf, dtype)
         torch.cuda.empty_cache()
     report.append("training_step", rows, rounds=arguments.rounds, kernels=kernels)
     report.print_table("kernels of one training step", kernels)
-    report.print_table("one expert MLP, bfloat16", rows)
+    report.print_table(f"one expert MLP, {name_of(dtype)}", rows)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,14 @@ def training_steps(value: str, title: str) -> str:
 
 
 def last_training_steps() -> dict[tuple[str, str], tuple[dict, dict]]:
-    """The last run of each shape and implementation that there still is, and its row; balanced experts."""
+    """The last run of each shape and implementation that there still is, and its row; bf16, balanced experts."""
     found = {
         (row["shape"], row.get("implementation", "scatter_moe")): (record, row)
         for record in records("training_step")
         for row in record["rows"]
-        if row["zipf"] == 0 and row.get("implementation", "scatter_moe") in ("scatter_moe", *RIVALS)
+        if row["zipf"] == 0
+        and row.get("dtype", "bfloat16") == "bfloat16"
+        and row.get("implementation", "scatter_moe") in ("scatter_moe", *RIVALS)
     }
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "scatter_moe", item[0][1])))
 
