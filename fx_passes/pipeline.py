@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from fx_passes.capture import events_of, without_events
-from fx_passes.facts import forget_facts
+from fx_passes.facts import forget_erased
 from fx_passes.forms import FORMS
 from fx_passes.graph.aliasing import note_inputs_in_one_memory
 from fx_passes.graph.ops import is_inplace
@@ -58,7 +58,7 @@ def run(gm: fx.GraphModule) -> Outcome:
 
 def _run_on_graph(gm: fx.GraphModule, outcome: Outcome) -> None:
     found_before = len(outcome.regions)
-    forget_facts(gm.graph)
+    forget_erased(gm.graph)
     note_inputs_in_one_memory(gm.graph)
     counted = fix_lengths(gm.graph)
     changed = sum_masks(gm.graph) or bool(counted)

@@ -1,6 +1,6 @@
 """`fact(node)`, and questions that are answered by it."""
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -49,11 +49,22 @@ _RULES = {**masks.RULES, **counts.RULES, **positions.RULES}
 _KEPT = ("scatter_moe_fact", "scatter_moe_slot_fact", "scatter_moe_total")
 
 
-def forget_facts(graph: fx.Graph) -> None:
-    """What was read while Dynamo traced may name nodes that it has replaced since, as results of a checkpoint."""
+def forget_erased(graph: fx.Graph) -> None:
+    """What was read while Dynamo traced may name nodes that it has replaced since, as the results of a checkpoint.
+
+    Everything else stays as it was read: a write that came later says nothing against it.
+    """
     for node in graph.nodes:
         for name in _KEPT:
-            node.meta.pop(name, None)
+            if _names_erased(node.meta.get(name)):
+                del node.meta[name]
+
+
+def _names_erased(known: Any) -> bool:
+    if isinstance(known, fx.Node):
+        return known._erased
+    parts = known if isinstance(known, tuple) else vars(known).values() if is_dataclass(known) else ()
+    return any(map(_names_erased, parts))
 
 
 def fact(node: Any) -> Fact | None:
