@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from benchmarks.rivals import RIVALS
 from benchmarks.shapes import SHAPES
 from docs import pictures
 
@@ -105,7 +104,7 @@ def decode_table() -> str:
         (row["model"], row["T"], row["implementation"]): (record, row)
         for record in pictures.records("decode")
         for row in record["rows"]
-        if row["implementation"] in ("scatter_moe", *RIVALS)
+        if row["implementation"] in pictures.IMPLEMENTATIONS
     }
     table = measured_table(DECODE_COLUMNS, [row for _, row in sorted(found.values(), key=_place_of_decode)])
     copies = {caption(record): record["settings"]["copy_gb_per_s"] for record, _ in found.values()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.rivals import RIVALS
 
+IMPLEMENTATIONS = ("scatter_moe", *RIVALS)
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 WIDTH, LABELS, VALUES, BAR, GAP, TOP = 760, 210, 110, 18, 8, 44
 OURS, OTHERS = "#1565c0", "#90a4ae"
@@ -43,7 +44,7 @@ def last_training_steps() -> dict[tuple[str, str], tuple[dict, dict]]:
         for row in record["rows"]
         if row["zipf"] == 0
         and row.get("dtype", "bfloat16") == "bfloat16"
-        and row.get("implementation", "scatter_moe") in ("scatter_moe", *RIVALS)
+        and row.get("implementation", "scatter_moe") in IMPLEMENTATIONS
     }
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "scatter_moe", item[0][1])))
 

@@ -83,8 +83,7 @@ def combine_grouped(
     """
     num_slots, out_dtype = order_N.numel(), out_dtype or y_ND.dtype
     if topk_weights_TK is not None and num_slots > top_k and y_ND.dtype == accumulation_dtype(y_ND.dtype):
-        scale_N1 = slot_weights(topk_weights_TK, order_N)
-        scale_N1 = scale_N1 if scale_N1.dtype == y_ND.dtype else scale_N1.to(y_ND.dtype)
+        scale_N1 = slot_weights(topk_weights_TK, order_N).to(y_ND.dtype)
         y_ND, topk_weights_TK = torch.mul(y_ND, scale_N1, out=y_ND if overwrite_y else None), None
     if num_slots <= max(ADDED_SLOTS, top_k):
         if num_valid < num_slots:
@@ -93,8 +92,7 @@ def combine_grouped(
             return sum_of_one_token(y_ND, topk_weights_TK, order_N, out_dtype)
         if topk_weights_TK is not None:
             y_ND = y_ND * slot_weights(topk_weights_TK, order_N).to(accumulation_dtype(y_ND.dtype))
-        out_TD = _add_to_tokens(y_ND, order_N, num_slots // top_k, top_k, backwards)
-        return out_TD if out_TD.dtype == out_dtype else out_TD.to(out_dtype)
+        return _add_to_tokens(y_ND, order_N, num_slots // top_k, top_k, backwards).to(out_dtype)
     rows_N = slot_rows(order_N)
     if topk_weights_TK is None and top_k > 2:
         rows_N = rows_N.view(-1, top_k).sort(1, descending=backwards).values.view(-1)
@@ -112,8 +110,7 @@ def sum_of_one_token(y_ND: Tensor, topk_weights_1K: Tensor | None, order_N: Tens
 
 
 def _add_to_tokens(y_ND: Tensor, order_N: Tensor, num_tokens: int, top_k: int, backwards: bool) -> Tensor:
-    dtype, tokens_N = accumulation_dtype(y_ND.dtype), slot_tokens(order_N, top_k)
-    rows_ND = y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
+    rows_ND, tokens_N = y_ND.to(accumulation_dtype(y_ND.dtype)), slot_tokens(order_N, top_k)
     if backwards and top_k > 2:
         rows_ND, tokens_N = rows_ND.flip(0), tokens_N.flip(0)
     return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add_(0, tokens_N, rows_ND)
