@@ -11,14 +11,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.glu import Glu
 from scatter_ops.cuda.integers import cdiv
 from scatter_ops.cuda.operands import Routing, Rows, grid_size, tma_can_read, weight_descriptor
-from scatter_ops.cuda.parameters import ALIGNMENT, ExpertBias, ExpertWeight
+from scatter_ops.cuda.parameters import ExpertBias, ExpertWeight
 from scatter_ops.cuda.recording import launch
 from scatter_ops.cuda.routing import Schedule
-from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX, QUARTER
+from scatter_ops.kernels.hopper import BLOCK_K, BLOCK_M, BLOCK_N, BOX, QUARTER, UNIT
 from scatter_ops.kernels.hopper_glu_backward import PART, glu_backward_kernel
 from scatter_ops.kernels.hopper_glu_forward import H_PART, glu_forward_kernel
 from scatter_ops.kernels.hopper_grouped_gemm import grouped_gemm_kernel
@@ -57,7 +56,7 @@ def launch_glu_forward(
         f_size,
         weight.n * weight.ways,
         weight.k,
-        rows.data.stride(0) if rows.divisor else None,
+        *_gathered(rows, weight.k, BLOCK_K.value),
         X_DIVISOR=rows.divisor or None,
         ACTIVATION=glu.activation,
         LAYOUT=glu.h_layout,
@@ -101,7 +100,7 @@ def launch_glu_backward(
         down.n,
         down.k,
         0 if partials is None else partials.shape[1],
-        grad.data.stride(0) if grad.divisor else None,
+        *_gathered(grad, down.k, BLOCK_K.value),
         GRAD_DIVISOR=grad.divisor or None,
         ACTIVATION=glu.activation,
         LAYOUT=glu.h_layout,
@@ -127,7 +126,7 @@ def launch_grouped_gemm(
 
     num_zeroed: rows before this one that are sentinels' become zeros.
     """
-    operands = _operands(config, rows, weight, STAGES)
+    operands = _operands(config, rows, weight, STAGES, k_ways=weight.ways)
     if operands is None or bias.kind != "none":
         return False
     grid = grid_size(config, tiles.max_row_tiles * cdiv(weight.n, BLOCK_N.value), out.device)
@@ -146,7 +145,7 @@ def launch_grouped_gemm(
         routing.num_experts,
         weight.n,
         weight.k,
-        rows.data.stride(0) if rows.divisor else None,
+        *_gathered(rows, weight.k, BLOCK_K.value),
         X_DIVISOR=rows.divisor or None,
         K_WAYS=weight.ways,
         N_MAJOR=weight.stride_k != 1,
@@ -157,24 +156,43 @@ def launch_grouped_gemm(
     return True
 
 
-def _operands(config: Config, rows: Rows, weight: ExpertWeight, num_stages: int) -> tuple[Any, Any] | None:
+def _operands(
+    config: Config, rows: Rows, weight: ExpertWeight, num_stages: int, k_ways: int = 1
+) -> tuple[Any, Any] | None:
     """Both of a product, as the kernels read them; None where only the portable kernels can."""
     block_m, block_n, block_k = BLOCK_M.value, BLOCK_N.value, BLOCK_K.value
     if not config.overlap or (config.block_m, config.block_n, config.block_k) != (block_m, block_n, block_k):
         return None
     w = weight_descriptor(weight, BOX.value, block_k, n_ways=1)
-    if w is None or weight.k % block_k or weight.k < num_stages * block_k or not tma_can_read(rows.data):
+    if w is None or k_ways * cdiv(weight.k, block_k) < num_stages or not tma_can_read(rows.data):
         return None
-    x = rows.data if rows.divisor else _gluon(create_ragged_descriptor(rows.data, [block_m, block_k]))
-    return x, _gluon(w)
+    if rows.divisor:
+        return (rows.data, _gluon(w)) if k_ways == 1 and _in_units(weight.k) else None
+    if k_ways == 1:
+        return _gluon(create_ragged_descriptor(rows.data, [block_m, block_k])), _gluon(w)
+    if not _in_units(weight.k):  # TMA can't tell where the first way ends
+        return None
+    x = rows.data.unflatten(1, (k_ways, weight.k))
+    return _gluon(create_ragged_descriptor(x, [block_m, 1, block_k])), _gluon(w)
+
+
+def _gathered(rows: Rows, size: int, block: int) -> tuple[int | None, int | None]:
+    """Stride and number of columns as kernels take them that read `block` columns at a time."""
+    if rows.divisor == 0:
+        return None, None
+    return rows.data.stride(0) // UNIT.value, size // UNIT.value if size % block else None
+
+
+def _in_units(size: int) -> bool:
+    """Whether columns of 16 bit can be copied 16 bytes at a time."""
+    return size % UNIT.value == 0
 
 
 def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing, out: Tensor, spared: int) -> bool:
     """False where only the portable kernel can do it: nothing is launched then. spared: see grid_size."""
     block_p, block_q, block_rows, stages = BLOCK_M.value, BLOCK_N.value, config.block_k, config.num_stages
-    if not _weight_grad_can(config, left, right):
+    if not weight_grad_can(config, left, right):
         return False
-    left, right = (rows if _copies_are_aligned(rows.data) else regrouped(rows, routing) for rows in (left, right))
     if left.divisor == right.divisor == 0:  # short steps, which are too short to gather in
         block_rows, stages = block_rows // 2, 2 * stages
     num_experts, p_size, q_size = out.shape
@@ -189,10 +207,8 @@ def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing
         num_experts,
         p_size,
         q_size,
-        left.data.stride(0) if left.divisor else None,
-        right.data.stride(0) if right.divisor else None,
-        p_size if p_size % block_p else None,
-        q_size if q_size % block_q else None,
+        *_gathered(left, p_size, block_p),
+        *_gathered(right, q_size, block_q),
         LEFT_DIVISOR=left.divisor or None,
         RIGHT_DIVISOR=right.divisor or None,
         BLOCK_ROWS=block_rows,
@@ -203,22 +219,12 @@ def launch_weight_grad(config: Config, left: Rows, right: Rows, routing: Routing
     return True
 
 
-def weight_grad_reads_in_place(config: Config, left: Rows, right: Rows) -> bool:
-    """Whether launch_weight_grad does it, and without a copy of gathered rows."""
-    in_place = all(rows.divisor == 0 or _copies_are_aligned(rows.data) for rows in (left, right))
-    return in_place and _weight_grad_can(config, left, right)
-
-
-def _weight_grad_can(config: Config, left: Rows, right: Rows) -> bool:
+def weight_grad_can(config: Config, left: Rows, right: Rows) -> bool:
+    """Whether launch_weight_grad does it."""
     if not config.overlap or (config.block_m, config.block_n) != (BLOCK_M.value, BLOCK_N.value):
         return False
-    aligned_out = right.data.shape[1] * right.data.element_size() % ALIGNMENT == 0
-    return aligned_out and tma_can_read(left.data) and tma_can_read(right.data)
-
-
-def _copies_are_aligned(x: Tensor) -> bool:
-    """As far as Triton can know, which asks of a number whether it is a multiple of 16."""
-    return x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
+    reads = (rows.divisor == 0 or _in_units(rows.data.shape[1]) for rows in (left, right))
+    return _in_units(right.data.shape[1]) and all(reads) and tma_can_read(left.data) and tma_can_read(right.data)
 
 
 def _parts_of_h(h_NH: Tensor, glu: Glu, block_m: int, part: int) -> TensorDescriptor:

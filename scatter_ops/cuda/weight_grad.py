@@ -68,7 +68,7 @@ def oriented_weight_grad(grad: Rows, x: Rows, routing: Routing, transposed: bool
 def reads_in_place(left: Rows, right: Rows, routing: Routing) -> bool:
     """Whether Hopper's kernel does weight_grad, and without a copy of rows."""
     config = select_config("weight_grad", left.data, routing, left.data.shape[1], right.data.shape[1])
-    return not config.regroup and hopper is not None and hopper.weight_grad_reads_in_place(config, left, right)
+    return not config.regroup and hopper is not None and hopper.weight_grad_can(config, left, right)
 
 
 def grouped_sum(rows: Rows, scale: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:

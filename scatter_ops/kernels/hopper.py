@@ -32,6 +32,7 @@ BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 BOX = gl.constexpr(128)  # columns of a box of the weight
+UNIT = gl.constexpr(8)  # elements of 16 bit that are copied at once
 QUARTER = gl.constexpr(64)  # columns of a part of a tile that leaves at once
 BOUND = gl.constexpr(1 << 30)  # of ragged descriptors: see scatter_ops.kernels.ragged
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 256, 16]))
@@ -47,11 +48,15 @@ class Product(NamedTuple):
     expert's end are zeros either way: products of zeros take less power, which is what bounds the clock. A tile of the
     weight ([BLOCK_K, BLOCK_N] if n is contiguous in memory, else [BLOCK_N, BLOCK_K]) comes in two boxes, the second
     second_way ways and second_column columns after the first, maybe in another tensor. way_size: None unless the ways
-    of the weight follow one another along k; then each is that long.
+    of the weight follow one another along k; then each is that long, and x is a descriptor of [rows, ways, k].
+
+    stride_x and x_size count UNITs: as numbers of elements the compiler would not know them to be multiples. x_size is
+    the number of columns, None where all steps are whole or TMA reads them, which gives zeros beyond the last one.
     """
 
     x: Any
     stride_x: Any
+    x_size: Any
     weight: Any
     x_tiles: Any
     w_tiles: Any
@@ -168,28 +173,35 @@ def first_operands(product, tiles):
 @gluon.jit
 def load_step(product, tile, step, stage, pred):
     """Fill a stage with a step's tile of x and of the weight; `ready` knows nothing of rows that are gathered."""
-    k = step * BLOCK_K
+    k, way, expert = step * BLOCK_K, 0, tile.first_expert
+    if product.way_size is not None:
+        steps_of_way = gl.cdiv(product.way_size, BLOCK_K)
+        in_second = step >= steps_of_way
+        k -= gl.where(in_second, steps_of_way * BLOCK_K, 0)
+        way = gl.where(in_second, 1, 0)
+        expert = gl.where(in_second, tile.second_expert, expert)
     barrier = product.ready.index(stage)
     x_tile = product.x_tiles.index(stage)
     if product.stride_x is not None:
         columns = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, GATHERED))
-        pointers = product.x + tile.sources[:, None] * product.stride_x + columns[None, :]
-        async_copy.async_copy_global_to_shared(x_tile, pointers, mask=tile.valid[:, None])
+        pointers = product.x + tile.sources[:, None] * (UNIT * product.stride_x) + columns[None, :]
+        mask = tile.valid[:, None]
+        if product.x_size is not None:
+            mask = mask & (columns < UNIT * product.x_size)[None, :]
+        async_copy.async_copy_global_to_shared(x_tile, pointers, mask=mask)
         async_copy.commit_group()
         mbarrier.expect(barrier, BLOCK_N * BLOCK_K * 2, pred)
     else:
         mbarrier.expect(barrier, (BLOCK_M + BLOCK_N) * BLOCK_K * 2, pred)
         row = BOUND - (tile.end_row - tile.first_row)
+        place = [k] if product.way_size is None else [way, k]
         x_tile = x_tile.reshape(product.x.block_type.shape)
-        tma.async_copy_global_to_shared(product.x, [BOUND, tile.end_row, row, k], barrier, x_tile, pred)
+        tma.async_copy_global_to_shared(product.x, [BOUND, tile.end_row, row] + place, barrier, x_tile, pred)
     if product.way_size is None:
-        _load_box(product, tile, tile.first_expert, 0, k, barrier, stage, pred, 0)
+        _load_box(product, tile, expert, 0, k, barrier, stage, pred, 0)
         _load_box(product, tile, tile.second_expert, product.second_way, k, barrier, stage, pred, 1)
     else:
-        in_second = k >= product.way_size
-        expert = gl.where(in_second, tile.second_expert, tile.first_expert)
-        way = gl.where(in_second, product.second_way, 0)
-        k -= gl.where(in_second, product.way_size, 0)
+        way *= product.second_way
         _load_box(product, tile, expert, way, k, barrier, stage, pred, 0)
         _load_box(product, tile, expert, way, k, barrier, stage, pred, 1)
 

@@ -212,6 +212,7 @@ def glu_backward_kernel(
     k_size,
     num_partials,
     stride_grad,
+    grad_size,
     GRAD_DIVISOR: gl.constexpr,
     ACTIVATION: gl.constexpr,
     LAYOUT: gl.constexpr,
@@ -224,7 +225,7 @@ def glu_backward_kernel(
     dH takes the place of h in shared memory, part by part.
     """
     x_tiles, w_tiles, ready = make_stages(weight, N_MAJOR, STAGES)
-    product = Product(grad_out, stride_grad, weight, x_tiles, w_tiles, ready, 0, BOX, None)
+    product = Product(grad_out, stride_grad, grad_size, weight, x_tiles, w_tiles, ready, 0, BOX, None)
     num_rows, num_columns = gl.load(tile_map_ptr), gl.cdiv(f_size, BLOCK_N)
     tiles = Tiles(tile_map_ptr, order_ptr, distances_ptr, None, num_rows, num_columns, GRAD_DIVISOR, GROUP_M)
     first, hop = gl.program_id(0), gl.num_programs(0)

@@ -136,6 +136,7 @@ def glu_forward_kernel(
     h_size,
     k_size,
     stride_x,
+    x_size,
     X_DIVISOR: gl.constexpr,
     ACTIVATION: gl.constexpr,
     LAYOUT: gl.constexpr,
@@ -145,6 +146,7 @@ def glu_forward_kernel(
 ):
     """x is a ragged descriptor if X_DIVISOR and stride_x are None, else a pointer; a and h are ragged descriptors too.
 
+    stride_x and x_size are those of Product.
     h and experts_per_way (up's expert is that many after gate's in distances_ptr) may be None.
     """
     CONCATENATED: gl.constexpr = LAYOUT == "concatenated"
@@ -152,7 +154,7 @@ def glu_forward_kernel(
     x_tiles, w_tiles, ready = make_stages(weight, N_MAJOR, STAGES)
     second_way: gl.constexpr = 1 if CONCATENATED and experts_per_way is None else 0
     second_column: gl.constexpr = 0 if CONCATENATED else BOX
-    product = Product(x, stride_x, weight, x_tiles, w_tiles, ready, second_way, second_column, None)
+    product = Product(x, stride_x, x_size, weight, x_tiles, w_tiles, ready, second_way, second_column, None)
     h_tiles = gl.allocate_shared_memory(a.dtype, [4, BLOCK_M, H_PART], SWIZZLED)
     a_tile = gl.allocate_shared_memory(a.dtype, a.block_type.shape, a.layout)
     handed = make_barriers(2)

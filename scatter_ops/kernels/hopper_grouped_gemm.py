@@ -54,17 +54,18 @@ def grouped_gemm_kernel(
     n_size,
     k_size,
     stride_x,
+    x_size,
     X_DIVISOR: gl.constexpr,
     K_WAYS: gl.constexpr,
     N_MAJOR: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """out is a ragged descriptor of quarters of tiles; x, X_DIVISOR and experts_per_way are those of glu_forward."""
+    """out is a ragged descriptor of quarters of tiles; x, its numbers and experts_per_way are those of glu_forward."""
     x_tiles, w_tiles, ready = make_stages(weight, N_MAJOR, STAGES)
     second_way: gl.constexpr = 1 if K_WAYS == 2 and experts_per_way is None else 0
     way_size = k_size if K_WAYS == 2 else None
-    product = Product(x, stride_x, weight, x_tiles, w_tiles, ready, second_way, BOX, way_size)
+    product = Product(x, stride_x, x_size, weight, x_tiles, w_tiles, ready, second_way, BOX, way_size)
     out_tiles = gl.allocate_shared_memory(out.dtype, [4, BLOCK_M, QUARTER], SWIZZLED)
     num_rows, num_columns = gl.load(tile_map_ptr), gl.cdiv(n_size, BLOCK_N)
     tiles = Tiles(tile_map_ptr, order_ptr, distances_ptr, experts_per_way, num_rows, num_columns, X_DIVISOR, GROUP_M)

@@ -28,6 +28,7 @@ from scatter_ops.kernels.hopper import (
     BOUND,
     QUARTER,
     SWIZZLED,
+    UNIT,
     advance,
     make_barriers,
     stage_before,
@@ -43,7 +44,7 @@ GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 class Operand(NamedTuple):
     """A ragged descriptor of grouped rows if divisor is None, else a pointer to rows of which slot // divisor is read.
 
-    size: number of columns, None where all tiles are whole; tiles: its stages.
+    size: number of columns, None where all tiles are whole; it and stride count UNITs. tiles: its stages.
     """
 
     memory: Any
@@ -128,7 +129,7 @@ def _gathered(operand, slots, first_column):
     """Where a step's rows are: pointers and, unless all tiles are whole, which columns exist."""
     columns = first_column + gl.arange(0, operand.tiles.shape[2], gl.SliceLayout(0, GATHERED))
     sources = (slots // operand.divisor).to(gl.int64)
-    return operand.memory + sources[:, None] * operand.stride + columns[None, :], columns
+    return operand.memory + sources[:, None] * (UNIT * operand.stride) + columns[None, :], columns
 
 
 @gluon.jit
@@ -136,7 +137,7 @@ def _copy_gathered(operand, pointers, columns, valid, stage):
     """A step's rows, zeros beyond the expert's end and the last column."""
     mask = valid[:, None]
     if operand.size is not None:
-        mask = mask & (columns < operand.size)[None, :]
+        mask = mask & (columns < UNIT * operand.size)[None, :]
     async_copy.async_copy_global_to_shared(operand.tiles.index(stage), pointers, mask=mask)
 
 
@@ -262,8 +263,8 @@ def weight_grad_kernel(
     p_size,
     q_size,
     stride_left,
-    stride_right,
     left_size,
+    stride_right,
     right_size,
     LEFT_DIVISOR: gl.constexpr,
     RIGHT_DIVISOR: gl.constexpr,
@@ -271,8 +272,8 @@ def weight_grad_kernel(
     STAGES: gl.constexpr,
     GROUP_P: gl.constexpr,
 ):
-    """out is a descriptor of [E, P, Q] in quarters of tiles. About left and right see Operand; strides are None as
-    divisors are.
+    """out is a descriptor of [E, P, Q] in quarters of tiles. About left and right see Operand, strides and sizes are
+    None where divisors are.
     """
     ARRIVALS: gl.constexpr = 1 if LEFT_DIVISOR is None and RIGHT_DIVISOR is None else 1 + 32 * LOADING_WARPS
     left_tiles = gl.allocate_shared_memory(out.dtype, [STAGES, BLOCK_ROWS, BLOCK_M], SWIZZLED)
