@@ -52,6 +52,7 @@ SHARES = {  # of a phase in the products of a forward pass
 FEW_ROWS = 128  # for each expert: fewer make kernels so short that only a CUDA graph times them
 TOLERANCE = 2e-2  # relative RMS difference of two bf16 results of one product
 HOPPER = Config(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1, tma=True)
+FLOAT32 = Config(64, 128, 32, num_warps=2, num_stages=3)
 
 
 def variants(base: Config, **axes: Any) -> Iterator[Config]:
@@ -61,7 +62,7 @@ def variants(base: Config, **axes: Any) -> Iterator[Config]:
     yield from configs
 
 
-def candidates(op: str, rows_per_expert: int) -> list[Config]:
+def candidates(op: str, rows_per_expert: int, dtype: torch.dtype) -> list[Config]:
     if rows_per_expert < FEW_ROWS:
         block_m = max(16, 1 << (rows_per_expert - 1).bit_length())
         base = Config(block_m, 128, 64, num_warps=4, num_stages=4, epilogue_parts=2)
@@ -69,6 +70,14 @@ def candidates(op: str, rows_per_expert: int) -> list[Config]:
             *variants(base, block_n=[64, 128], block_k=[64, 128], tma=[False, True], tma_out=[False]),
             *variants(base, block_n=[128], block_k=[128], num_stages=[3], tma=[False, True], tma_out=[False]),
             *variants(base, block_n=[64], block_k=[128], num_stages=[6], tma=[False, True], tma_out=[False]),
+        ]
+    if dtype == torch.float32:
+        # Two warps, and tiles of 32 rows, make Triton take the older tensor core instructions on Hopper.
+        base = dataclasses.replace(FLOAT32, epilogue_parts=2 if op == "glu_backward" else 1)
+        return [
+            *variants(base, block_m=[64, 128], block_n=[64, 128], block_k=[16, 32], num_warps=[2, 4]),
+            *variants(base, block_m=[32], block_n=[128, 256], num_warps=[4, 8]),
+            *variants(base, block_m=[128], block_n=[128, 256], num_warps=[8], num_stages=[3, 4]),
         ]
     if op == "glu_backward":
         return [
@@ -145,24 +154,24 @@ def tune(name: str, dtype: torch.dtype, only: Collection[str], rounds: int) -> l
     rows = []
     for phase, run in phases(SHAPES[name], "cuda", dtype).items():
         if phase in only:
-            rows += tune_phase(name, phase, run, rounds)
+            rows += tune_phase(name, phase, run, dtype, rounds)
     return rows
 
 
-def tune_phase(name: str, phase: str, run: Callable[[], Any], rounds: int) -> list[dict[str, Any]]:
+def tune_phase(name: str, phase: str, run: Callable[[], Any], dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """The candidates take turns, with the configuration in use among them."""
     shape, op = SHAPES[name], PHASE_OPS[phase]
-    shape_class, in_use = _in_use(op, run)
+    asked, in_use = _in_use(op, run)
     expected, few = run(), shape.rows_per_expert < FEW_ROWS
     rows = {
         config: {
             "shape": name,
             "phase": phase,
             "config": dataclasses.asdict(config),
-            "shape_class": shape_class,
+            **asked,
             "in_use": config == in_use,
         }
-        for config in [in_use, *candidates(op, shape.rows_per_expert)]
+        for config in [in_use, *candidates(op, shape.rows_per_expert, dtype)]
     }
     for config, row in rows.items():
         if failure := _failure(config, run, expected):
@@ -197,7 +206,7 @@ def precompile(name: str, dtype: torch.dtype, only: Collection[str], workers: in
         (name, phase, i)
         for phase, op in PHASE_OPS.items()
         if phase in only
-        for i in range(len(candidates(op, SHAPES[name].rows_per_expert)))
+        for i in range(len(candidates(op, SHAPES[name].rows_per_expert, dtype)))
     ]
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -211,7 +220,7 @@ def _compile_candidate(job: tuple[str, str, int], dtype: torch.dtype) -> str | N
     # The number of tokens isn't part of a compiled kernel: few keep the tensors small.
     with offline.recorded((9, 0)) as launches:
         run = phases(SHAPES[name]._replace(T=1024), "cpu", dtype)[phase]
-        config = candidates(PHASE_OPS[phase], SHAPES[name].rows_per_expert)[index]
+        config = candidates(PHASE_OPS[phase], SHAPES[name].rows_per_expert, dtype)[index]
         with _selecting(config):
             run()
     try:
@@ -228,14 +237,16 @@ def _selecting(config: Config):
     )
 
 
-def _in_use(op: str, run: Callable[[], Any]) -> tuple[ShapeClass, Config]:
-    """The shape class of a phase, and the configuration that it runs with today."""
-    asked: list[tuple[ShapeClass, Config]] = []
+def _in_use(op: str, run: Callable[[], Any]) -> tuple[dict[str, Any], Config]:
+    """What a phase asks for (shape class, of float32 the kind of product), and the configuration that it gets today."""
+    asked: list[tuple[dict[str, Any], Config]] = []
 
     def select(op_of_call: str, capability: tuple[int, int], shape: ShapeClass, *rest: Any) -> Config:
         config = tuning_select(op_of_call, capability, shape, *rest)
         if op_of_call == op:
-            asked.append((shape, config))
+            dtype, precision, k_major = rest
+            products = {"precision": precision, "k_major": k_major} if dtype == torch.float32 else {}
+            asked.append(({"shape_class": shape, "products": products}, config))
         return config
 
     tuning_select = tuning.select
@@ -255,12 +266,14 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--phases", nargs="+", default=list(PHASE_OPS), choices=PHASE_OPS)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--precision", default="highest", choices=("highest", "high"), help="of float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--write", action="store_true", help="put the winners into the device's file of configurations")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: configurations are timed where they are to be used")
+    torch.set_float32_matmul_precision(arguments.precision)
     dtype, names = getattr(torch, arguments.dtype), shape_names(parser, arguments.shapes, default=list(SHAPES))
     for name in names:
         precompile(name, dtype, arguments.phases, arguments.workers)
@@ -272,7 +285,9 @@ def main() -> None:
         path = tuning.config_file(torch.cuda.get_device_capability())
         known = json.loads(path.read_text()) if path.exists() else []
         new = [
-            tuned_rows.row_of(PHASE_OPS[row["phase"]], row["shape_class"], dtype, Config(**row["config"]))
+            tuned_rows.row_of(
+                PHASE_OPS[row["phase"]], row["shape_class"], dtype, Config(**row["config"]), **row["products"]
+            )
             for row in best
         ]
         tuned_rows.write(path, tuned_rows.merged(known, new))

@@ -16,12 +16,15 @@ from scatter_ops.tuning import Config, ShapeClass
 LEAST_GAIN = 0.02  # of the time of the configuration in use: less is noise
 
 
-def row_of(op: str, shape: ShapeClass, dtype: torch.dtype, config: Config) -> dict[str, Any]:
-    """The row by which `tuning.select` finds this configuration for this shape class."""
+def row_of(op: str, shape: ShapeClass, dtype: torch.dtype, config: Config, **products: Any) -> dict[str, Any]:
+    """The row by which `tuning.select` finds this configuration for this shape class.
+
+    products: precision and k_major, of float32.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     changed = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
     ranges = {name: [size, size] for name, size in shape._asdict().items()}
-    return {"op": op, "dtypes": [str(dtype).removeprefix("torch.")], **ranges, "config": changed}
+    return {"op": op, "dtypes": [str(dtype).removeprefix("torch.")], **products, **ranges, "config": changed}
 
 
 def winners(measured: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def glu_forward(rows: Rows, weight: ExpertWeight, glu: Glu, save_h: bool) -> tup
     h = rows.data.new_empty((routing.num_slots, h_size) if save_h else 0)
     if a_NF.numel() == 0:
         return a_NF, h
-    config = select_config("glu_forward", rows.data, routing, h_size, weight.k)
+    config = select_config("glu_forward", rows.data, routing, h_size, weight.k, weight.stride_k == 1)
     tiles = routing.schedule(config.block_m, with_inverse=True)
     if config.regroup:
         rows = regrouped(rows, routing)

@@ -33,7 +33,7 @@ def grouped_gemm(
     out = torch.empty(num_slots, weight.n, dtype=rows.data.dtype, device=rows.data.device)
     if out.numel() == 0:
         return out
-    config = select_config("grouped_gemm", rows.data, routing, weight.n, weight.k)
+    config = select_config("grouped_gemm", rows.data, routing, weight.n, weight.k, weight.stride_k == 1)
     tiles = routing.schedule(config.block_m)
     num_zeroed = num_slots if zero_unrouted else 0
     out_tma = config.tma_out and not scatter and uses_tma(config, out.device) and tma_can_read(out)

@@ -49,9 +49,9 @@ class Routing:
         return inverse
 
 
-def select_config(op: str, x: Tensor, routing: Routing, n: int, k: int) -> tuning.Config:
+def select_config(op: str, x: Tensor, routing: Routing, n: int, k: int, k_major: bool = False) -> tuning.Config:
     shape = tuning.shape_class(routing.num_slots, routing.num_experts, n, k)
-    return tuning.select(op, capability(x.device), shape, x.dtype, dot_precision(x.dtype))
+    return tuning.select(op, capability(x.device), shape, x.dtype, dot_precision(x.dtype), k_major)
 
 
 def grid_size(config: tuning.Config, num_tiles: int, device: torch.device, spared: int = 0) -> tuple[int]:

@@ -7,7 +7,8 @@ inclusive):
      "config": {"block_m": 128, "block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 3}}
 
 `rows` is the average number of rows per expert rounded up to a power of two: a new number of tokens seldom means
-another config, so nothing is tuned or compiled anew.
+another config, so nothing is tuned or compiled anew. Rows of float32 may also ask for a `precision` of products (tf32
+or ieee) and for `k_major` (true or false): Hopper's tensor cores want the reduction of float32 contiguous in memory.
 """
 
 import functools
@@ -71,11 +72,19 @@ def shape_class(num_rows: int, num_experts: int, n: int, k: int) -> ShapeClass:
 
 @functools.lru_cache(maxsize=4096)
 def select(
-    op: str, capability: tuple[int, int], shape: ShapeClass, dtype: torch.dtype, precision: str = "tf32"
+    op: str,
+    capability: tuple[int, int],
+    shape: ShapeClass,
+    dtype: torch.dtype,
+    precision: str = "tf32",
+    k_major: bool = False,
 ) -> Config:
-    """Config of `op` (grouped_gemm, glu_forward, glu_backward, weight_grad); precision is that of float32 products."""
+    """Config of `op` (grouped_gemm, glu_forward, glu_backward, weight_grad).
+
+    precision is that of float32 products; k_major: the reduction is contiguous in both operands.
+    """
     for row in _rows(capability):
-        if _matches(row, op, shape, dtype):
+        if _matches(row, op, shape, dtype, precision, k_major):
             return fit(op, Config(**row["config"]), shape, capability, dtype)
     return fit(op, _heuristic(op, capability, shape, dtype, precision), shape, capability, dtype)
 
@@ -143,8 +152,12 @@ def config_file(capability: tuple[int, int]) -> Path:
     return CONFIGS / f"sm_{capability[0]}{capability[1]}.json"
 
 
-def _matches(row: dict[str, Any], op: str, shape: ShapeClass, dtype: torch.dtype) -> bool:
+def _matches(
+    row: dict[str, Any], op: str, shape: ShapeClass, dtype: torch.dtype, precision: str, k_major: bool
+) -> bool:
     if row["op"] != op or str(dtype).removeprefix("torch.") not in row["dtypes"]:
+        return False
+    if row.get("precision", precision) != precision or row.get("k_major", k_major) != k_major:
         return False
     ranges = {name: row.get(name, [0, float("inf")]) for name in shape._fields}
     return all(ranges[name][0] <= value <= ranges[name][1] for name, value in shape._asdict().items())

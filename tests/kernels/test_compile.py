@@ -64,6 +64,25 @@ def test_kernels_fit(capability: tuple[int, int], dtype: torch.dtype, rows_per_e
         assert found.stack <= MAX_SPILL_BYTES, f"{name}: {found}"
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_fits_hopper(precision: str, transposed: bool):
+    """TF32 is for tensor cores: Hopper's instructions, or the older ones where the reduction isn't contiguous."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with offline.recorded((9, 0), rows_per_expert=4096) as launches:
+            training_step(torch.float32, transposed=transposed)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for launch in launches:
+        found = offline.resources(offline.compile_launch(launch))
+        name = launch.kernel.__name__
+        assert found.shared <= 1024 * tuning.SHARED_MEMORY_KIB[9, 0], f"{name}: {found}"
+        assert found.stack <= MAX_SPILL_BYTES, f"{name}: {found}"
+        assert (found.wgmma + found.mma > 0) == (precision == "high" and name in PRODUCTS), f"{name}: {found}"
+
+
 @pytest.mark.parametrize(("capability", "kind"), [((8, 0), "list"), ((9, 0), "tma")], ids=str)
 def test_lists_of_weights_are_read_asynchronously(capability: tuple[int, int], kind: str):
     """Through pointers, and by one TMA descriptor where there is TMA."""
@@ -111,8 +130,8 @@ def test_hopper_takes_its_own_kernels_wherever_the_weights_lie(layout: str, list
 
 @pytest.mark.parametrize("layout", ["concatenated", "separate"])
 def test_hopper_copies_no_rows(layout: str):
-    """Its kernels gather them; those of widths that it has no kernel for read copies."""
-    for width, copies in ((F, 0), (100, 1)):
+    """Its kernels gather them; those of widths that it has no kernel for read copies. A width needs not be a tile's."""
+    for width, copies in ((F, 0), (F - 8, 0), (100, 1)):
         with offline.recorded((9, 0), rows_per_expert=4096) as launches:
             training_step(torch.bfloat16, layout=layout, expert_width=width)
         assert any(launch.kernel.__name__ == "dispatch_kernel" for launch in launches) == copies, width

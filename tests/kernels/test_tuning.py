@@ -54,6 +54,17 @@ def test_a_later_winner_takes_the_place_of_an_earlier(configs):
     assert len(json.loads(tuning.config_file(HOPPER).read_text())) == rows + 1
 
 
+def test_a_winner_of_float32_is_selected_for_its_kind_of_product_alone(configs):
+    path, kind = tuning.config_file(HOPPER), ("tf32", True)
+    row = tuned_rows.row_of("grouped_gemm", OURS, torch.float32, FAST, precision=kind[0], k_major=kind[1])
+    tuned_rows.write(path, tuned_rows.merged(json.loads(path.read_text()), [row]))
+    _forget()
+    for others in (("ieee", True), ("tf32", False)):
+        assert tuning.select("grouped_gemm", HOPPER, OURS, torch.float32, *others) != FAST
+    selected = tuning.select("grouped_gemm", HOPPER, OURS, torch.float32, *kind)
+    assert (selected.block_m, selected.block_n) == (FAST.block_m, FAST.block_n)
+
+
 def test_only_what_is_clearly_faster_wins():
     def row(phase: str, ms: float | None, in_use: bool) -> dict:
         return {"shape": "D", "phase": phase, "in_use": in_use} | ({} if ms is None else {"ms": ms})
