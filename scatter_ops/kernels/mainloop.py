@@ -177,6 +177,15 @@ def _load_by_pointer(
 
 
 @triton.jit
+def rounded_operand(tile, PRECISION: tl.constexpr):
+    """An operand of a dot in TF32, rounded to nearest as PyTorch's products do: the tensor cores would cut it off."""
+    if PRECISION == "tf32" and tile.dtype == tl.float32:
+        nearest = (tile.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+        tile = tl.where(tile == tile, nearest, float("nan"))
+    return tile
+
+
+@triton.jit
 def multiply_tile(
     left,
     right,
@@ -221,6 +230,8 @@ def multiply_tile(
             w_tile = _load_by_pointer(
                 strides, experts, columns, k_way, k_first, k_size, N_WAYS, K_WAYS, EVEN_K, BLOCK_K
             )
+        x_tile = rounded_operand(x_tile, PRECISION)
+        w_tile = rounded_operand(w_tile, PRECISION)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
     return acc
 

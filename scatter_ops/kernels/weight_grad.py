@@ -8,7 +8,7 @@ Rows are read grouped or gathered by index; an expert without rows gets exact ze
 import triton
 import triton.language as tl
 
-from scatter_ops.kernels.mainloop import tile_position
+from scatter_ops.kernels.mainloop import rounded_operand, tile_position
 from scatter_ops.kernels.ragged import load_rows
 
 
@@ -104,6 +104,8 @@ def weight_grad_kernel(
             right_tile = _load_operand(q_side, span, RIGHT_DIVISOR, RIGHT_TMA, BLOCK_ROWS, BLOCK_Q)
             next_rows = rows + BLOCK_ROWS
             slots = _slots_or_rows(order_ptr, next_rows, next_rows < end, GATHERED)
+            left_tile = rounded_operand(left_tile, PRECISION)
+            right_tile = rounded_operand(right_tile, PRECISION)
             acc = tl.dot(left_tile.T, right_tile, acc, input_precision=PRECISION)
         if OUT_TMA:
             out.store([expert, first_p, first_q], acc.to(out.dtype).reshape(1, BLOCK_P, BLOCK_Q))

@@ -138,11 +138,11 @@ def comparable(value):
     return type(value)
 
 
-def assert_same(actual: Seen, expected: Seen):
-    """Equal up to fp32 rounding; an absent gradient counts as zeros."""
+def assert_same(actual: Seen, expected: Seen, computed_in: torch.dtype | None = None):
+    """Equal up to rounding; an absent gradient counts as zeros. computed_in: None if in each tensor's own dtype."""
     assert len(actual.outputs) == len(expected.outputs)
     for i, (ours, eager) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
-        assert_equal_value(ours, eager, f"output {i}")
+        assert_equal_value(ours, eager, f"output {i}", computed_in)
     assert actual.grads.keys() == expected.grads.keys()
     for name, eager in expected.grads.items():
         assert_close_grad(actual.grads[name], eager, f"gradient of {name}")
@@ -158,28 +158,28 @@ def assert_close_grad(ours, eager, what):
     assert_close(ours, eager, what)
 
 
-def assert_equal_value(ours, eager, what):
+def assert_equal_value(ours, eager, what, computed_in: torch.dtype | None = None):
     """Tensors by the numerical rule, everything else exactly."""
     if isinstance(eager, torch.Tensor):
         assert isinstance(ours, torch.Tensor), f"{what}: {ours} instead of a tensor"
-        assert_close(ours, eager, what)
+        assert_close(ours, eager, what, computed_in)
     elif isinstance(eager, dict):
         assert ours.keys() == eager.keys(), f"{what}: {sorted(ours.keys() ^ eager.keys())} on one side only"
         for key, value in eager.items():
-            assert_equal_value(ours[key], value, f"{what}: {key}")
+            assert_equal_value(ours[key], value, f"{what}: {key}", computed_in)
     elif isinstance(eager, list):
         assert len(ours) == len(eager), f"{what}: {len(ours)} entries, eager has {len(eager)}"
         for i, value in enumerate(eager):
-            assert_equal_value(ours[i], value, f"{what}[{i}]")
+            assert_equal_value(ours[i], value, f"{what}[{i}]", computed_in)
     else:
         assert ours == eager, f"{what}: {ours}, eager has {eager}"
 
 
-def assert_close(ours: torch.Tensor, eager: torch.Tensor, what: str):
+def assert_close(ours: torch.Tensor, eager: torch.Tensor, what: str, computed_in: torch.dtype | None = None):
     """The numerical rule for floating point, equality for the rest; shape, dtype and device always."""
     assert (ours.shape, ours.dtype, ours.device) == (eager.shape, eager.dtype, eager.device), what
     if eager.dtype in TOLERANCE:
-        assert_exact({what: ours}, {what: eager}, eager.dtype)
+        assert_exact({what: ours}, {what: eager}, computed_in or eager.dtype)
     elif eager.is_floating_point():
         torch.testing.assert_close(ours, eager, msg=what)
     else:

@@ -178,25 +178,39 @@ def test_tiles_of_every_size(tokens: int, dtype: torch.dtype, poisoned_memory):
     assert_low_precision(samples, dtype)
 
 
+@pytest.fixture(params=["highest", "high"])
+def precision(request) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("precision", ["highest", "high"])
 def test_float32_follows_the_precision_of_products(precision: str, transposed: bool, poisoned_memory):
     """As exact as float32 is with "highest", as PyTorch's products in TF32 with "high"."""
-    samples, before = [], torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        for seed in range(MIN_SEEDS):
-            inputs = layer(T=1024, E=4, D=512, F=320, dtype=torch.float32, seed=seed)
-            exact, options = as_double(inputs), ("concatenated", transposed)
-            runs = ((inputs, cuda), (inputs, reference), (exact, reference))
-            samples.append(Sample(*(step_in_layout(i, in_layout(i, *options), *options, how) for i, how in runs)))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    samples = []
+    for seed in range(MIN_SEEDS):
+        inputs = layer(T=1024, E=4, D=512, F=320, dtype=torch.float32, seed=seed)
+        exact, options = as_double(inputs), ("concatenated", transposed)
+        runs = ((inputs, cuda), (inputs, reference), (exact, reference))
+        samples.append(Sample(*(step_in_layout(i, in_layout(i, *options), *options, how) for i, how in runs)))
     if precision == "high":
         assert_low_precision(samples, torch.float32)
     else:
         for sample in samples:
             assert_exact(sample.candidate, sample.truth)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1], ids=hex)
+def test_float32_keeps_what_is_not_a_number(bits: int, precision: str, poisoned_memory):
+    """Whatever bits it has: all that are set, say, which is what devices make."""
+    inputs = layer(dtype=torch.float32)
+    inputs.x.view(torch.int32)[3, 5] = bits
+    routing = cuda.route(inputs.topk_ids, 8)
+    y = cuda.parallel_linear(inputs.x, inputs.gate_up, *routing, 2, False, False, [])
+    assert y[6:8].isnan().all()
+    assert y.isfinite().sum() == y.numel() - y[6:8].numel()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
