@@ -104,6 +104,7 @@ def performance_page() -> Page:
     models = "\n".join(map(measured.model_caption, measured.last_runs_of_models()))
     text = between_markers(path.read_text(), "environments", models)
     text = between_markers(text, "shapes", measured.layers_table())
+    text = between_markers(text, "dtypes", measured.dtypes_table())
     text = between_markers(text, "compile_time", compile_time.tables())
     text = between_markers(text, "layouts", measured.layouts_table())
     text = between_markers(text, "decode", measured.decode_table())

@@ -38,6 +38,17 @@ LAYER_COLUMNS = {
     "held": "held, MiB",
     "peak": "peak, MiB",
 }
+DTYPE_COLUMNS = {
+    "shape": "shape",
+    "dtype": "dtype",
+    "forward_ms": "forward, ms",
+    "forward_ratio": "forward, of dense",
+    "step_ms": "step, ms",
+    "step_ratio": "step, of dense",
+    "peak": "peak, MiB",
+    "least_peak": "least peak, MiB",
+}
+SHAPES_IN_DTYPES = ("C", "D", "odd")
 LAYOUT_COLUMNS = {
     "shape": "shape",
     "layout": "parameters",
@@ -90,6 +101,21 @@ def layers_table() -> str:
     rows = [row | {"held": f"{row['held']:,.0f}", "peak": f"{row['peak']:,.0f}"} for _, row in steps.values()]
     runs = "\n".join(dict.fromkeys(caption(record) for record, _ in steps.values()))
     return "\n\n".join(("\n".join(lines), measured_table(LAYER_COLUMNS, rows), runs))
+
+
+def dtypes_table() -> str:
+    """The last training step of some shapes in each dtype; TF32 is float32 with PyTorch's precision "high"."""
+    found = {
+        (row["shape"], row["dtype"]): (record, row)
+        for record in pictures.records("training_step")
+        for row in record["rows"]
+        if row["zipf"] == 0 and row["shape"] in SHAPES_IN_DTYPES and "dtype" in row
+    }
+    last = [found[key] for key in sorted(found)]
+    rows = [row | {name: f"{row[name]:,.0f}" for name in ("peak", "least_peak")} for _, row in last]
+    return (
+        measured_table(DTYPE_COLUMNS, rows) + "\n\n" + "\n".join(dict.fromkeys(caption(record) for record, _ in last))
+    )
 
 
 def layouts_table() -> str:

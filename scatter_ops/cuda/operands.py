@@ -84,6 +84,7 @@ def product_options(
         "N_MAJOR": weight.stride_k != 1 and weight.stride_n == 1,
         "EVEN_K": weight.k % block_k == 0,
         "PRECISION": dot_precision(rows.data.dtype),
+        "UNIT": _unit_of_product(rows.data, weight),
         "BLOCK_M": config.block_m,
         "BLOCK_K": block_k,
         "GROUP_M": config.group_m,
@@ -94,6 +95,21 @@ def product_options(
         "num_stages": config.num_stages,
     }
     return x, descriptor or weight.data, options
+
+
+def _unit_of_product(x: Tensor, weight: ExpertWeight) -> int:
+    if min(weight.stride_n, weight.stride_k) != 1:
+        return 1
+    n_major = weight.stride_k != 1
+    of_rows, columns = (weight.stride_k, weight.n) if n_major else (weight.stride_n, weight.k)
+    return unit(x, x.stride(0), weight.k, columns, of_rows, weight.stride_way, weight.stride_e)
+
+
+def unit(x: Tensor, *numbers: int) -> int:
+    """Elements of 16 bytes, which are loaded at once, if they divide all numbers and Triton can't know: 16 don't."""
+    elements = ALIGNMENT // x.element_size()
+    known = all(number % 16 == 0 for number in numbers)
+    return elements if not known and all(number % elements == 0 for number in numbers) else 1
 
 
 def weight_descriptor(weight: ExpertWeight, block_n: int, block_k: int, n_ways: int) -> TensorDescriptor | None:

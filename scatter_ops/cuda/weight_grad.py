@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from scatter_ops.cuda.device import dot_precision
 from scatter_ops.cuda.dispatch import regrouped
 from scatter_ops.cuda.integers import cdiv, next_power_of_2
-from scatter_ops.cuda.operands import Routing, Rows, grid_size, select_config, tma_can_read, uses_tma
+from scatter_ops.cuda.operands import Routing, Rows, grid_size, select_config, tma_can_read, unit, uses_tma
 from scatter_ops.cuda.optional_hopper import hopper
 from scatter_ops.kernels.weight_grad import grouped_sum_kernel, weight_grad_kernel
 
@@ -49,6 +49,7 @@ def weight_grad(left: Rows, right: Rows, routing: Routing, spared: int = 0) -> T
         RIGHT_TMA=right_tma,
         OUT_TMA=out_tma,
         PRECISION=dot_precision(left.data.dtype),
+        UNIT=unit(left.data, p_size, q_size, left.data.stride(0), right.data.stride(0)),
         BLOCK_P=block_p,
         BLOCK_Q=block_q,
         BLOCK_ROWS=config.block_k,

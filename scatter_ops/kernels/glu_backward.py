@@ -117,6 +117,7 @@ def glu_backward_kernel(
     N_MAJOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -147,7 +148,7 @@ def glu_backward_kernel(
         left = (grad_out, source_rows(rows, slots, valid, GRAD_DIVISOR), first_row, stride_grad)
         right = (weight, expert, first_f, f_size, strides, experts_per_way, distances_ptr)
         grad_a = multiply_tile(
-            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, 1, EVEN_K, BLOCK_M, BLOCK_F, BLOCK_K, PRECISION
+            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, 1, EVEN_K, BLOCK_M, BLOCK_F, BLOCK_K, PRECISION, UNIT
         )
         bias = (expert, gate_bias, up_bias, stride_gate_bias, stride_up_bias)
         grad_scale = tl.zeros([BLOCK_M], tl.float32)

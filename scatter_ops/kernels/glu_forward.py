@@ -63,6 +63,7 @@ def glu_forward_kernel(
     N_MAJOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -97,7 +98,21 @@ def glu_forward_kernel(
         first_n, n_size = first_f * COLUMN_STEP, f_size * COLUMN_STEP
         right = (weight, expert, first_n, n_size, strides, experts_per_way, distances_ptr)
         acc = multiply_tile(
-            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, N_WAYS, 1, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            left,
+            right,
+            k_size,
+            DTYPE,
+            WEIGHT,
+            X_TMA,
+            N_MAJOR,
+            N_WAYS,
+            1,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+            UNIT,
         )
         if not FLATTEN:
             slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)

@@ -52,6 +52,7 @@ def grouped_gemm_kernel(
     K_WAYS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,7 +82,21 @@ def grouped_gemm_kernel(
         first_column = column_tile * BLOCK_N
         right = (weight, expert, first_column, n_size, strides, experts_per_way, distances_ptr)
         acc = multiply_tile(
-            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, K_WAYS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            left,
+            right,
+            k_size,
+            DTYPE,
+            WEIGHT,
+            X_TMA,
+            N_MAJOR,
+            1,
+            K_WAYS,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+            UNIT,
         )
         if not FLATTEN:
             slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)

@@ -8,7 +8,7 @@ Rows are read grouped or gathered by index; an expert without rows gets exact ze
 import triton
 import triton.language as tl
 
-from scatter_ops.kernels.mainloop import rounded_operand, tile_position
+from scatter_ops.kernels.mainloop import as_multiple, rounded_operand, tile_position
 from scatter_ops.kernels.ragged import load_rows
 
 
@@ -73,6 +73,7 @@ def weight_grad_kernel(
     RIGHT_TMA: tl.constexpr,
     OUT_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -81,6 +82,7 @@ def weight_grad_kernel(
     """out [E, P, Q]. A divisor of 0 reads an operand's rows grouped, another reads row slot // divisor.
 
     An operand is a pointer, or a ragged descriptor (of grouped rows) if its TMA flag is set; so is out, not ragged.
+    UNIT divides all sizes and strides.
     """
     GATHERED: tl.constexpr = LEFT_DIVISOR + RIGHT_DIVISOR > 0
     p_tiles = tl.cdiv(p_size, BLOCK_P)
@@ -96,7 +98,8 @@ def weight_grad_kernel(
         acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
         # Indices are loaded one iteration ahead: loaded where they are used, they would cost a stage of the pipeline.
         slots = _slots_or_rows(order_ptr, start + block, start + block < end, GATHERED)
-        p_side, q_side = (left, first_p, p_size, stride_left), (right, first_q, q_size, stride_right)
+        p_side = (left, first_p, as_multiple(p_size, UNIT), as_multiple(stride_left, UNIT))
+        q_side = (right, first_q, as_multiple(q_size, UNIT), as_multiple(stride_right, UNIT))
         for first in range(start, end, BLOCK_ROWS):
             rows = first + block
             span = (first, end, rows, slots)
