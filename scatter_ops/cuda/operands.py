@@ -100,9 +100,8 @@ def product_options(
 def _unit_of_product(x: Tensor, weight: ExpertWeight) -> int:
     if min(weight.stride_n, weight.stride_k) != 1:
         return 1
-    n_major = weight.stride_k != 1
-    of_rows, columns = (weight.stride_k, weight.n) if n_major else (weight.stride_n, weight.k)
-    return unit(x, x.stride(0), weight.k, columns, of_rows, weight.stride_way, weight.stride_e)
+    of_rows = max(weight.stride_n, weight.stride_k)
+    return unit(x, x.stride(0), weight.k, weight.n, of_rows, weight.stride_way, weight.stride_e)
 
 
 def unit(x: Tensor, *numbers: int) -> int:

@@ -16,7 +16,15 @@ import triton.language as tl
 from scatter_ops.kernels.activation import activate_backward
 from scatter_ops.kernels.columns import split_columns
 from scatter_ops.kernels.glu import add_gate_up_bias, load_gate_up, store_gate_up
-from scatter_ops.kernels.mainloop import load_slots, load_tile, multiply_tile, source_rows, store_tile
+from scatter_ops.kernels.mainloop import (
+    as_multiple,
+    load_slots,
+    load_tile,
+    multiply_tile,
+    source_rows,
+    store_tile,
+    weight_strides,
+)
 
 
 @triton.jit
@@ -127,14 +135,16 @@ def glu_backward_kernel(
     """Outputs that are None aren't written. h and grad_h may be the same memory.
 
     The epilogue takes the tile in SPLIT parts, one after the other, for want of registers: BLOCK_F / SPLIT columns
-    each. The outputs are pointers, or ragged descriptors of such parts if OUT_TMA.
+    each. The outputs are pointers, or ragged descriptors of such parts if OUT_TMA. UNIT: see weight_strides.
     """
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     PART: tl.constexpr = BLOCK_F // SPLIT
     num_row_tiles = tl.load(tile_map_ptr)
     num_column_tiles = tl.cdiv(f_size, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
-    strides = (stride_e, stride_way, stride_n, stride_k)
+    strides = weight_strides(stride_e, stride_way, stride_n, stride_k, N_MAJOR, UNIT)
+    stride_grad, k_size = as_multiple(stride_grad, UNIT), as_multiple(k_size, UNIT)
+    f_size, h_size = as_multiple(f_size, UNIT), as_multiple(h_size, UNIT)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, first_row, end_row, column_tile = load_tile(
             tile_map_ptr, tile, num_row_tiles, num_column_tiles, GROUP_M
@@ -148,7 +158,7 @@ def glu_backward_kernel(
         left = (grad_out, source_rows(rows, slots, valid, GRAD_DIVISOR), first_row, stride_grad)
         right = (weight, expert, first_f, f_size, strides, experts_per_way, distances_ptr)
         grad_a = multiply_tile(
-            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, 1, EVEN_K, BLOCK_M, BLOCK_F, BLOCK_K, PRECISION, UNIT
+            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, 1, EVEN_K, BLOCK_M, BLOCK_F, BLOCK_K, PRECISION
         )
         bias = (expert, gate_bias, up_bias, stride_gate_bias, stride_up_bias)
         grad_scale = tl.zeros([BLOCK_M], tl.float32)

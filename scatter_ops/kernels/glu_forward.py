@@ -12,11 +12,13 @@ import triton.language as tl
 from scatter_ops.kernels.activation import activate
 from scatter_ops.kernels.glu import add_gate_up_bias, split_gate_up, store_gate_up
 from scatter_ops.kernels.mainloop import (
+    as_multiple,
     load_slots,
     load_tile,
     multiply_tile,
     source_rows,
     store_tile,
+    weight_strides,
     zero_unrouted_rows,
 )
 
@@ -70,7 +72,10 @@ def glu_forward_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """a and h are pointers, or ragged descriptors if OUT_TMA; h_ptr is always h's memory."""
+    """a and h are pointers, or ragged descriptors if OUT_TMA; h_ptr is always h's memory.
+
+    UNIT: see weight_strides.
+    """
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     # An interleaved weight is read as it lies: one way of 2 F columns.
     N_WAYS: tl.constexpr = 2 if LAYOUT == "concatenated" else 1
@@ -81,7 +86,9 @@ def glu_forward_kernel(
     num_column_tiles = tl.cdiv(f_size, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
     first_tile, step = tl.program_id(0), tl.num_programs(0)
-    strides = (stride_e, stride_way, stride_n, stride_k)
+    strides = weight_strides(stride_e, stride_way, stride_n, stride_k, N_MAJOR, UNIT)
+    h_size, k_size, stride_x = as_multiple(h_size, UNIT), as_multiple(k_size, UNIT), as_multiple(stride_x, UNIT)
+    n_size = as_multiple(f_size, UNIT) if N_WAYS == 2 else h_size
     here = load_tile(tile_map_ptr, first_tile, num_row_tiles, num_column_tiles, GROUP_M)
     slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
     for tile in tl.range(first_tile, num_tiles, step, flatten=FLATTEN):
@@ -95,24 +102,9 @@ def glu_forward_kernel(
         valid = rows < end_row
         first_f = column_tile * BLOCK_F
         left = (x, source_rows(rows, slots, valid, X_DIVISOR), first_row, stride_x)
-        first_n, n_size = first_f * COLUMN_STEP, f_size * COLUMN_STEP
-        right = (weight, expert, first_n, n_size, strides, experts_per_way, distances_ptr)
+        right = (weight, expert, first_f * COLUMN_STEP, n_size, strides, experts_per_way, distances_ptr)
         acc = multiply_tile(
-            left,
-            right,
-            k_size,
-            DTYPE,
-            WEIGHT,
-            X_TMA,
-            N_MAJOR,
-            N_WAYS,
-            1,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            PRECISION,
-            UNIT,
+            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, N_WAYS, 1, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         if not FLATTEN:
             slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)

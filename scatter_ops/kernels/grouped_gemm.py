@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 
 from scatter_ops.kernels.mainloop import (
+    as_multiple,
     load_bias,
     load_slots,
     load_tile,
     multiply_tile,
     source_rows,
     store_tile,
+    weight_strides,
     zero_unrouted_rows,
 )
 
@@ -59,14 +61,15 @@ def grouped_gemm_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """out is out_ptr, or a ragged descriptor of it if OUT_TMA (which SCATTER excludes)."""
+    """out is out_ptr, or a ragged descriptor of it if OUT_TMA (which SCATTER excludes). UNIT: see weight_strides."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     SLOTS: tl.constexpr = SCATTER or X_DIVISOR > 0
+    n_size, k_size, stride_x = as_multiple(n_size, UNIT), as_multiple(k_size, UNIT), as_multiple(stride_x, UNIT)
     num_row_tiles = tl.load(tile_map_ptr)
     num_column_tiles = tl.cdiv(n_size, BLOCK_N)
     num_tiles = num_row_tiles * num_column_tiles
     first_tile, step = tl.program_id(0), tl.num_programs(0)
-    strides = (stride_e, stride_way, stride_n, stride_k)
+    strides = weight_strides(stride_e, stride_way, stride_n, stride_k, N_MAJOR, UNIT)
     here = load_tile(tile_map_ptr, first_tile, num_row_tiles, num_column_tiles, GROUP_M)
     slots = load_slots(order_ptr, here[1], here[2], BLOCK_M, SLOTS)
     for tile in tl.range(first_tile, num_tiles, step, flatten=FLATTEN):
@@ -82,21 +85,7 @@ def grouped_gemm_kernel(
         first_column = column_tile * BLOCK_N
         right = (weight, expert, first_column, n_size, strides, experts_per_way, distances_ptr)
         acc = multiply_tile(
-            left,
-            right,
-            k_size,
-            DTYPE,
-            WEIGHT,
-            X_TMA,
-            N_MAJOR,
-            1,
-            K_WAYS,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            PRECISION,
-            UNIT,
+            left, right, k_size, DTYPE, WEIGHT, X_TMA, N_MAJOR, 1, K_WAYS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         if not FLATTEN:
             slots_ahead = load_slots(order_ptr, ahead[1], ahead[2], BLOCK_M, SLOTS)

@@ -187,6 +187,16 @@ def as_multiple(number, UNIT: tl.constexpr):
 
 
 @triton.jit
+def weight_strides(stride_e, stride_way, stride_n, stride_k, N_MAJOR: tl.constexpr, UNIT: tl.constexpr):
+    """Multiples of UNIT, but for the one that is 1. UNIT also divides n, k and the stride of x."""
+    if N_MAJOR:
+        stride_k = as_multiple(stride_k, UNIT)
+    else:
+        stride_n = as_multiple(stride_n, UNIT)
+    return as_multiple(stride_e, UNIT), as_multiple(stride_way, UNIT), stride_n, stride_k
+
+
+@triton.jit
 def rounded_operand(tile, PRECISION: tl.constexpr):
     """An operand of a dot in TF32, rounded to nearest as PyTorch's products do: the tensor cores would cut it off."""
     if PRECISION == "tf32" and tile.dtype == tl.float32:
@@ -211,26 +221,14 @@ def multiply_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
 ):
     """sum over ways and k of x[rows, way * k_size + k] * weight[expert, way, first_column + column, k], in fp32.
 
     left = (x, rows, first_row, stride): rows (int64) are read unless X_TMA, where the tile is BLOCK_M rows from
     first_row on. right = (weight, expert, first_column, n_size, strides, experts_per_way, distances_ptr), with the
-    strides of an expert, a way, n and k. UNIT divides k_size and all strides but that of 1, and n_size if N_MAJOR.
+    strides of an expert, a way, n and k.
     """
-    x, x_rows, first_row, stride_x = left
-    left = (x, x_rows, first_row, as_multiple(stride_x, UNIT))
-    k_size = as_multiple(k_size, UNIT)
-    weight, expert, first_column, n_size, strides, experts_per_way, distances = right
-    stride_e, stride_way, stride_n, stride_k = strides
-    if N_MAJOR:
-        stride_k = as_multiple(stride_k, UNIT)
-        n_size = as_multiple(n_size, UNIT)
-    else:
-        stride_n = as_multiple(stride_n, UNIT)
-    strides = (as_multiple(stride_e, UNIT), as_multiple(stride_way, UNIT), stride_n, stride_k)
-    right = (weight, expert, first_column, n_size, strides, experts_per_way, distances)
+    _, _, first_column, n_size, strides, _, _ = right
     way, column = column_split(BLOCK_N, N_WAYS)
     n = first_column + column
     in_range = n < n_size

@@ -29,7 +29,8 @@ def training_step(
         sizes = (num_in, num_out) if transposed else (num_out, num_in)
         if not listed:
             return [empty(E, *sizes)]
-        return [empty(2 + e % 3, *sizes)[e % 3] for e in range(E)]  # not equally spaced
+        memory = empty(3 * E, *sizes)
+        return [memory[3 * e + e % 3] for e in range(E)]  # not equally spaced, nor too far apart for one descriptor
 
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype)
@@ -85,14 +86,14 @@ def test_float32_fits_hopper(precision: str, transposed: bool):
         assert (found.wgmma + found.mma > 0) == (precision == "high" and name in PRODUCTS), f"{name}: {found}"
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("layout", "transposed"), [("concatenated", False), ("interleaved", True), ("plain", False)])
 @pytest.mark.parametrize(("capability", "rows_per_expert"), [((8, 0), 4096), ((8, 0), 8), ((9, 0), 8)], ids=str)
-def test_rows_that_are_aligned_are_copied_16_bytes_at_a_time(capability, rows_per_expert: int, transposed: bool):
+def test_rows_that_are_aligned_are_copied_16_bytes_at_a_time(capability, rows_per_expert, layout, transposed):
     """Multiples of 8 columns are as good as those of 16, which are all that Triton knows of by itself."""
     copies = []
     for model_width, expert_width in ((272, 336), (264, 328)):
         with offline.recorded(capability, rows_per_expert) as launches:
-            training_step(torch.bfloat16, False, "concatenated", expert_width, transposed, model_width)
+            training_step(torch.bfloat16, False, layout, expert_width, transposed, model_width)
         products = [launch for launch in launches if launch.kernel.__name__ in PRODUCTS]
         copies.append([offline.resources(offline.compile_launch(launch)).async_copies for launch in products])
     assert copies[0] == copies[1]
