@@ -1,16 +1,27 @@
-"""Triton's interpreter for the kernels, whatever else the session has imported."""
+"""Triton's interpreter for the kernels, whatever else the session has imported; the precision of float32."""
 
 import os
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import torch
 
 import scatter_ops
 
 pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError)
 
 RELOADED = ("scatter_ops.kernels", "scatter_ops.cuda", "triton")
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request) -> Iterator[str]:
+    """Of float32 products: PyTorch's setting while a test runs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")
