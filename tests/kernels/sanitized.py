@@ -12,7 +12,7 @@ allocated. initcheck takes it for written then, and an element that is read but 
 
 The first command, with the same option, fills Triton's cache for a Hopper GPU, on all cores: within the sanitizer
 compilation takes many minutes. Small sizes with tails in every dimension, many and few rows for each expert, sentinels,
-every layout, the sum of x's gradient on a stream of its own. Exits with an error if a result has a NaN.
+every layout, TF32, the sum of x's gradient on a stream of its own. Exits with an error if a result has a NaN.
 """
 
 import argparse
@@ -30,32 +30,39 @@ from scatter_ops import cuda, tuning
 from scatter_ops.cuda import gate_up_backward
 from scatter_ops.cuda.recording import ALLOCATIONS
 
-D, F, E, K = 256, 320, 4, 2
-CASES = list(itertools.product((9, 700), ("concatenated", "interleaved", "plain", "separate"), (False, True)))
+E, K = 4, 2
+LAYOUTS = ("concatenated", "interleaved", "plain", "separate")
+HALF = list(itertools.product((torch.bfloat16,), (9, 700), ((256, 320), (264, 328)), LAYOUTS, (False, True)))
+"""Dtype, tokens, D and F, layout, whether the weights are transposed. The second sizes end within a copy's tile."""
+CASES = [*HALF, (torch.float32, 700, (264, 328), "concatenated", False)]
 
 
-def step(num_tokens: int, layout: str, transposed: bool, device: str = "cuda") -> list[torch.Tensor]:
+def step(
+    dtype: torch.dtype, num_tokens: int, sizes: tuple[int, int], layout: str, transposed: bool, device: str = "cuda"
+) -> list[torch.Tensor]:
+    d_model, d_ff = sizes
+
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, dtype=torch.bfloat16) * size[-1] ** -0.5
+        return torch.randn(*size, device=device, dtype=dtype) * size[-1] ** -0.5
 
     def weight(num_out: int, num_in: int) -> torch.Tensor:
         return normal(E, num_in, num_out) if transposed else normal(E, num_out, num_in)
 
-    x, topk_weights = normal(num_tokens, D), torch.rand(num_tokens, K, device=device)
+    x, topk_weights = normal(num_tokens, d_model), torch.rand(num_tokens, K, device=device)
     topk_ids = torch.rand(num_tokens, E, device=device).topk(K).indices
     topk_ids[::5, 0] = E
     routing = cuda.route(topk_ids, E)
     separate = layout == "separate"
-    h_size = F if separate or layout == "plain" else 2 * F
-    gate_up, up = [weight(h_size, D)], [weight(F, D)] if separate else []
+    h_size = d_ff if separate or layout == "plain" else 2 * d_ff
+    gate_up, up = [weight(h_size, d_model)], [weight(d_ff, d_model)] if separate else []
     biased = layout == "interleaved"  # the portable kernels do what Hopper's can't
-    biases = [[normal(E, size)] if biased else [] for size in (h_size, F, D)]
+    biases = [[normal(E, size)] if biased else [] for size in (h_size, d_ff, d_model)]
     biases[1] = []
-    arguments = (x, topk_weights, *routing, gate_up, up, [weight(D, F)], *biases, "silu", layout, transposed)
+    arguments = (x, topk_weights, *routing, gate_up, up, [weight(d_model, d_ff)], *biases, "silu", layout, transposed)
     options = ("output", 1.702, 7.0, None)
     out, h, _ = cuda.mlp_forward(*arguments, *options, True, False)
     needs = [True, True, True, separate, True, biased, False, biased]
-    grads = cuda.mlp_backward(normal(num_tokens, D), h, None, *arguments, *options, needs, overwrite_h=True)
+    grads = cuda.mlp_backward(normal(num_tokens, d_model), h, None, *arguments, *options, needs, overwrite_h=True)
     y = cuda.parallel_linear(x, gate_up, *routing, K, False, False, [], transposed)
     scattered = cuda.parallel_linear_weight_grad(x, y, *routing, K, False, False, transposed)
     grouped = cuda.parallel_linear_weight_grad(x.repeat_interleave(K, 0), y, *routing, 1, True, True, transposed)
@@ -85,6 +92,7 @@ def main() -> None:
     parser.add_argument("--poisoned", action="store_true", help="NaN in new memory that TMA may store to")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
     gate_up_backward.LEAST_BYTES_ASIDE = 0
     with without_tma() if arguments.portable else contextlib.nullcontext():
         if arguments.compile:
