@@ -19,7 +19,7 @@ from torch._dynamo.variables.tensor import NumpyNdarrayVariable, SymNodeVariable
 from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
 
 from fx_passes.capture.events import Event, Scope, tag
-from fx_passes.facts import fact, is_made_of_counts
+from fx_passes.facts import fact, is_made_of_counts, is_made_of_slots
 from fx_passes.facts.ids import gated_ids, ids_are_below, ids_are_distinct, listings_of_gates
 from fx_passes.facts.statements import Counts, Hit, Mask
 from fx_passes.facts.tallies import fills_of
@@ -172,7 +172,8 @@ def counted_as(capture: Any, tx: Any, known: Counts, make: Callable[[Event], fx.
         if (counted.counts.ids, counted.counts.num_classes) == (known.ids, known.num_classes):
             return counted
     if not is_of_experts(known):
-        if known_tensor(known.ids).dim() == 2:  # one id a token is counted in much else than a layer of experts
+        # One id a token is counted in much else than a layer of experts.
+        if known_tensor(known.ids).dim() == 2 or is_made_of_slots(known.ids):
             capture.reject(tx, "ids_are_in_range", "ids are counted that are not known to be those of an expert")
         return None
     if known.ids in capture.uncounted:

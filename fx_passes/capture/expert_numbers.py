@@ -46,17 +46,24 @@ def number(capture: Any, variable: Any) -> VariableTracker | None:
 
 
 def subscript(capture: Any, tx: Any, _instruction: Any) -> bool:
-    """`experts[ids[t, k]]`, which asks for the number."""
+    """`experts[ids[t, k]]`, which asks for the number; `for e in torch.arange(E)`, whose numbers are tensors, too."""
     experts, index = tx.stack[-2].realize(), tx.stack[-1].realize()
-    if is_module_list(experts) and isinstance(index, TensorVariable) and isinstance(index.proxy, fx.Proxy):
-        reject_single(capture, tx, index.as_proxy().node)
+    if not is_module_list(experts) or not isinstance(index, TensorVariable) or not isinstance(index.proxy, fx.Proxy):
+        return False
+    if not reject_single(capture, tx, index.as_proxy().node) and expert_of_variable(index) is None:
+        detail = (
+            "an expert is looked up by a number that is a tensor: accepted are the numbers of `range` and those hit"
+        )
+        capture.reject(tx, "loop_is_over_the_experts", detail)
     return False
 
 
-def reject_single(capture: Any, tx: Any, node: fx.Node) -> None:
+def reject_single(capture: Any, tx: Any, node: fx.Node) -> bool:
     """Says so where Python reads the experts of single tokens: `experts[ids[t, k].item()](x[t])`, `ids.tolist()`."""
     while op_name(node) in _ENTRIES and fake_tensor(arg(node, 0, "input")) is not None and num_columns(node) is None:
         node = arg(node, 0, "input")
-    if num_columns(node) is not None:
-        detail = "a token's expert is read as a Python number: tokens are computed one by one, not expert by expert"
-        capture.reject(tx, "loop_is_over_the_experts", detail)
+    if num_columns(node) is None:
+        return False
+    detail = "a token's expert is read as a Python number: tokens are computed one by one, not expert by expert"
+    capture.reject(tx, "loop_is_over_the_experts", detail)
+    return True

@@ -1,5 +1,6 @@
 """`fact(node)`, and questions that are answered by it."""
 
+from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import fx
 
 from fx_passes.facts import counts, masks, positions, tallies
-from fx_passes.facts.ids import has_slots, num_tokens
+from fx_passes.facts.ids import has_slots, num_columns, num_tokens
 from fx_passes.facts.slots import Experts, Order, Tokens, order_of, slot_fact
 from fx_passes.facts.statements import (
     TOKENS_BY_BATCH,
@@ -43,6 +44,7 @@ _NODES_BACK = 64
 """How many nodes back to look for the counts that a number is made of."""
 
 _CHOICES = frozenset("topk sort argsort argmax max".split())
+_COUNTINGS = frozenset("bincount histc index_put index_put_".split())
 
 _RULES = {**masks.RULES, **counts.RULES, **positions.RULES}
 
@@ -261,15 +263,29 @@ def counted_mask(total: Any) -> Mask | None:
 
 def is_made_of_counts(node: fx.Node) -> bool:
     """Whether `node` is computed from numbers that experts have, of slots or of anything else, and not by a router."""
+    return any(_is_counts(source) for source in _sources(node))
+
+
+def _is_counts(node: fx.Node) -> bool:
+    if isinstance(fact(node), (Counts, Occupied)) or _ids_counted_by(node) is not None or _searches(node):
+        return True
+    return op_name(node) in _COUNTINGS and is_made_of_slots(node)
+
+
+def is_made_of_slots(node: fx.Node) -> bool:
+    """Whether `node` is computed from ids of several slots a token."""
+    return any(num_columns(source) is not None and has_slots(source) for source in _sources(node))
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """`node` and what it is computed from, back to choices among classes."""
     seen, stack = {node}, [node]
     while stack and len(seen) < _NODES_BACK:
         node = stack.pop()
-        if isinstance(fact(node), (Counts, Occupied)) or _ids_counted_by(node) is not None or _searches(node):
-            return True
+        yield node
         new = set(node.all_input_nodes) - seen if op_name(node) not in _CHOICES else set()
         seen |= new
         stack.extend(new)
-    return False
 
 
 def _searches(node: fx.Node) -> bool:

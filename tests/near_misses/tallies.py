@@ -188,6 +188,28 @@ class StartsLessOne(StartsBlock):
         return ends - counts[:1], ends
 
 
+class NeighboursCounted(SlicedBlock):
+    """Each slot is counted for the expert after its own."""
+
+    def counts(self, ids):
+        return torch.bincount((ids.view(-1) + 1) % E, minlength=E)
+
+
+class PutTogether(SlicedBlock):
+    """Ones are put, and put together, at what is not known to count: this may be right."""
+
+    def counts(self, ids):
+        flat = ids.view(-1)
+        return torch.zeros(E, dtype=torch.long).index_put_((flat,), torch.ones_like(flat), accumulate=True)
+
+
+class NeighboursPutTogether(PutTogether):
+    """The same for the expert after a slot's own."""
+
+    def counts(self, ids):
+        return super().counts((ids + 1) % E)
+
+
 SEGMENTS = "segments_are_those_of_an_expert"
 
 MISSES = (
@@ -207,4 +229,7 @@ MISSES = (
     NearMiss("tallies_ends_too_early", SEGMENTS, EndsTooEarly),
     NearMiss("tallies_starts_less_others", SEGMENTS, StartsLessOthers),
     NearMiss("tallies_starts_less_one", SEGMENTS, StartsLessOne),
+    NearMiss("tallies_of_neighbours", "ids_are_in_range", NeighboursCounted),
+    NearMiss("tallies_put_together", SEGMENTS, PutTogether, may_rewrite=True),
+    NearMiss("tallies_of_neighbours_put_together", SEGMENTS, NeighboursPutTogether),
 )

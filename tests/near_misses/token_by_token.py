@@ -1,4 +1,4 @@
-"""Tokens whose experts are read as Python numbers, and that are computed one after the other."""
+"""Experts whose numbers Python reads from tensors: those of tokens that are computed one after the other, or all."""
 
 import torch
 
@@ -39,9 +39,21 @@ class AsIndices(TokenByToken):
         return [ids[t, k] for k in range(self.top_k)]
 
 
+class TensorAsNumber(MaskLoop):
+    """A loop over experts whose numbers are tensors that Python must read: the list of experts asks for each."""
+
+    def moe(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in torch.arange(self.num_experts):
+            tokens, slots = torch.where(ids == e)
+            out.index_add_(0, tokens, self.experts[e](x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
 MISSES = (
     NearMiss("token_by_token", "loop_is_over_the_experts", TokenByToken),
     NearMiss("token_by_token_integers", "loop_is_over_the_experts", AsIntegers),
     NearMiss("token_by_token_list", "loop_is_over_the_experts", AsAList),
     NearMiss("token_by_token_indices", "loop_is_over_the_experts", AsIndices),
+    NearMiss("expert_by_expert_tensors", "loop_is_over_the_experts", TensorAsNumber),
 )
