@@ -94,13 +94,8 @@ def source_of(node: fx.Node | None) -> tuple[str, str]:
 def innermost_source(places: Iterable[tuple[str, int]]) -> tuple[str, str]:
     """The innermost of the places, outermost first, that is not in PyTorch itself (a layer's forward, say)."""
     places = list(places)
-    own = [place for place in places if not is_of_torch(place[0])] or places
+    own = [place for place in places if not place[0].startswith(_TORCH)] or places
     return source_line(*own[-1]) if own else ("unknown source", "")
-
-
-def is_of_torch(filename: str) -> bool:
-    """Whether a file is one of PyTorch's own."""
-    return filename.startswith(_TORCH)
 
 
 def source_line(filename: str, line: int) -> tuple[str, str]:

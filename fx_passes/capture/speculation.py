@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from types import CodeType
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +10,6 @@ from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
 from fx_passes.capture import calls, counts
-from fx_passes.capture.callees import callees_at, why_left
 from fx_passes.capture.events import Event, Memory, Place, Scope, TraceAgain, tag
 from fx_passes.capture.handlers import handler_of
 from fx_passes.capture.opaque import tells_apart
@@ -48,11 +46,10 @@ class Capture:
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
         self._stock_caches = output.fake_mode.cache_enabled
         self._unbacked_seen = output.shape_env.unbacked_symint_counter
-        self._leave_callee_alone(output.root_tx.f_code)
 
     def step(self, tx: Any, original: Callable[[Any], bool]) -> bool:
         """One instruction of `tx`, with what Dynamo cannot do replaced by an assumption."""
-        if self.memory.left_alone or tx.instruction_pointer is None:
+        if self.memory.faulty or tx.instruction_pointer is None:
             return original(tx)
         if self._handle(tx):
             return True
@@ -66,7 +63,7 @@ class Capture:
                 self.memory.interrupted = [event.root_place for event in self.events]
             raise
         except Exception as error:
-            if not self.memory.left_alone:
+            if not self.memory.faulty:
                 self._unroll_where_left(tx)
                 self._trace_again_without_assumptions(tx, error)
             raise
@@ -89,7 +86,7 @@ class Capture:
     @own_code
     def call(self, tx: Any, fn: Any, args: Any, kwargs: Any) -> Any:
         """The result of a call in `tx`, or None where it is Dynamo's to find."""
-        return calls.call(self, tx, fn, args, kwargs) if not self.memory.left_alone else None
+        return calls.call(self, tx, fn, args, kwargs) if not self.memory.faulty else None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """`node` as Dynamo's variables hold it."""
@@ -97,7 +94,7 @@ class Capture:
 
     def give_up(self, error: Exception) -> None:
         """After a fault of ours the frame is left to Dynamo alone, unless faults are raised."""
-        self.memory.left_alone = True
+        self.memory.faulty = True
         if faults.are_raised():
             return
         faults.warn_of(error)
@@ -111,17 +108,9 @@ class Capture:
         """The next event, at the current line of `tx`."""
         frame = tx.frame_summary()
         location = (frame.filename, frame.lineno or 0)
-        event = Event(
-            len(self.events), kind, location, self.routers.seen, self._root_place(), self.place_of(tx), callees_at(tx)
-        )
+        event = Event(len(self.events), kind, location, self.routers.seen, self._root_place(), self.place_of(tx))
         self.events.append(event)
         return event
-
-    def _leave_callee_alone(self, code: CodeType) -> None:
-        reason = why_left(code)
-        if reason is not None:
-            self.memory.left_alone = True
-            record_rejections([reason], self.memory.reported)
 
     def place_of(self, tx: Any) -> Place:
         """The instruction that `tx` is about to run."""
