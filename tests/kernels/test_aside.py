@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="kernels need triton", exc_type=ImportError
 from scatter_ops import cuda
 from scatter_ops.cuda import gate_up_backward, weight_grad
 from scatter_ops.cuda.streams import aside
-from tests.kernels.test_gpu import Layer, in_layout, inputs_experts, layer, require_hopper, spied, step, step_in_layout
+from tests.kernels.hopper import require_hopper, spied
+from tests.kernels.layer import Layer, in_layout, inputs_experts, layer, step, step_in_layout
 
 pytestmark = pytest.mark.gpu
 
