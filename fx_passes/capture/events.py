@@ -41,9 +41,10 @@ class Event:
     """A place where tracing went on under an assumption.
 
     `routed`: a router came before it in the graph. `root_place`: the instruction of the frame that was being traced.
-    `place`: where in its own frame it is. `can_be_unrolled`: a loop that is traced as one iteration and could be traced
-    expert by expert; so it could where it has a `symbol`, the expert that stands for those with a token. `helps`:
-    nothing is assumed; Dynamo alone would break the graph there, as it may where nothing is rewritten.
+    `place`: where in its own frame it is. `callees`: the functions that are traced inline there. `can_be_unrolled`: a
+    loop that is traced as one iteration and could be traced expert by expert; so it could where it has a `symbol`, the
+    expert that stands for those with a token. `helps`: nothing is assumed; Dynamo alone would break the graph there, as
+    it may where nothing is rewritten.
     """
 
     number: int
@@ -52,6 +53,7 @@ class Event:
     routed: bool
     root_place: int
     place: Place
+    callees: tuple[CodeType, ...] = ()
     can_be_unrolled: bool = False
     failed: bool = False
     symbol: fx.Node | None = None
@@ -104,8 +106,8 @@ class Scope:
 class Memory:
     """What is known of a frame from earlier attempts.
 
-    Events that must not be assumed, loops to unroll, what was reported, how often tracing failed, and whether it failed
-    by a fault of ours.
+    Events that must not be assumed, loops to unroll, what was reported, how often tracing failed, and whether all is
+    left to Dynamo alone: after a fault of ours, or for the sake of a caller.
     """
 
     denied: set[int] = field(default_factory=set)
@@ -113,7 +115,7 @@ class Memory:
     reported: set[Rejection] = field(default_factory=set)
     interrupted: list[int] = field(default_factory=list)
     errors: int = 0
-    faulty: bool = False
+    left_alone: bool = False
 
     @classmethod
     def of_current_frame(cls) -> "Memory":

@@ -10,6 +10,7 @@ from torch._dynamo.exc import RestartAnalysis, SpeculationRestartAnalysis
 
 from fx_passes import faults
 from fx_passes.capture import calls, counts
+from fx_passes.capture.callers import callees_at, is_left_alone, leave_alone
 from fx_passes.capture.events import Event, Memory, Place, Scope, TraceAgain, tag
 from fx_passes.capture.handlers import handler_of
 from fx_passes.capture.opaque import tells_apart
@@ -46,10 +47,12 @@ class Capture:
         self._stock_allows_dynamic = output.shape_env.allow_dynamic_output_shape_ops
         self._stock_caches = output.fake_mode.cache_enabled
         self._unbacked_seen = output.shape_env.unbacked_symint_counter
+        if is_left_alone(output):
+            self.memory.left_alone = True
 
     def step(self, tx: Any, original: Callable[[Any], bool]) -> bool:
         """One instruction of `tx`, with what Dynamo cannot do replaced by an assumption."""
-        if self.memory.faulty or tx.instruction_pointer is None:
+        if self.memory.left_alone or tx.instruction_pointer is None:
             return original(tx)
         if self._handle(tx):
             return True
@@ -63,7 +66,7 @@ class Capture:
                 self.memory.interrupted = [event.root_place for event in self.events]
             raise
         except Exception as error:
-            if not self.memory.faulty:
+            if not self.memory.left_alone:
                 self._unroll_where_left(tx)
                 self._trace_again_without_assumptions(tx, error)
             raise
@@ -86,7 +89,7 @@ class Capture:
     @own_code
     def call(self, tx: Any, fn: Any, args: Any, kwargs: Any) -> Any:
         """The result of a call in `tx`, or None where it is Dynamo's to find."""
-        return calls.call(self, tx, fn, args, kwargs) if not self.memory.faulty else None
+        return calls.call(self, tx, fn, args, kwargs) if not self.memory.left_alone else None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """`node` as Dynamo's variables hold it."""
@@ -94,7 +97,7 @@ class Capture:
 
     def give_up(self, error: Exception) -> None:
         """After a fault of ours the frame is left to Dynamo alone, unless faults are raised."""
-        self.memory.faulty = True
+        self.memory.left_alone = True
         if faults.are_raised():
             return
         faults.warn_of(error)
@@ -108,7 +111,9 @@ class Capture:
         """The next event, at the current line of `tx`."""
         frame = tx.frame_summary()
         location = (frame.filename, frame.lineno or 0)
-        event = Event(len(self.events), kind, location, self.routers.seen, self._root_place(), self.place_of(tx))
+        event = Event(
+            len(self.events), kind, location, self.routers.seen, self._root_place(), self.place_of(tx), callees_at(tx)
+        )
         self.events.append(event)
         return event
 
@@ -182,6 +187,11 @@ class Capture:
         self.memory.denied.update(event.number for event in events)
         places = ", ".join(f"{event.kind} at {event.location[0]}:{event.location[1]}" for event in events)
         self._restart(f"not part of a rewritten region: {places}")
+
+    def leave_callees_alone(self, events: list[Event]) -> None:
+        """What is traced inline at `events` is left alone where it becomes frames of its own for this one."""
+        for event in events:
+            leave_alone(event.callees, self.output.root_tx.f_code)
 
     def break_where_dynamo_would(self) -> None:
         """Denies an assumption that moved a graph break.

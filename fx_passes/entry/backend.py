@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 import registrations  # noqa: F401  (the ops must exist before a graph names them)
 from fx_passes import pipeline
 from fx_passes.cache_key import caches_keyed_by_sources
-from fx_passes.capture import Capture, Event, guards_of
+from fx_passes.capture import Capture, Event, callers, guards_of
 from fx_passes.entry import hook
 from fx_passes.entry.forward_mode import guard_forward_mode
 from fx_passes.entry.hook_guards import guard_hooks_of
@@ -63,7 +63,7 @@ def rewrite_graph(gm: fx.GraphModule) -> bool:
     Asks Dynamo to trace the frame again where an assumption did not hold, and without us after a fault of ours.
     """
     capture = hook.current_capture()
-    return (capture is None or not capture.memory.faulty) and _rewrite_captured(capture, gm)
+    return (capture is None or not capture.memory.left_alone) and _rewrite_captured(capture, gm)
 
 
 @own_code
@@ -101,6 +101,8 @@ def _trace_again_if_assumed(capture: Capture, outcome: pipeline.Outcome) -> None
     if not leftover:
         capture.break_where_dynamo_would()
         return
+    if any(rejection.rule == callers.RULE for rejection in outcome.rejections):
+        capture.leave_callees_alone(leftover)
     explained = outcome.rejections or capture.memory.reported
     telling = [event for event in leftover if event.is_telling]
     if telling and not explained:
