@@ -7,6 +7,7 @@ these functions are rewritten: they are guarded by who runs them.
 """
 
 import functools
+import logging
 import sys
 from types import CodeType
 from typing import Any
@@ -18,6 +19,8 @@ from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.utils import orig_code_map
 from torch._guards import Guard
+
+log = logging.getLogger("scatter_moe")
 
 RULE = "tensors_for_backward_stay_as_they_are"
 
@@ -49,6 +52,9 @@ def is_left_alone(output: Any) -> bool:
     if callers is None:
         return False
     left = _are_running(callers)
+    if left:
+        code = output.root_tx.f_code
+        log.info("left as it is: what runs %s writes, after its experts, to what they read", code.co_qualname)
     output.guards.add(Guard(GlobalStateSource(), functools.partial(_guard, callers, left)))
     return left
 
