@@ -1,7 +1,7 @@
 """Programs composed of a loop style, a router, a body, an addition and mutations, as Python source.
 
-A mutation adds one line, at one of the places that the template below names; the lines need not make sense. T tokens, K
-experts per token, E experts, D model width, F expert width.
+A mutation adds one line, at one of the places that the template below names; the lines need not make sense. One in the
+caller makes the loop a method of its own. T tokens, K experts per token, E experts, D model width, F expert width.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,21 @@ from tests.adversarial.model import E, FF, K, Model, counting, innermost, nested
 
 
 class Program(Model):
+"""
+
+FORWARD = """\
     def forward(self, hidden_states):
         x = hidden_states * 1
+"""
+
+CALLER = """\
+    def forward(self, hidden_states):
+        x = hidden_states * 1
+        result = self.moe(hidden_states, x)
+{}
+        return result, x
+
+    def moe(self, hidden_states, x):
 """
 
 ROUTERS = {
@@ -265,6 +278,14 @@ MUTATIONS = {
         "k, t = torch.where(mask.roll(1, 0)[e]); out = out, torch.zeros_like(x).index_add(0, t, x[t])",
     ),
     "else": ("after", "out = out * (1.0 + len(seen))"),
+    "called": ("caller", "x = x.sum()"),
+    "caller_writes_rows": ("caller", "x.add_(1)"),
+    "caller_writes_weight": ("caller", "self.up.detach().mul_(0.5)"),
+    "caller_writes_biases": (
+        "caller",
+        "for bias in (self.up_bias, *(each.up.bias for each in self.experts)):\n    bias.detach().mul_(0.5)",
+    ),
+    "caller_writes_router": ("caller", "self.router.weight.detach().mul_(0.5)"),
 }
 
 # What a mutation needs before the loop. Not in every program: beside containers this deep most loops are left alone.
@@ -307,7 +328,9 @@ class Program:
             *self._at("after"),
             "return out, last, seen, deep",
         ]
-        return PREAMBLE + "\n".join(indented(line, 8) for line in lines) + "\n"
+        in_caller = "\n".join(indented(line, 8) for line in self._at("caller"))
+        head = CALLER.format(in_caller) if in_caller else FORWARD
+        return PREAMBLE + head + "\n".join(indented(line, 8) for line in lines) + "\n"
 
     def _at(self, place: str) -> list[str]:
         return [line for where, line in map(MUTATIONS.__getitem__, self.mutations) if where == place]
