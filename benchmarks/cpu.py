@@ -1,12 +1,14 @@
 """The fused expert MLP on the CPU against plain PyTorch: python -m benchmarks.cpu.
 
 Everyone goes from (x, topk_weights, topk_ids) to y, and in a training step back to the gradients of x, topk_weights and
-both weights. Ours and the rivals take turns in one process, each of several calls, as a model with several layers makes
-them. A ratio is a rival's time over ours within a round; of the medians over rounds the smallest is reported, that of
-the fastest rival. `implementation` is what ours calls in the end, called at once: the difference is PyTorch's way from
-Python to an operator and back, in a training step also autograd. In each row everyone's result is checked against the
-reference first: nothing is timed otherwise. `floor` is the implementation after a call of two operators that do
-nothing, with the arguments of ours: about what operators of these schemas take at least with these functions.
+both weights. Ours and the rivals take turns, each of several calls, as a model with several layers makes them. A round
+is a process of its own: where memory happens to lie changes a small product's time by tens of percent for as long as
+the process runs, and ratios by several. A ratio is a rival's time over ours within a round; of the medians over rounds
+the smallest is reported, that of the fastest rival. `implementation` is what ours calls in the end, called at once: the
+difference is PyTorch's way from Python to an operator and back, in a training step also autograd. In each row
+everyone's result is checked against the reference first: nothing is timed otherwise. `floor` is the implementation
+after a call of two operators that do nothing, with the arguments of ours: about what operators of these schemas take at
+least with these functions.
 
 Times are the process' CPU time: with OMP_NUM_THREADS=1 it is the elapsed time of an idle machine, and other people's
 load changes it less. Compare ratios only.
@@ -17,8 +19,10 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
 
@@ -48,9 +52,11 @@ SHAPES = {
     "narrow": Shape(T=1, D=64, F=128, E=64, K=8),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative RMS difference to the reference
-SECONDS_A_ROUND = 0.1
+SECONDS_A_ROUND = 0.5
 CALLS_A_TURN = 3
 FEW_TOKENS = 8
+Cell = tuple[str, torch.dtype, Callable[..., tuple[Tensor, ...]]]
+"""A shape, a dtype, and `forward` or `step`."""
 
 
 def ours(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -173,34 +179,40 @@ def check(layer: Inputs, everyone: Mapping[str, Callable[[], tuple[Tensor, ...]]
     return worst["ours"]
 
 
-def measure(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]], rounds: int) -> dict[str, Any]:
+def one_round(cells: Sequence[Cell], _: int) -> list[dict[str, float]]:
+    """Milliseconds of everyone, by name, and the error of ours: a dict for each cell."""
+    torch.manual_seed(0)
+    return [milliseconds(*cell) for cell in cells]
+
+
+def milliseconds(name: str, dtype: torch.dtype, run: Callable[..., tuple[Tensor, ...]]) -> dict[str, float]:
     layer = inputs(SHAPES[name], dtype, "cpu")
     everyone = contestants(layer, run)
     error = check(layer, everyone)
     turns = max(3, int(SECONDS_A_ROUND / cpu_seconds(everyone["ours"]) / CALLS_A_TURN / len(everyone)))
     times: dict[str, list[float]] = {key: [] for key in everyone}
-    for _ in range(rounds):
-        one_round = {key: [] for key in everyone}
-        for _ in range(turns):
-            for key in random.sample(list(everyone), len(everyone)):
-                one_round[key].append(cpu_seconds(everyone[key]))
-        for key, values in one_round.items():
-            times[key].append(1e3 * statistics.median(values))
+    for _ in range(turns):
+        for key in random.sample(list(everyone), len(everyone)):
+            times[key].append(cpu_seconds(everyone[key]))
+    return {"error": error, **{key: 1e3 * statistics.median(values) for key, values in times.items()}}
 
+
+def summary(cell: Cell, rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
     def ratio(key: str, to: str) -> float:
-        return statistics.median(theirs / mine for theirs, mine in zip(times[key], times[to], strict=True))
+        return statistics.median(times[key] / times[to] for times in rounds)
 
-    rivals = [key for key in everyone if key not in ("ours", "implementation", "floor")]
+    rivals = [key for key in rounds[0] if key not in ("ours", "implementation", "floor", "error")]
     ratios = {key: ratio(key, "ours") for key in rivals}
+    name, dtype, run = cell
     return {
         "shape": name,
         "dtype": str(dtype).removeprefix("torch."),
         "what": run.__name__,
-        **{f"{key}_ms": statistics.median(values) for key, values in times.items()},
+        **{f"{key}_ms": statistics.median(r[key] for r in rounds) for key in rounds[0] if key != "error"},
         "fastest rival": min(ratios, key=lambda rival: ratios[rival]),
         "ratio": min(ratios.values()),
         "ratio of the implementation": min(ratio(key, "implementation") for key in rivals),
-        "error": error,
+        "error": max(r["error"] for r in rounds),
     }
 
 
@@ -217,9 +229,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
     cells = [(name, dtype, run) for name in arguments.shapes for dtype in TOLERANCE for run in (forward, step)]
-    rows = [measure(*cell, arguments.rounds) for cell in track(cells, "measuring")]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        results = processes.map(partial(one_round, cells), range(arguments.rounds))
+        rounds = list(track(results, "measuring", total=arguments.rounds))
+    rows = [summary(cell, of_cell) for cell, of_cell in zip(cells, zip(*rounds, strict=True), strict=True)]
     settings = {"rounds": arguments.rounds, "shapes": {name: SHAPES[name]._asdict() for name in arguments.shapes}}
     report.append("cpu", rows, load_average=os.getloadavg()[0], **settings)
     report.print_table("one expert MLP on the CPU; ratio: time of the fastest rival over ours", rows)
