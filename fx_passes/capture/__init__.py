@@ -15,7 +15,8 @@ The expert's number as a Python integer or in a text (expert_numbers.py) makes a
 
 After the rewrite every event must be *dissolved*: all its nodes were replaced. Otherwise the frame is traced again with
 the event denied, which is to say as Dynamo alone does it. So nothing that was assumed ever runs. What rests on no
-assumption is denied where nothing was rewritten.
+assumption is denied where nothing was rewritten. Functions that the frame calls are frames of their own then, and left
+alone in their turn where it is the frame's later writes that speak against a rewrite (callers.py).
 """
 
 from fx_passes.capture.events import Event, Guard, events_of, guards_of, loops_of, without_events
