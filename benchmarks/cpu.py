@@ -179,7 +179,7 @@ def check(layer: Inputs, everyone: Mapping[str, Callable[[], tuple[Tensor, ...]]
     return worst["ours"]
 
 
-def one_round(cells: Sequence[Cell], _: int) -> list[dict[str, float]]:
+def one_round(cells: Sequence[Cell]) -> list[dict[str, float]]:
     """Milliseconds of everyone, by name, and the error of ours: a dict for each cell."""
     torch.manual_seed(0)
     return [milliseconds(*cell) for cell in cells]
@@ -231,8 +231,8 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = [(name, dtype, run) for name in arguments.shapes for dtype in TOLERANCE for run in (forward, step)]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        results = processes.map(partial(one_round, cells), range(arguments.rounds))
-        rounds = list(track(results, "measuring", total=arguments.rounds))
+        futures = [processes.submit(one_round, cells) for _ in range(arguments.rounds)]
+        rounds = [future.result() for future in track(futures, "measuring")]
     rows = [summary(cell, of_cell) for cell, of_cell in zip(cells, zip(*rounds, strict=True), strict=True)]
     settings = {"rounds": arguments.rounds, "shapes": {name: SHAPES[name]._asdict() for name in arguments.shapes}}
     report.append("cpu", rows, load_average=os.getloadavg()[0], **settings)
